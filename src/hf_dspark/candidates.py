@@ -1,0 +1,143 @@
+"""The drafter as a `CandidateGenerator`, for transformers' own assisted loop at batch size 1. Knows that loop's protocol; the target is run,
+cached and verified by transformers.
+
+This door serves targets that ragged verification refuses but whose cache rolls back, and shows that the drafter is an ordinary candidate
+generator. The loop of this package is faster and takes any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from .constraints import RowProcessors, Sequences
+from .drafting import draft_block
+from .row_cache import RowCache, RowLayout
+from .scheduling import Budget, make_budget
+from .target import Taps
+
+
+class DSparkCandidateGenerator(CandidateGenerator):
+    """Proposes blocks of the drafter to transformers' assisted loop.
+
+    Args:
+        target (`PreTrainedModel`): the model that the loop runs.
+        drafter (`DSparkDrafter`): bound to it here if it is not yet.
+        input_ids (`torch.LongTensor` of shape `(1, n)`): the prompt.
+        logits_processor (`LogitsProcessorList`, *optional*): applied to the draft too, so that p_d resembles p_t.
+        do_sample (`bool`): draw the draft; arg-max otherwise.
+        max_length (`int`): longest sequence, prompt included.
+        budget (`str` or `Budget`, *optional*): `drafter.budget` where None.
+    Raises:
+        ValueError: for more than one row.
+    """
+
+    requires_model_outputs = True
+    # Read by the loop, which adds them to the target's inputs. Taps are caught by hooks, so nothing is asked for.
+    model_kwargs_overrides: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        target: Any,
+        drafter: Any,
+        input_ids: torch.Tensor,
+        *,
+        logits_processor: Any = (),
+        do_sample: bool = False,
+        max_length: int,
+        budget: str | Budget | None = None,
+    ) -> None:
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches.")
+        self.drafter = drafter.bind(target)
+        self.do_sample = do_sample
+        self.max_length = max_length
+        self.budget = make_budget(budget if budget is not None else drafter.budget)
+        self.processors = RowProcessors(logits_processor, 1)
+        self.taps = Taps(target, drafter.config.target_layer_ids)
+        self.cache = RowCache()
+        self.cache.add_rows(1)
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the first target pass."""
+        committed = input_ids.shape[1] - 1
+        room = self.max_length - input_ids.shape[1] - 1
+        if kwargs.get("is_first_iteration") or room < 1:
+            return input_ids, None
+        known = self.cache.lengths[0]
+        if committed > known:
+            # The loop keeps what it accepted; later tokens of its last pass were rejected, and their taps with them.
+            taps = self.taps.take()[0, : committed - known]
+            self.drafter.extend_context(taps, RowLayout([known], [committed - known], input_ids.device), self.cache)
+            self.cache.lengths[0] = committed
+        config = self.drafter.config
+        sequences = Sequences(input_ids, self.max_length, config.block_size + 1)
+        kept: list[torch.Tensor] = []
+
+        def process(logits: torch.Tensor, k: int, tokens: list[torch.Tensor]) -> torch.Tensor:
+            wide = self.drafter.widen(logits, fill=float("-inf")) if config.draft_vocab_size else logits.clone()
+            if k:
+                sequences.pencil_in(0, tokens[-1], k - 1)
+            processed = self.processors(wide, sequences, [(0, k)])
+            narrow = processed[:, self.drafter.draft_token_ids] if config.draft_vocab_size else processed
+            if not torch.isfinite(narrow).any():
+                processed, narrow = wide, logits
+            # Only draft ids can be drawn, so only they may carry probability.
+            kept.append(self.drafter.widen(narrow, fill=float("-inf")) if config.draft_vocab_size else narrow)
+            return narrow
+
+        block = draft_block(
+            self.drafter,
+            input_ids[:, -1],
+            [committed],
+            self.cache,
+            block_size=config.block_size,
+            length=config.block_size,
+            sample=self.do_sample,
+            process=process,
+            with_confidence=self.budget.needs_confidence,
+        )
+        confidence = None if block.confidence is None else block.confidence.cpu()
+        length = min(self.budget.plan(confidence, 1, block.block_size)[0], room)
+        if length == 0:
+            return input_ids, None
+        return torch.cat([input_ids, block.tokens[:, :length]], dim=1), torch.stack(kept[:length], dim=1)
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Nothing to adapt: the budget decides each round anew."""
+
+
+@contextmanager
+def stock_loop(target: Any, drafter: Any, budget: str | Budget | None = None) -> Iterator[None]:
+    """While open, `target._get_candidate_generator` proposes this drafter's blocks, and their taps are caught.
+
+    Call transformers' original `_assisted_decoding` inside; the target is as it was afterwards.
+    """
+    made: list[DSparkCandidateGenerator] = []
+    taps = Taps(target, drafter.config.target_layer_ids)
+
+    def candidates(generation_config: Any, input_ids: torch.LongTensor, logits_processor: Any = (), **_: Any) -> DSparkCandidateGenerator:
+        made.append(
+            DSparkCandidateGenerator(
+                target,
+                drafter,
+                input_ids,
+                logits_processor=logits_processor,
+                do_sample=generation_config.do_sample,
+                max_length=generation_config.max_length,
+                budget=budget,
+            )
+        )
+        made[-1].taps = taps
+        return made[-1]
+
+    target._get_candidate_generator = candidates
+    try:
+        with taps.open():
+            yield
+    finally:
+        del target._get_candidate_generator

@@ -1,0 +1,185 @@
+"""The user's logits processors and stopping criteria, applied row by row and token by token, exactly as a plain call would.
+
+transformers writes both for a batch whose rows grow in step. Here rows grow by different amounts, so every rule is asked about one row
+at one length. Knows transformers' processors and criteria; knows no model, no drafter and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.generation import logits_process as lp
+from transformers.generation import stopping_criteria as sc
+
+from .errors import UnsupportedOptionError
+
+# Look at one distribution alone, whatever its vocabulary: also fit for a reduced draft vocabulary.
+_ANY_VOCABULARY = (
+    lp.TemperatureLogitsWarper,
+    lp.TopKLogitsWarper,
+    lp.TopPLogitsWarper,
+    lp.MinPLogitsWarper,
+    lp.TypicalLogitsWarper,
+    lp.EpsilonLogitsWarper,
+    lp.EtaLogitsWarper,
+    lp.LogitNormalization,
+    lp.InfNanRemoveLogitsProcessor,
+)
+# Look at one distribution alone, by token id.
+_NO_IDS = (*_ANY_VOCABULARY, lp.SuppressTokensLogitsProcessor)
+# Look at the row's ids, and treat every row alike wherever it stands in the batch.
+_ANY_ROW = (
+    lp.MinLengthLogitsProcessor,
+    lp.MinNewTokensLengthLogitsProcessor,
+    lp.RepetitionPenaltyLogitsProcessor,
+    lp.NoRepeatNGramLogitsProcessor,
+    lp.SequenceBiasLogitsProcessor,
+    lp.NoBadWordsLogitsProcessor,
+    lp.ForcedBOSTokenLogitsProcessor,
+    lp.ForcedEOSTokenLogitsProcessor,
+    lp.SuppressTokensAtBeginLogitsProcessor,
+    lp.ExponentialDecayLengthPenalty,
+    lp.WatermarkLogitsProcessor,
+)
+_REFUSED = {
+    lp.UnbatchedClassifierFreeGuidanceLogitsProcessor: "it runs the target by itself once a step and keeps its own cache",
+    lp.SynthIDTextWatermarkLogitsProcessor: "it keeps a state that advances once a call, and a drafted token may be taken back",
+    lp.ClassifierFreeGuidanceLogitsProcessor: "it mixes the two halves of the batch, and rows here do not advance in step",
+}
+
+
+class Sequences:
+    """Token ids of all rows as the caller sees them: left padding, prompt, generated tokens, room for more.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(B, n)`): prompts, left-padded.
+        max_length (`int`): longest sequence, prompt included.
+        scratch (`int`): room behind it for drafted tokens.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, max_length: int, scratch: int) -> None:
+        batch, prompt = input_ids.shape
+        self.prompt_length = prompt
+        self.ids = input_ids.new_zeros(batch, min(max_length, prompt + 512) + scratch)
+        self.ids[:, :prompt] = input_ids
+        self.lengths = [prompt] * batch
+
+    def append(self, row: int, tokens: torch.Tensor) -> None:
+        """Commit `tokens` (`(k,)`) to `row`."""
+        end = self.lengths[row] + len(tokens)
+        self._grow(end)
+        self.ids[row, self.lengths[row] : end] = tokens
+        self.lengths[row] = end
+
+    def pencil_in(self, row: int, tokens: torch.Tensor, offset: int = 0) -> None:
+        """Write `tokens` (`(k,)`) behind the committed ones, `offset` further on, without committing them."""
+        begin = self.lengths[row] + offset
+        self._grow(begin + len(tokens))
+        self.ids[row, begin : begin + len(tokens)] = tokens
+
+    def _grow(self, length: int) -> None:
+        if length > self.ids.shape[1]:
+            wider = self.ids.new_zeros(self.ids.shape[0], 2 * length)
+            wider[:, : self.ids.shape[1]] = self.ids
+            self.ids = wider
+
+    def prefix(self, row: int, extra: int = 0) -> torch.Tensor:
+        """Ids of `row` up to `extra` tokens past the committed ones, shape `(1, length)`; a view."""
+        return self.ids[row : row + 1, : self.lengths[row] + extra]
+
+
+class RowProcessors:
+    """A `LogitsProcessorList` that can be asked about one row at one length.
+
+    Args:
+        processors (`LogitsProcessorList`): the prepared list that `generate` hands over, temperature and top-p among them.
+        batch_size (`int`): rows of the caller's batch, for processors that are bound to a row.
+    Raises:
+        UnsupportedOptionError: for processors that cannot be honoured exactly.
+    """
+
+    def __init__(self, processors: Sequence[lp.LogitsProcessor], batch_size: int) -> None:
+        for processor in processors:
+            for kind, why in _REFUSED.items():
+                if isinstance(processor, kind):
+                    raise UnsupportedOptionError(
+                        f"{type(processor).__name__} cannot be used with speculative decoding: {why}. Call generate without "
+                        "`assistant_model`, or without the option that adds this processor."
+                    )
+        self._processors = list(processors)
+        self._batch_size = batch_size
+        self.needs_ids = any(type(p) not in _NO_IDS for p in processors)
+        self.any_vocabulary = all(type(p) in _ANY_VOCABULARY for p in processors)
+
+    def __bool__(self) -> bool:
+        return bool(self._processors)
+
+    def __call__(self, scores: torch.Tensor, sequences: Sequences, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Process N distributions.
+
+        Args:
+            scores (`torch.Tensor` of shape `(N, V)`): float32; may be overwritten.
+            sequences (`Sequences`): ids of all rows, drafted tokens pencilled in.
+            places (`list[tuple[int, int]]`): for each distribution its row in the caller's batch and how many tokens past the committed
+                ones it stands; only read where a processor looks at ids.
+        Returns:
+            `torch.Tensor` of shape `(N, V)`.
+        """
+        for processor in self._processors:
+            if type(processor) in _NO_IDS:
+                scores = processor(None, scores)
+            else:
+                scores = torch.cat([self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)])
+        return scores
+
+    def _one(self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, row: int, extra: int) -> torch.Tensor:
+        ids = sequences.prefix(row, extra)
+        if self._batch_size == 1 or type(processor) in _ANY_ROW:
+            return processor(ids, scores)
+        # Bound to its place in the batch, or unknown: show it the whole batch with this row's ids everywhere, read this row's answer.
+        return processor(ids.expand(self._batch_size, -1), scores.repeat(self._batch_size, 1))[row : row + 1]
+
+
+class RowStopping:
+    """Stopping criteria that can be asked about one row after each of its tokens.
+
+    Args:
+        criteria (`StoppingCriteriaList`): the prepared list that `generate` hands over.
+        batch_size (`int`): rows of the caller's batch.
+    """
+
+    def __init__(self, criteria: Sequence[sc.StoppingCriteria], batch_size: int) -> None:
+        self._batch_size = batch_size
+        self.eos_ids: set[int] = set()
+        self.max_length: int | None = None
+        self._others: list[sc.StoppingCriteria] = []
+        for criterion in criteria:
+            if type(criterion) is sc.EosTokenCriteria:
+                self.eos_ids.update(criterion.eos_token_id.flatten().tolist())
+            elif type(criterion) is sc.MaxLengthCriteria:
+                self.max_length = min(criterion.max_length, self.max_length or criterion.max_length)
+            else:
+                self._others.append(criterion)
+
+    def kept(self, tokens: list[int], sequences: Sequences, row: int, scores: tuple[torch.Tensor, ...] | None) -> tuple[int, bool]:
+        """How many of the new `tokens` of `row` remain, and whether the row ends with them.
+
+        The tokens must be pencilled in. A criterion sees the ids with left padding and one more token each time, as in a plain call.
+        """
+        for index, token in enumerate(tokens):
+            length = sequences.lengths[row] + index + 1
+            ended = token in self.eos_ids or (self.max_length is not None and length >= self.max_length)
+            # Every criterion is asked at every token: some keep count.
+            for criterion in self._others:
+                ended |= self._asks(criterion, sequences.prefix(row, index + 1), row, scores)
+            if ended:
+                return index + 1, True
+        return len(tokens), False
+
+    def _asks(self, criterion: sc.StoppingCriteria, ids: torch.Tensor, row: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+        if self._batch_size == 1 or type(criterion) in (sc.StopStringCriteria, sc.MaxTimeCriteria):
+            answer = criterion(ids, scores)
+            return bool(answer.reshape(-1)[0]) if isinstance(answer, torch.Tensor) else bool(answer)
+        answer = criterion(ids.expand(self._batch_size, -1), scores)
+        return bool(answer[row]) if isinstance(answer, torch.Tensor) and answer.dim() else bool(answer)

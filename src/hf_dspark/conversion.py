@@ -1,0 +1,373 @@
+"""Reads drafter checkpoints as files: which format, tensors, config. Knows safetensors and JSON; knows no modules.
+
+Nothing here unpickles. A partial or foreign checkpoint shows no error when it is decoded with, only acceptance near
+zero, so everything that does not fit is refused, all of it at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, Qwen3Config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+
+from hf_dspark.configuration_dspark import DSparkConfig
+from hf_dspark.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+OWN_MODEL_TYPE = "dspark"
+DEEPSPEC_ARCHITECTURES = ("Qwen3DSparkModel",)
+EMBEDDING_KEY = "embed_tokens.weight"
+LM_HEAD_KEY = "lm_head.weight"
+
+# Arguments of from_pretrained that say where files are, and nothing about the model.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+_DEEPSPEC_REQUIRED = (
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    *(
+        "head_dim",
+        "rms_norm_eps",
+        "block_size",
+        "num_target_layers",
+        "target_layer_ids",
+        "mask_token_id",
+        "markov_rank",
+    ),
+    "enable_confidence_head",
+)
+_DEEPSPEC_KEYS = (
+    *(
+        "block_size",
+        "num_target_layers",
+        "target_layer_ids",
+        "mask_token_id",
+        "num_anchors",
+        "markov_rank",
+        "markov_head_type",
+    ),
+    *("enable_confidence_head", "confidence_head_with_markov", "confidence_temperatures"),
+)
+# Keys of other formats, or of backbones that are not Qwen3: each changes what the same tensors mean.
+_FOREIGN_KEYS = (
+    *(
+        "dflash_config",
+        "sample_from_anchor",
+        "shift_label",
+        "projector_type",
+        "draft_vocab_size",
+        "aux_hidden_state_layer_ids",
+    ),
+    *("transformer_layer_config", "final_logit_softcapping", "attention_k_eq_v", "logit_scale", "logits_scaling"),
+    *("attn_logit_softcapping", "query_pre_attn_scalar", "quantization_config", "sts_temperatures"),
+)
+_HARMLESS_KEYS = {
+    *("torch_dtype", "rope_theta", "rope_scaling", "auto_map", "_name_or_path", "name_or_path", "_attn_implementation"),
+    *("_attn_implementation_autoset", "attn_implementation", "model_type", "architectures", "transformers_version"),
+}
+_FLOATING = {"F64", "F32", "F16", "BF16"}
+_INTEGER = {"I64", "I32", "I16", "I8", "U8"}
+
+
+def recognise_format(config: Mapping[str, Any], source: str) -> Literal["dspark", "deepspec"]:
+    """Say which of the two readable formats a `config.json` belongs to, or refuse it by name.
+
+    Args:
+        config (`Mapping`): the parsed `config.json`.
+        source (`str`): path or repository, for the message.
+    Returns:
+        `"dspark"` for this package's own format, `"deepspec"` for `Qwen3DSparkModel` (DSpark and DFlash variants).
+    Raises:
+        CheckpointError: for every other format, saying which one it is.
+    """
+    architectures = list(config.get("architectures") or [])
+    model_type = config.get("model_type")
+    dflash = config.get("dflash_config") or {}
+    if "speculators_model_type" in config or "speculators_config" in config:
+        found = f"a speculators checkpoint (speculators_model_type {config.get('speculators_model_type')!r})"
+    elif "Gemma4DSparkModel" in architectures:
+        found = "DeepSpec's Gemma4DSparkModel, whose backbone is not a Qwen3 stack"
+    elif model_type == "muse_glimmer_assistant":
+        found = "transformers' native DFlash format (model_type 'muse_glimmer_assistant')"
+    elif "DSparkDraftModel" in architectures:
+        found = "SpecForge's DSparkDraftModel"
+    elif "DFlashDraftModel" in architectures and dflash.get("projector_type") == "dspark":
+        found = "NVIDIA Model-Optimizer's DFlashDraftModel with projector_type 'dspark'"
+    elif "DFlashDraftModel" in architectures or "dflash_config" in config:
+        found = "z-lab's DFlashDraftModel, whose first predicting slot is 1"
+    elif any(key.startswith("dspark_") for key in config):
+        found = "a DeepSeek-V4 checkpoint with its own dspark_* keys, which needs that target's kernels"
+    elif model_type == OWN_MODEL_TYPE:
+        return "dspark"
+    elif any(name in DEEPSPEC_ARCHITECTURES for name in architectures):
+        return "deepspec"
+    elif any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in architectures):
+        names = ", ".join(architectures)
+        found = f"a target model ({names}), not a drafter; DSparkDrafter.from_target makes a drafter for it"
+    else:
+        found = f"an unknown format (model_type {model_type!r}, architectures {architectures})"
+    raise CheckpointError(
+        f"{source!r} is {found}. Readable are this package's own format (model_type 'dspark') and DeepSpec's "
+        f"{', '.join(DEEPSPEC_ARCHITECTURES)} (DSpark and DFlash). Convert it, or choose another checkpoint."
+    )
+
+
+def read_config(name_or_path: str, **hub_arguments: Any) -> dict[str, Any] | None:
+    """Read `config.json` from a folder or a repository.
+
+    Args:
+        name_or_path (`str`): folder or Hub repository.
+        hub_arguments: as in `from_pretrained`.
+    Returns:
+        `dict`, or `None` where there is no such file.
+    Raises:
+        CheckpointError: if the file is not a JSON object.
+    """
+    path = _cached(name_or_path, "config.json", **hub_arguments)
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"config.json of {name_or_path!r} is not JSON ({error}). Download it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"config.json of {name_or_path!r} holds a {type(config).__name__}, not an object.")
+    return config
+
+
+def check_own_config(raw: Mapping[str, Any], source: str) -> None:
+    """Refuse a config of this package's own format that leaves out keys which defaults would fill silently.
+
+    Args:
+        raw (`Mapping`): the parsed `config.json`.
+        source (`str`): path or repository, for the message.
+    Raises:
+        CheckpointError: listing every missing key.
+    """
+    missing = [key for key in (*_DEEPSPEC_REQUIRED, "markov_head_type", "rope_parameters") if raw.get(key) is None]
+    if missing:
+        raise CheckpointError(
+            f"config.json of {source!r} lacks {', '.join(missing)}. Save the drafter again with save_pretrained, or "
+            "download it again."
+        )
+
+
+def deepspec_config(raw: Mapping[str, Any], source: str, **overrides: Any) -> DSparkConfig:
+    """Translate DeepSpec's config into this package's.
+
+    DeepSpec writes a copy of the target's config plus its own keys; `model_type` there is the target's.
+
+    Args:
+        raw (`Mapping`): the parsed `config.json`.
+        source (`str`): path or repository, for messages.
+        overrides: fields of `DSparkConfig` that the caller wants otherwise.
+    Returns:
+        `DSparkConfig`.
+    Raises:
+        CheckpointError: listing every key that is missing, and every key that would change the tensors' meaning.
+    """
+    required = list(_DEEPSPEC_REQUIRED)
+    if raw.get("markov_rank"):
+        required.append("markov_head_type")
+    if raw.get("enable_confidence_head"):
+        required.append("confidence_head_with_markov")
+    missing = [key for key in required if raw.get(key) is None]
+    if not (raw.get("rope_parameters") or raw.get("rope_theta")):
+        missing.append("rope_theta (or rope_parameters)")
+    foreign = [f"{key}={raw[key]!r}" for key in _FOREIGN_KEYS if raw.get(key) not in (None, False)]
+    if missing or foreign:
+        raise CheckpointError(
+            f"config.json of {source!r} is not a DeepSpec {DEEPSPEC_ARCHITECTURES[0]} config that can be read. "
+            f"Missing keys: {', '.join(missing) or 'none'}. Keys that this reader does not understand: "
+            f"{', '.join(foreign) or 'none'}."
+        )
+    known = {*Qwen3Config().to_dict(), *PreTrainedConfig().to_dict(), *_DEEPSPEC_KEYS}
+    unknown = sorted(key for key in raw if key not in known | _HARMLESS_KEYS)
+    if unknown:
+        logger.warning("config.json of %r has keys that are not used: %s.", source, ", ".join(unknown))
+    fields = {key: value for key, value in raw.items() if key in known and key not in _HARMLESS_KEYS}
+    # The stored value is the target's; DeepSpec's own model reads RoPE from rope_parameters first, then from the older
+    # pair of keys.
+    fields.update({key: raw[key] for key in ("rope_theta", "rope_scaling") if raw.get(key) is not None})
+    fields.pop("dtype", None)
+    try:
+        return DSparkConfig(
+            **{
+                **fields,
+                "target_model_type": raw.get("model_type"),
+                "target_name": raw.get("_name_or_path") or None,
+                "architectures": ["DSparkDrafter"],
+                **overrides,
+            }
+        )
+    except ValueError as error:
+        raise CheckpointError(f"config.json of {source!r} cannot be used: {error}") from error
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where one stored tensor lies, and its shape and safetensors dtype name; reading happens later."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorRecord:
+        """Record of a tensor that is in memory already: only its shape and kind of dtype matter to `check_tensors`."""
+        return cls("", name, tuple(tensor.shape), "F32" if tensor.is_floating_point() else "I64")
+
+    def read(self) -> torch.Tensor:
+        """Read the whole tensor to the CPU, bit for bit."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.name)
+
+    def read_rows(self, rows_at_once: int = 4096) -> Iterable[tuple[int, torch.Tensor]]:
+        """Yield `(first row, rows)` in order, so that a large matrix is never in memory whole."""
+        with safe_open(self.path, framework="pt") as file:
+            stored = file.get_slice(self.name)
+            for first in range(0, self.shape[0], rows_at_once):
+                yield first, stored[first : first + rows_at_once]
+
+
+def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments: Any) -> dict[str, TensorRecord]:
+    """Read the headers of a checkpoint's safetensors files, single or sharded.
+
+    Args:
+        name_or_path (`str`): folder or Hub repository.
+        variant (`str`, *optional*): as in `from_pretrained`.
+        hub_arguments: as in `from_pretrained`.
+    Returns:
+        `dict[str, TensorRecord]`: by tensor name.
+    Raises:
+        CheckpointError: if there are no safetensors files, a shard is missing or damaged, or the index names absent
+        tensors.
+    """
+    single, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    path = _cached(name_or_path, single, **hub_arguments)
+    if path is not None:
+        return dict(_read_header(path, name_or_path))
+    index_path = _cached(name_or_path, index, **hub_arguments)
+    if index_path is None:
+        pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if _cached(name_or_path, name, **hub_arguments)]
+        hint = f" It has {pickled[0]}, a pickle, which is never read: convert it to safetensors." if pickled else ""
+        raise CheckpointError(f"{name_or_path!r} holds neither {single} nor {index}.{hint}")
+    try:
+        weight_map: dict[str, str] = json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{index} of {name_or_path!r} is not a safetensors index ({error!r}). Download it again."
+        ) from error
+    found: dict[str, TensorRecord] = {}
+    absent_shards = []
+    for shard in sorted(set(weight_map.values())):
+        shard_path = _cached(name_or_path, shard, **hub_arguments)
+        if shard_path is None:
+            absent_shards.append(shard)
+        else:
+            found.update(_read_header(shard_path, name_or_path))
+    absent = sorted(name for name in weight_map if name not in found)
+    if absent:
+        shards = f" Missing files: {', '.join(absent_shards)}." if absent_shards else ""
+        raise CheckpointError(
+            f"{name_or_path!r} is incomplete: its index names {len(absent)} tensors that its files do not "
+            f"hold.{shards}\n" + "\n".join(f"  missing: {name}" for name in absent)
+        )
+    return found
+
+
+def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, TensorRecord], source: str) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the expected ones.
+
+    Args:
+        expected (`Mapping[str, torch.Tensor]`): by name; only shape and kind of dtype count, so meta tensors will do.
+        found (`Mapping[str, TensorRecord]`): by name.
+        source (`str`): path or repository, for the message.
+    Raises:
+        CheckpointError: one error that lists every missing, unexpected, mis-shaped and mis-typed tensor.
+    """
+    missing = [f"  missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in found]
+    unexpected = [f"  unexpected: {name} {found[name].shape}" for name in found if name not in expected]
+    shaped, typed = [], []
+    for name in (name for name in expected if name in found):
+        want, got = expected[name], found[name]
+        if tuple(want.shape) != got.shape:
+            shaped.append(f"  mis-shaped: {name} is {got.shape}, expected {tuple(want.shape)}")
+        if got.dtype not in (_FLOATING if want.is_floating_point() else _INTEGER):
+            typed.append(
+                f"  mis-typed: {name} is {got.dtype}, expected "
+                + ("floating point" if want.is_floating_point() else "integers")
+            )
+    if missing or unexpected or shaped or typed:
+        raise CheckpointError(
+            f"The tensors of {source!r} do not fit its config: {len(missing)} missing, {len(unexpected)} unexpected, "
+            f"{len(shaped)} mis-shaped, {len(typed)} mis-typed. Nothing was loaded.\n"
+            + "\n".join((*missing, *unexpected, *shaped, *typed))
+            + "\nDownload it again, or check that config.json belongs to these weights."
+        )
+
+
+def same_weights(stored: TensorRecord, weight: torch.Tensor) -> bool:
+    """Compare a stored matrix with one in memory, within one rounding step of the coarser of the two dtypes.
+
+    Args:
+        stored (`TensorRecord`): the stored matrix.
+        weight (`torch.Tensor` of shape `(rows, columns)`): the one in memory, any floating dtype and device.
+    Returns:
+        `bool`.
+    """
+    if stored.shape != tuple(weight.shape):
+        return False
+    for first, rows in stored.read_rows():
+        own = weight[first : first + rows.shape[0]].detach().to("cpu")
+        if own.dtype == rows.dtype:
+            if not torch.equal(own, rows):
+                return False
+            continue
+        step = max(torch.finfo(own.dtype).eps, torch.finfo(rows.dtype).eps)
+        if not torch.allclose(own.float(), rows.float(), rtol=step, atol=1e-6):
+            return False
+    return True
+
+
+def _cached(name_or_path: str, filename: str, **hub_arguments: Any) -> str | None:
+    return cached_file(
+        name_or_path,
+        filename,
+        **hub_arguments,
+        _raise_exceptions_for_missing_entries=False,
+    )
+
+
+def _with_variant(filename: str, variant: str | None) -> str:
+    stem, _, rest = filename.partition(".")
+    return f"{stem}.{rest}" if variant is None else f"{stem}.{rest.replace('safetensors', f'{variant}.safetensors', 1)}"
+
+
+def _read_header(path: str, source: str) -> list[tuple[str, TensorRecord]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names: list[str] = list(file.keys())
+            slices = [file.get_slice(name) for name in names]
+            return [
+                (name, TensorRecord(path, name, tuple(part.get_shape()), part.get_dtype()))
+                for name, part in zip(names, slices, strict=True)
+            ]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{Path(path).name} of {source!r} is damaged ({error}). Download it again.") from error

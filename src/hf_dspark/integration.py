@@ -1,0 +1,113 @@
+"""The one place where transformers is patched, and the explicit door beside it. Sole user of transformers' private generation names.
+
+`generate()` looks its decoding method up by name; for any `assistant_model` that is `GenerationMixin._assisted_decoding`. `install` wraps
+that method: a DSpark drafter goes to this package's loop, everything else to the original. `uninstall` puts the original back.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from transformers.generation.utils import GenerationMixin
+
+from .candidates import stock_loop
+from .errors import UnsupportedOptionError, UnsupportedTargetError
+from .generation import CallOptions, GenerateDSparkOutput, call_options, current_options, generate_batch
+from .scheduling import Budget
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def install() -> None:
+    """Let `target.generate(..., assistant_model=drafter)` decode with a DSpark drafter. Done on import; doing it twice changes nothing."""
+    original = GenerationMixin._assisted_decoding
+    if getattr(original, "_hf_dspark_original", None) is not None:
+        return
+
+    # `wraps` keeps the signature, which generate() inspects to see whether `inputs_tensor` is wanted.
+    @functools.wraps(original)
+    def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drafter = kwargs.get("assistant_model")
+        if not getattr(drafter, "is_dspark_drafter", False):
+            return original(self, *args, **kwargs)
+        mine = {k: v for k, v in kwargs.items() if k not in ("assistant_model", "inputs_tensor", "assistant_tokenizer", "tokenizer")}
+        try:
+            return generate_batch(self, drafter, *args, **mine)
+        except UnsupportedTargetError as refused:
+            options = current_options()
+            ids = args[0] if args else kwargs["input_ids"]
+            if not refused.one_row_works or ids.shape[0] > 1 or options.generator is not None:
+                raise
+            _log_once(f"{refused} Doing so for this batch of one.")
+            with stock_loop(self, drafter, options.budget):
+                return original(self, *args, **kwargs)
+
+    _assisted_decoding._hf_dspark_original = original  # type: ignore[attr-defined]
+    GenerationMixin._assisted_decoding = _assisted_decoding
+
+
+def uninstall() -> None:
+    """Put transformers' own `_assisted_decoding` back."""
+    original = getattr(GenerationMixin._assisted_decoding, "_hf_dspark_original", None)
+    if original is not None:
+        GenerationMixin._assisted_decoding = original
+
+
+def generate(
+    target: Any,
+    drafter: Any,
+    *,
+    budget: str | Budget | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    block_size: int | None = None,
+    num_return_sequences: int = 1,
+    **kwargs: Any,
+) -> GenerateDSparkOutput | torch.Tensor:
+    """Generate with a DSpark drafter; `target.generate(..., assistant_model=drafter)` with options of this package's own.
+
+    Args:
+        target (`PreTrainedModel` or a PEFT wrapper): the causal language model whose distribution is kept exactly.
+        drafter (`DSparkDrafter`): bound to the target by this call if it is not yet.
+        budget (`str` or `Budget`, *optional*): `full`, `static:N`, `threshold:P` or an object; `drafter.budget` where None.
+        seed (`int`, *optional*): seeds a generator of this call's own; the same seed gives the same output.
+        generator (`torch.Generator`, *optional*): instead of a seed; on the target's device.
+        block_size (`int`, *optional*): draft fewer tokens than the checkpoint's gamma.
+        num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
+        kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping criteria, streamer ..
+    Returns:
+        `torch.LongTensor` of shape `(B * num_return_sequences, length)`, or a `GenerateDSparkOutput` with
+        `return_dict_in_generate=True`.
+    Raises:
+        ValueError: for options that cannot be honoured; RuntimeError: for a drafter that cannot be used.
+    """
+    if not getattr(drafter, "is_dspark_drafter", False):
+        raise UnsupportedOptionError(f"hf_dspark.generate needs a DSparkDrafter; got {type(drafter).__name__}.")
+    if seed is not None and generator is not None:
+        raise UnsupportedOptionError("Give either seed or generator, not both.")
+    if seed is not None:
+        generator = torch.Generator(device=target.get_input_embeddings().weight.device).manual_seed(seed)
+    if num_return_sequences > 1:
+        kwargs = _repeated(kwargs, num_return_sequences)
+    install()
+    with call_options(CallOptions(budget, generator, block_size)):
+        return target.generate(**kwargs, assistant_model=drafter)
+
+
+def _repeated(kwargs: dict[str, Any], times: int) -> dict[str, Any]:
+    config = kwargs.get("generation_config")
+    samples = kwargs.get("do_sample", getattr(config, "do_sample", False))
+    if not samples:
+        raise UnsupportedOptionError(f"num_return_sequences={times} greedy copies would all be the same; set do_sample=True.")
+    return {
+        name: value.repeat_interleave(times, dim=0) if name in ("inputs", "input_ids", "attention_mask") and value is not None else value
+        for name, value in kwargs.items()
+    }

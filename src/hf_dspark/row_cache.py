@@ -1,0 +1,173 @@
+"""Keys and values of the live rows, without padding and without copies. Knows tensors; knows no model and no decoding.
+
+A row is one request. Its tokens lie at positions 0, 1, .. of its own stretch of one buffer a layer, so rolling back is forgetting a
+length, and a row that leaves frees its stretch for another. Positions at or beyond a row's length are scratch: writing there (a block to
+be verified, a draft block) commits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+
+class RowLayout:
+    """Where each token of one flattened pass belongs: tokens of row 0, then of row 1, ..
+
+    Args:
+        starts (`list[int]`): tokens that each row already holds.
+        counts (`list[int]`): tokens that each row adds in this pass, at least one.
+        device (`torch.device`): where the index tensors live.
+        first_row (`int`): number of the first of these rows in the cache; rows that join lie behind those that run already.
+    """
+
+    def __init__(
+        self, starts: Sequence[int], counts: Sequence[int], device: torch.device | str = "cpu", first_row: int = 0
+    ) -> None:
+        if len(starts) != len(counts) or not counts or min(counts) < 1:
+            raise ValueError(f"A layout needs one start and one positive count a row; got starts={starts}, counts={counts}.")
+        self.starts = list(starts)
+        self.counts = list(counts)
+        self.device = torch.device(device)
+        self.first_row = first_row
+        self.total = sum(self.counts)
+        self.max_count = max(self.counts)
+        self.max_end = max(s + c for s, c in zip(starts, counts, strict=True))
+        self.equal_counts = min(self.counts) == self.max_count
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.counts)
+
+    def _to_device(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.device.type == "cpu" else values.to(self.device, non_blocking=True)
+
+    @cached_property
+    def _host(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        counts = torch.tensor(self.counts)
+        rows = torch.repeat_interleave(torch.arange(self.num_rows), counts)
+        first = counts.cumsum(0) - counts
+        within = torch.arange(self.total) - first[rows]
+        return rows, within, first
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(T,)`: row of each token, as numbered in the cache."""
+        return self._to_device(self._host[0] + self.first_row)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(T,)`: index of each token inside its row, which is also its position id."""
+        rows, within, _ = self._host
+        return self._to_device(within + torch.tensor(self.starts)[rows])
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R,)`: flat index of each row's last token."""
+        return self._to_device(torch.tensor(self.counts).cumsum(0) - 1)
+
+    @cached_property
+    def padded_index(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R, max_count)`: flat index of each row's tokens; past a row's count its last token again."""
+        first, counts = self._host[2], torch.tensor(self.counts)
+        return self._to_device(first[:, None] + torch.minimum(torch.arange(self.max_count), counts[:, None] - 1))
+
+    @cached_property
+    def flat_index(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(T,)`: place of each token in a padded `(R * max_count)` arrangement."""
+        rows, within, _ = self._host
+        return self._to_device(rows * self.max_count + within)
+
+    def causal_mask(self, window: int | None = None) -> torch.Tensor:
+        """`torch.BoolTensor` of shape `(R, max_count, max_end)`: true where a padded query may look.
+
+        A query at position p of its row sees positions 0..p of the same row, or the last `window` of them.
+        """
+        queries = self.positions[self.padded_index][:, :, None]
+        keys = torch.arange(self.max_end, device=self.device)
+        allowed = keys <= queries
+        return allowed if window is None else allowed & (keys > queries - window)
+
+
+class RowCache:
+    """One buffer of keys and one of values a layer, of shape `(rows, heads, capacity, head_dim)`, grown by doubling.
+
+    Rows are numbered 0..R-1 without holes. `lengths` says how many tokens of each row are committed; the owner sets it.
+    """
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self._row_capacity = 0
+        self._capacity = 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    def add_rows(self, count: int) -> None:
+        """Append `count` empty rows."""
+        self.lengths.extend([0] * count)
+        self._row_capacity = max(self._row_capacity, self.num_rows)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens a row; growing doubles, so that a token is copied a bounded number of times."""
+        if length > self._capacity:
+            self._capacity = max(length, 2 * self._capacity, 64)
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, layout: RowLayout) -> None:
+        """Store the tokens of one flattened pass at their places. Commits nothing: `lengths` stays.
+
+        Args:
+            layer (`int`): layer index.
+            keys (`torch.Tensor` of shape `(T, heads, head_dim)`): new keys.
+            values (`torch.Tensor` of shape `(T, heads, value_dim)`): new values.
+            layout (`RowLayout`): where they go.
+        """
+        self.reserve(layout.max_end)
+        for store, new in ((self.keys, keys), (self.values, values)):
+            buffer = store.get(layer)
+            if buffer is None or buffer.shape[0] < self._row_capacity or buffer.shape[2] < self._capacity:
+                buffer = store[layer] = self._grown(buffer, new)
+            if layout.num_rows == 1:
+                buffer[layout.first_row, :, layout.starts[0] : layout.max_end] = new.transpose(0, 1)
+            else:
+                buffer[layout.rows, :, layout.positions] = new
+
+    def _grown(self, old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        # Zeros, not empty: a masked key has weight 0, and 0 * NaN would still be NaN.
+        new = like.new_zeros(self._row_capacity, like.shape[1], self._capacity, like.shape[2])
+        if old is not None:
+            new[: old.shape[0], :, : old.shape[2]] = old
+        return new
+
+    def view(self, layer: int, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the layout's rows up to its longest end, as views of shape `(R, heads, max_end, head_dim)`."""
+        rows = slice(layout.first_row, layout.first_row + layout.num_rows)
+        return self.keys[layer][rows, :, : layout.max_end], self.values[layer][rows, :, : layout.max_end]
+
+    def remove_rows(self, gone: Sequence[int]) -> list[int]:
+        """Free rows. The last rows move into the holes, so that few tokens are copied.
+
+        Returns:
+            `list[int]`: for each remaining row, in the new order, its number before the call.
+        """
+        leaving = set(gone)
+        order = [row for row in range(self.num_rows)]
+        for hole in sorted(leaving):
+            while order and order[-1] in leaving:
+                order.pop()
+            if hole >= len(order):
+                break
+            order[hole] = order.pop()
+        for new, old in enumerate(order):
+            if new != old:
+                length = self.lengths[old]
+                for store in (self.keys, self.values):
+                    for buffer in store.values():
+                        buffer[new, :, :length] = buffer[old, :, :length]
+        self.lengths = [self.lengths[old] for old in order]
+        return order

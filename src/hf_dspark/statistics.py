@@ -1,0 +1,129 @@
+"""What a generation did and where its time went, row by row. Knows numbers; knows no tensors' meaning and no loop.
+
+tau counts the target's own bonus token, as the paper does: tokens a round, at least 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class RowStats:
+    """One row's counts. Position k of a list is block position k + 1.
+
+    Attributes:
+        rounds (`int`): draft-and-verify rounds.
+        drafted (`int`): tokens drafted.
+        verified (`int`): drafted tokens sent to verification.
+        accepted (`int`): drafted tokens that stand.
+        generated (`int`): tokens generated, the first one (from the prompt's own pass) included.
+        verified_at (`list[int]`): rounds in which position k was verified.
+        accepted_at (`list[int]`): rounds in which positions 1..k all stood.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    generated: int = 0
+    verified_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    @classmethod
+    def for_block(cls, block_size: int) -> RowStats:
+        return cls(verified_at=[0] * block_size, accepted_at=[0] * block_size)
+
+    @property
+    def tau(self) -> float:
+        """Tokens a round INCLUDING the target's bonus token; NaN before the first round."""
+        return (self.accepted + self.rounds) / self.rounds if self.rounds else float("nan")
+
+    def count_round(self, drafted: int, verified: int, accepted: int) -> None:
+        self.rounds += 1
+        self.drafted += drafted
+        self.verified += verified
+        self.accepted += accepted
+        for k in range(verified):
+            self.verified_at[k] += 1
+        for k in range(accepted):
+            self.accepted_at[k] += 1
+
+
+@dataclass
+class DecodingStats:
+    """One call of generate. Times are wall-clock seconds; on an accelerator they are its own, measured by events.
+
+    Attributes:
+        rows (`list[RowStats]`): in the order of the caller's batch.
+        rounds (`int`): rounds of the loop, each over all live rows.
+        t_prefill_s, t_draft_s, t_verify_s (`float`): in prompt passes, in the drafter's forward (backbone, sequential head, confidence,
+            context), in the target's verification passes.
+        t_total_s (`float`): the whole call.
+    """
+
+    rows: list[RowStats]
+    block_size: int
+    rounds: int = 0
+    t_prefill_s: float = 0.0
+    t_draft_s: float = 0.0
+    t_verify_s: float = 0.0
+    t_total_s: float = 0.0
+
+    @property
+    def t_rest_s(self) -> float:
+        """Time outside all forward passes: acceptance, processors, stopping, bookkeeping."""
+        return max(self.t_total_s - self.t_prefill_s - self.t_draft_s - self.t_verify_s, 0.0)
+
+    @property
+    def tau(self) -> float:
+        """Tokens a row and round INCLUDING the target's bonus token, over all rows."""
+        rounds = sum(r.rounds for r in self.rows)
+        return sum(r.accepted + r.rounds for r in self.rows) / rounds if rounds else float("nan")
+
+    @property
+    def overhead(self) -> float:
+        """Share of the rounds' time (prompt passes left out) that is spent outside the target's and drafter's forward passes."""
+        rounds_s = self.t_total_s - self.t_prefill_s
+        return self.t_rest_s / rounds_s if rounds_s > 0 else 0.0
+
+
+class Stopwatch:
+    """Adds up time by name: the host's clock on a CPU, the device's own events on CUDA, read once at the end.
+
+    Args:
+        device (`torch.device`): where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Seconds by name, and `total` since this stopwatch was made."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            for name, begin, end in self._events:
+                self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1e3
+            self._events.clear()
+        return {**self._seconds, "total": time.perf_counter() - self._begin}

@@ -1,0 +1,51 @@
+"""Training of drafters: response rows in, trained drafter out. Does not know the decoding loop or the Hub."""
+
+from __future__ import annotations
+
+from hf_dspark.training.blocks import BlockTargets, block_targets, sample_anchors
+from hf_dspark.training.data import (
+    Batch,
+    ResponseRow,
+    collate,
+    coverage,
+    epoch_batches,
+    frequent_tokens,
+    read_responses,
+    split_rows,
+)
+from hf_dspark.training.losses import (
+    LossResult,
+    LossWeights,
+    Tally,
+    TargetHead,
+    TargetProbabilities,
+    dspark_loss,
+    position_weights,
+)
+from hf_dspark.training.trainer import MasterAdamW, Progress, TargetStates, Trainer, TrainingConfig
+
+__all__ = [
+    "Batch",
+    "BlockTargets",
+    "LossResult",
+    "LossWeights",
+    "MasterAdamW",
+    "Progress",
+    "ResponseRow",
+    "Tally",
+    "TargetHead",
+    "TargetProbabilities",
+    "TargetStates",
+    "Trainer",
+    "TrainingConfig",
+    "block_targets",
+    "collate",
+    "coverage",
+    "dspark_loss",
+    "epoch_batches",
+    "frequent_tokens",
+    "position_weights",
+    "read_responses",
+    "sample_anchors",
+    "split_rows",
+]

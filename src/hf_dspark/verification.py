@@ -1,0 +1,113 @@
+"""Which drafted tokens stand, and what follows them. Pure maths on one round; knows no model, no cache, no user options.
+
+Source: paper section 2 and DSPARK.md step 7; the acceptance rule of Leviathan et al. 2023 (arXiv 2211.17192).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .row_cache import RowLayout
+from .sampling import draw
+
+
+@dataclass(frozen=True)
+class DraftBlock:
+    """What the drafter proposes in one round for R rows, gamma tokens each.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(R, gamma)`): x_1..x_gamma, target ids.
+        confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): c_k, calibrated, float32.
+        probs (`torch.Tensor` of shape `(R, gamma, V_draft)`, *optional*): p_d, the distribution that each token was drawn from;
+            None where the draft is an arg-max.
+        draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they are the same.
+        drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): p_d of the drawn tokens; goes with `probs`.
+    """
+
+    tokens: torch.Tensor
+    confidence: torch.Tensor | None = None
+    probs: torch.Tensor | None = None
+    draft_ids: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.tokens.shape[1]
+
+    def truncate(self, length: int) -> DraftBlock:
+        """The first `length` tokens of every row, whole record."""
+        cut = {name: value[:, :length] for name in ("tokens", "confidence", "probs", "drawn") if (value := getattr(self, name)) is not None}
+        return replace(self, **cut)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one verification.
+
+    Attributes:
+        accepted (`torch.LongTensor` of shape `(R,)`): drafted tokens that stand, 0..l_r.
+        next_token (`torch.LongTensor` of shape `(R,)`): the token after them: a correction, or the bonus where all l_r stand.
+    """
+
+    accepted: torch.Tensor
+    next_token: torch.Tensor
+
+
+def _stands(agrees: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Length of the accepted prefix: agreement until the first failure, and never past what was verified."""
+    verified = torch.tensor(layout.counts, device=agrees.device) - 1
+    within = torch.arange(agrees.shape[1], device=agrees.device) < verified[:, None]
+    return (agrees & within).long().cumprod(dim=1).sum(dim=1)
+
+
+def accept_greedy(choice: torch.Tensor, block: DraftBlock, layout: RowLayout) -> Verdict:
+    """Keep drafted tokens while they are the target's arg-max.
+
+    Args:
+        choice (`torch.LongTensor` of shape `(T,)`): the target's arg-max after each token of the flattened pass.
+        block (`DraftBlock`): the draft, truncated to the longest verified length.
+        layout (`RowLayout`): rows of [anchor, x_1..x_{l_r}].
+    """
+    padded = choice[layout.padded_index]
+    accepted = _stands(block.tokens == padded[:, : block.block_size], layout)
+    return Verdict(accepted, padded.gather(1, accepted[:, None])[:, 0])
+
+
+def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None) -> Verdict:
+    """Speculative sampling: accept x_k with probability min(1, p_t / p_d), else draw from norm(max(p_t - p_d, 0)).
+
+    The result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d.
+
+    Args:
+        p_t (`torch.Tensor` of shape `(T, V)`): the target's distribution after each token of the flattened pass, float32,
+            after the user's processors.
+        block (`DraftBlock`): the draft, truncated to the longest verified length; without `probs` its tokens count as certain.
+        layout (`RowLayout`): rows of [anchor, x_1..x_{l_r}].
+        generator (`torch.Generator`, *optional*): source of randomness.
+    """
+    length = block.block_size
+    flat = layout.padded_index
+    p_x = p_t[flat[:, :length], block.tokens]
+    p_d = torch.ones_like(p_x) if block.drawn is None else block.drawn
+    uniform = torch.rand(p_x.shape, generator=generator, device=p_x.device)
+    # u < p_t / p_d without the division; u is in [0, 1), so p_t == p_d always accepts and p_t == 0 never does.
+    accepted = _stands(uniform * p_d < p_x, layout)
+    rows = torch.arange(layout.num_rows, device=accepted.device)
+    final = p_t[flat[rows, accepted]]
+    if length:
+        rejected = accepted < torch.tensor(layout.counts, device=accepted.device) - 1
+        at = accepted.clamp(max=length - 1)
+        residual = final.clone()
+        if block.probs is None:
+            residual[rows, block.tokens[rows, at]] = 0.0
+        elif block.draft_ids is None:
+            residual -= block.probs[rows, at]
+        else:
+            residual[:, block.draft_ids] -= block.probs[rows, at]
+        residual.clamp_(min=0.0)
+        # p_t == p_d up to rounding leaves nothing; then a rejection had probability zero and p_t itself is the limit.
+        usable = rejected & (residual.sum(-1) > 0)
+        final = torch.where(usable[:, None], residual, final)
+    return Verdict(accepted, draw(final, generator))

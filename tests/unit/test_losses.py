@@ -1,0 +1,256 @@
+"""The objective against values worked out by hand on three and four tokens, and against plain autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_dspark.training.losses import LossWeights, TargetHead, TargetProbabilities, dspark_loss, position_weights
+
+DRAFT = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
+TARGET = torch.tensor([[0.25, 0.25, 0.5], [0.1, 0.3, 0.6]])
+
+
+def given(probabilities: torch.Tensor, ids: torch.Tensor | None = None):
+    """A target whose hidden state is the index of its distribution."""
+
+    def target(hidden: torch.Tensor) -> TargetProbabilities:
+        p = probabilities[hidden[:, 0].long()]
+        if ids is None:
+            return TargetProbabilities(p, torch.zeros(len(p)), p.argmax(-1))
+        index = torch.full((p.shape[1],), -1)
+        index[ids] = torch.arange(len(ids))
+        return TargetProbabilities(p[:, ids], 1 - p[:, ids].sum(-1), index[p.argmax(-1)])
+
+    return target
+
+
+def call(draft, target, labels, *, mask=None, confidence=None, weights=None, latent=None, index=None, **kwargs):
+    """One row, one block; draft logits are the log-probabilities themselves and position k meets distribution k."""
+    gamma = len(labels)
+    hidden = draft.log().view(1, 1, gamma, -1).clone().requires_grad_(True)
+    result = dspark_loss(
+        hidden=hidden,
+        latent=latent,
+        confidence_logits=confidence,
+        target_ids=torch.tensor(labels).view(1, 1, gamma),
+        target_index=torch.arange(gamma).view(1, 1, gamma),
+        position_mask=torch.ones(1, 1, gamma, dtype=torch.bool) if mask is None else mask,
+        target_hidden=torch.arange(gamma).view(1, gamma, 1).float(),
+        draft_logits=kwargs.pop("draft_logits", lambda h, latent: h * 1.0),
+        target=target,
+        weights=weights or LossWeights(cross_entropy=0.1, total_variation=0.9, confidence=1.0, decay=2.0),
+        label_index=index,
+        **kwargs,
+    )
+    return result, hidden
+
+
+def test_position_weights_fall_by_e_every_decay_tokens():
+    """w_k = exp(-(k-1)/decay) with k from 1: 1, e^-0.5, e^-1 at decay 2."""
+    assert position_weights(3, 2.0).tolist() == pytest.approx([1.0, 0.6065307, 0.3678794])
+
+
+def test_loss_equals_the_value_worked_out_by_hand():
+    """L1 is 0.5 and 0.2, CE -ln 0.25 and -ln 0.6, c = 0.8 at acceptances 0.75 and 0.9; weights 1 and e^-0.5."""
+    logit = math.log(0.8 / 0.2)
+    result, _ = call(DRAFT, given(TARGET), [2, 2], confidence=torch.full((1, 1, 2), logit))
+    w1, w2 = 1 / (1 + 0.6065306597), 0.6065306597 / (1 + 0.6065306597)
+    ce = w1 * 1.3862943611 + w2 * 0.5108256238
+    l1 = w1 * 0.5 + w2 * 0.2
+    bce = w1 * -(0.75 * math.log(0.8) + 0.25 * math.log(0.2)) + w2 * -(0.9 * math.log(0.8) + 0.1 * math.log(0.2))
+    assert float(result.loss.detach()) == pytest.approx(0.1 * ce + 0.9 * l1 + 1.0 * bce, rel=1e-5)
+    assert result.acceptance.flatten().tolist() == pytest.approx([0.75, 0.9])
+    assert result.agreement.flatten().tolist() == [False, True]
+    assert result.confidence_error.flatten().tolist() == pytest.approx([0.05, 0.1])
+    assert float(result.terms["cross_entropy"]) == pytest.approx(ce, rel=1e-5)
+
+
+def test_taus_are_expected_prefixes_plus_the_bonus_token():
+    """tau at T = 1 is 1 + 0.75 + 0.75 * 0.9 = 2.425; the first arg-max differs, so tau at T = 0 is 1."""
+    result, _ = call(DRAFT, given(TARGET), [2, 2])
+    values = result.tally().values()
+    assert values["tau_sampled"] == pytest.approx(2.425, rel=1e-5)
+    assert values["tau_greedy"] == 1.0
+    assert values["acceptance"] == pytest.approx([0.75, 0.9])
+    assert "confidence_error" not in values
+
+
+def test_blocks_cut_short_count_for_acceptance_but_not_for_tau():
+    """A block that leaves its row has no tau: it could not have been accepted to its end."""
+    result, _ = call(DRAFT, given(TARGET), [2, 2], mask=torch.tensor([[[True, False]]]))
+    values = result.tally().values()
+    assert values["tau_sampled"] is None
+    assert values["acceptance"] == [pytest.approx(0.75), None]
+
+
+def test_gradient_equals_plain_autograd_of_the_same_formula():
+    """The chunk-wise gradient is that of the loss written out with softmax and abs."""
+    torch.manual_seed(0)
+    draft, target = torch.rand(5, 7).softmax(-1), (3 * torch.rand(5, 7)).softmax(-1)
+    labels = [1, 6, 0, 3, 3]
+    result, hidden = call(draft, given(target), labels, chunk_positions=2)
+    result.loss.backward()
+
+    plain = draft.log().clone().requires_grad_(True)
+    w = torch.exp(-torch.arange(5.0) / 2.0)
+    ce = nn.functional.cross_entropy(plain, torch.tensor(labels), reduction="none")
+    l1 = (plain.softmax(-1) - target).abs().sum(-1)
+    loss = ((0.1 * ce + 0.9 * l1) * w).sum() / w.sum()
+    loss.backward()
+    torch.testing.assert_close(result.loss, loss)
+    torch.testing.assert_close(hidden.grad.view(5, 7), plain.grad)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_loss_does_not_depend_on_the_chunk_size(chunk):
+    """Chunks are a matter of memory only."""
+    torch.manual_seed(0)
+    draft, target = torch.rand(5, 7).softmax(-1), torch.rand(5, 7).softmax(-1)
+    losses = [call(draft, given(target), [1, 2, 3, 4, 5], chunk_positions=c)[0].loss for c in (chunk, 5)]
+    torch.testing.assert_close(*losses)
+
+
+def test_mass_outside_a_reduced_vocabulary_counts_as_distance():
+    """Draft ids (3, 0) of four: p_d = (0.5, 0.5), p_t = (0.4, 0.2) inside and 0.4 outside, so L1 = 0.1 + 0.3 + 0.4."""
+    ids = torch.tensor([3, 0])
+    index = torch.tensor([1, -1, -1, 0])
+    target = torch.tensor([[0.2, 0.1, 0.3, 0.4]])
+    weights = LossWeights(cross_entropy=1.0, total_variation=1.0)
+    result, _ = call(torch.tensor([[0.5, 0.5]]), given(target, ids), [0], index=index, weights=weights)
+    assert float(result.loss.detach()) == pytest.approx(math.log(2) + 0.8, rel=1e-5)
+    assert result.acceptance.flatten().tolist() == pytest.approx([0.6])
+    assert int(result.labels_outside) == 0
+
+
+def test_labels_outside_a_reduced_vocabulary_leave_the_cross_entropy_alone():
+    """Label 2 has no draft id: it is counted, and only the other position (p_d = 0.5, CE ln 2) is in the mean."""
+    ids, index = torch.tensor([3, 0]), torch.tensor([1, -1, -1, 0])
+    target = torch.tensor([[0.2, 0.1, 0.3, 0.4], [0.2, 0.1, 0.3, 0.4]])
+    weights = LossWeights(cross_entropy=1.0, total_variation=0.0)
+    result, hidden = call(
+        torch.tensor([[0.5, 0.5], [0.9, 0.1]]), given(target, ids), [3, 2], index=index, weights=weights
+    )
+    result.loss.backward()
+    assert float(result.loss.detach()) == pytest.approx(math.log(2), rel=1e-5)
+    assert int(result.labels_outside) == 1
+    assert hidden.grad[0, 0, 1].abs().max() == 0
+    assert result.tally().values()["labels_outside"] == 0.5
+    assert result.tally().values()["cross_entropy"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_arg_max_outside_the_reduced_vocabulary_is_no_agreement():
+    """The target's most likely token 2 has no draft id, so no draft agrees with it."""
+    ids, index = torch.tensor([0, 1]), torch.tensor([0, 1, -1])
+    result, _ = call(torch.tensor([[0.9, 0.1]]), given(torch.tensor([[0.3, 0.2, 0.5]]), ids), [0], index=index)
+    assert not result.agreement.any()
+
+
+def test_masked_positions_change_nothing():
+    """Loss and gradient are those of the supervised positions alone."""
+    mask = torch.tensor([[[True, False]]])
+    one, hidden = call(DRAFT, given(TARGET), [2, 2], mask=mask)
+    alone, _ = call(DRAFT[:1], given(TARGET), [2])
+    one.loss.backward()
+    torch.testing.assert_close(one.loss, alone.loss)
+    assert hidden.grad[0, 0, 1].abs().max() == 0
+
+
+def test_gradients_reach_hidden_latent_and_head_weight_and_equal_autograd():
+    """U + B with a frozen base and a trained second matrix: all three gradients are those of plain autograd."""
+    torch.manual_seed(1)
+    base, w2 = torch.randn(7, 4), nn.Parameter(torch.randn(7, 2))
+    hidden = torch.randn(1, 2, 3, 4, requires_grad=True)
+    latent = torch.randn(1, 2, 3, 2, requires_grad=True)
+    labels = torch.randint(0, 7, (1, 2, 3))
+    target = torch.randn(6, 7).softmax(-1)
+    result = dspark_loss(
+        hidden=hidden,
+        latent=latent,
+        confidence_logits=None,
+        target_ids=labels,
+        target_index=torch.tensor([[[0, 1, 2], [1, 2, 3]]]),
+        position_mask=torch.ones(1, 2, 3, dtype=torch.bool),
+        target_hidden=torch.arange(6.0).view(1, 6, 1),
+        draft_logits=lambda h, b: h @ base.T + b @ w2.T,
+        target=given(target),
+        weights=LossWeights(decay=3.0),
+        parameters=[w2],
+        chunk_positions=4,
+    )
+    result.loss.backward()
+    found = [hidden.grad.clone(), latent.grad.clone(), w2.grad.clone()]
+    hidden.grad = latent.grad = w2.grad = None
+    logits = hidden @ base.T + latent @ w2.T
+    p_t = target[torch.tensor([[[0, 1, 2], [1, 2, 3]]])]
+    w = torch.exp(-torch.arange(3.0) / 3.0).expand(1, 2, 3)
+    ce = nn.functional.cross_entropy(logits.view(6, 7), labels.view(6), reduction="none").view(1, 2, 3)
+    loss = ((0.1 * ce + 0.9 * (logits.softmax(-1) - p_t).abs().sum(-1)) * w).sum() / w.sum()
+    loss.backward()
+    for mine, plain in zip(found, [hidden.grad, latent.grad, w2.grad], strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
+def test_confidence_term_does_not_move_the_distribution_it_predicts():
+    """With only the confidence term on, the draft logits get no gradient and the confidence does."""
+    confidence = torch.zeros(1, 1, 2, requires_grad=True)
+    weights = LossWeights(cross_entropy=0.0, total_variation=0.0, confidence=1.0)
+    result, hidden = call(DRAFT, given(TARGET), [2, 2], confidence=confidence, weights=weights)
+    result.loss.backward()
+    assert hidden.grad.abs().max() == 0
+    assert confidence.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("module", [nn.Linear(4, 6, bias=True), nn.Sequential(nn.Linear(4, 6, bias=False))])
+def test_target_head_equals_a_softmax_over_the_whole_vocabulary(module, softcap):
+    """Inside, outside and arg-max are those of the full distribution, for plain heads and for heads it cannot slice."""
+    torch.manual_seed(0)
+    ids, hidden = torch.tensor([4, 1, 2]), torch.randn(20, 4)
+    found = TargetHead(module, ids, softcap=softcap)(hidden)
+    logits = module(hidden)
+    p = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).softmax(-1)
+    torch.testing.assert_close(found.inside, p[:, ids])
+    torch.testing.assert_close(found.outside, 1 - p[:, ids].sum(-1))
+    best = [ids.tolist().index(i) if i in ids.tolist() else -1 for i in p.argmax(-1).tolist()]
+    assert found.best.tolist() == best
+    assert not found.inside.requires_grad
+
+
+def test_tallies_of_parts_add_up_to_the_tally_of_the_whole():
+    """Numerators and denominators add, so groups can be merged in any order."""
+    torch.manual_seed(0)
+    result = dspark_loss(
+        hidden=torch.randn(4, 2, 3, 5),
+        latent=None,
+        confidence_logits=torch.randn(4, 2, 3),
+        target_ids=torch.randint(0, 5, (4, 2, 3)),
+        target_index=torch.randint(0, 6, (4, 2, 3)),
+        position_mask=torch.ones(4, 2, 3, dtype=torch.bool),
+        target_hidden=torch.arange(24.0).view(4, 6, 1),
+        draft_logits=lambda h, b: h,
+        target=given(torch.randn(24, 5).softmax(-1)),
+        weights=LossWeights(),
+    )
+    parts = result.tally(torch.tensor([True, False, True, False])).merge(
+        result.tally(torch.tensor([False, True, False, True]))
+    )
+    whole = result.tally().values()
+    assert parts.values().keys() == whole.keys()
+    for name, value in parts.values().items():
+        assert value == pytest.approx(whole[name], abs=2e-6)
+
+
+def test_batch_without_a_supervised_position_is_refused():
+    """There is nothing to average over."""
+    with pytest.raises(ValueError, match="no supervised position"):
+        call(DRAFT, given(TARGET), [2, 2], mask=torch.zeros(1, 1, 2, dtype=torch.bool))
+
+
+def test_decay_must_be_positive():
+    """Zero would divide, a negative decay would weigh the end of the block most."""
+    with pytest.raises(ValueError, match="decay is 0"):
+        position_weights(3, 0)
