@@ -61,7 +61,7 @@ $(OLDEST_VENV)/.hf-dspark-ready: pyproject.toml hatch_build.py
 setup: $(STAMP)
 
 demo: $(STAMP)
-	@$(PY) -m hf_dspark_cli demo $(DEMO_ARGS)
+	@$(VENV)/bin/hf-dspark demo $(DEMO_ARGS)
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)

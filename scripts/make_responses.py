@@ -61,13 +61,24 @@ def already_answered(paths: list[Path]) -> set[str]:
 
 
 @torch.inference_mode()
-def complete(model, tokenizer, prompts: list[list[int]], *, temperature: float, max_new_tokens: int, stop: list[int]) -> list[list[int]]:
+def complete(
+    model, tokenizer, prompts: list[list[int]], *, temperature: float, max_new_tokens: int, stop: list[int]
+) -> list[list[int]]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **sampling
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
     )
     return out[:, longest:].tolist()
 
@@ -94,7 +105,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--file-share", type=float, default=0.3, help="share of batches whose prompts come from --prompts")
+    parser.add_argument(
+        "--file-share", type=float, default=0.3, help="share of batches whose prompts come from --prompts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -117,19 +130,34 @@ def main() -> None:
             if not rows:
                 continue
             temperature = float(batches % 2)
-            prompts = [tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True)["input_ids"] for _, p in rows]
-            outs = complete(model, tokenizer, prompts, temperature=temperature, max_new_tokens=args.max_new_tokens, stop=[eos])
+            prompts = [
+                tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True)["input_ids"]
+                for _, p in rows
+            ]
+            outs = complete(
+                model, tokenizer, prompts, temperature=temperature, max_new_tokens=args.max_new_tokens, stop=[eos]
+            )
             for (source, prompt), prompt_ids, out in zip(rows, prompts, outs, strict=True):
                 ended = eos in out
                 response = out[: out.index(eos) + 1] if ended else out
                 seen.add(prompt)
                 tokens += len(response)
-                record = {"source": source, "prompt": prompt, "temperature": temperature, "prompt_ids": prompt_ids, "response_ids": response, "ended": ended}
+                record = {
+                    "source": source,
+                    "prompt": prompt,
+                    "temperature": temperature,
+                    "prompt_ids": prompt_ids,
+                    "response_ids": response,
+                    "ended": ended,
+                }
                 sink.write(json.dumps(record) + "\n")
             sink.flush()
             batches += 1
             minutes = (time.monotonic() - start) / 60
-            print(f"{len(seen)} prompts, {tokens} tokens, {tokens / (60 * minutes):.0f} tokens/s, {minutes:.1f} min", flush=True)
+            print(
+                f"{len(seen)} prompts, {tokens} tokens, {tokens / (60 * minutes):.0f} tokens/s, {minutes:.1f} min",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

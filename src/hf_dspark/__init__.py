@@ -91,9 +91,9 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# A program that imports this package wants the plain call to work and AutoModel to know the drafter. The command line loads what each
-# command needs.
-if Path(sys.argv[0] if sys.argv else "").name not in ("hf-dspark", "-m"):
+# A program that imports this package wants the plain call to work and AutoModel to know the drafter. The command `hf-dspark` loads what each of
+# its commands needs, so that `hf-dspark --help` answers at once.
+if Path(sys.argv[0] if sys.argv else "").stem != "hf-dspark":
     from . import modeling_dspark
     from .integration import install
 

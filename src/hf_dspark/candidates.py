@@ -7,8 +7,11 @@ generator. The loop of this package is faster and takes any batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         do_sample (`bool`): draw the draft; arg-max otherwise.
         max_length (`int`): longest sequence, prompt included.
         budget (`str` or `Budget`, *optional*): `drafter.budget` where None.
+        block_size (`int`, *optional*): gamma, the drafter's where None.
     Raises:
         ValueError: for more than one row.
     """
@@ -50,32 +54,44 @@ class DSparkCandidateGenerator(CandidateGenerator):
         do_sample: bool = False,
         max_length: int,
         budget: str | Budget | None = None,
+        block_size: int | None = None,
     ) -> None:
         if input_ids.shape[0] != 1:
-            raise ValueError(f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches.")
+            raise ValueError(
+                f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches."
+            )
         self.drafter = drafter.bind(target)
         self.do_sample = do_sample
         self.max_length = max_length
         self.budget = make_budget(budget if budget is not None else drafter.budget)
         self.processors = RowProcessors(logits_processor, 1)
         self.taps = Taps(target, drafter.config.target_layer_ids)
+        self.block_size = drafter.config.block_size if block_size is None else block_size
         self.cache = RowCache()
         self.cache.add_rows(1)
+        # Tokens that the target's own cache held before this call: their taps are gone, so the drafter's context begins behind them.
+        self.skipped: int | None = None
 
-    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    def get_candidates(
+        self, input_ids: torch.LongTensor, **kwargs: Any
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the first target pass."""
-        committed = input_ids.shape[1] - 1
         room = self.max_length - input_ids.shape[1] - 1
         if kwargs.get("is_first_iteration") or room < 1:
             return input_ids, None
         known = self.cache.lengths[0]
+        taps = self.taps.take()[0]
+        if self.skipped is None:
+            self.skipped = input_ids.shape[1] - 1 - taps.shape[0]
+        # Positions count from where the drafter's context begins; rotary embeddings see differences only.
+        committed = input_ids.shape[1] - 1 - self.skipped
         if committed > known:
             # The loop keeps what it accepted; later tokens of its last pass were rejected, and their taps with them.
-            taps = self.taps.take()[0, : committed - known]
+            taps = taps[: committed - known]
             self.drafter.extend_context(taps, RowLayout([known], [committed - known], input_ids.device), self.cache)
             self.cache.lengths[0] = committed
         config = self.drafter.config
-        sequences = Sequences(input_ids, self.max_length, config.block_size + 1)
+        sequences = Sequences(input_ids, self.max_length, self.block_size + 1)
         kept: list[torch.Tensor] = []
 
         def process(logits: torch.Tensor, k: int, tokens: list[torch.Tensor]) -> torch.Tensor:
@@ -95,8 +111,8 @@ class DSparkCandidateGenerator(CandidateGenerator):
             input_ids[:, -1],
             [committed],
             self.cache,
-            block_size=config.block_size,
-            length=config.block_size,
+            block_size=self.block_size,
+            length=self.block_size,
             sample=self.do_sample,
             process=process,
             with_confidence=self.budget.needs_confidence,
@@ -111,33 +127,59 @@ class DSparkCandidateGenerator(CandidateGenerator):
         """Nothing to adapt: the budget decides each round anew."""
 
 
-@contextmanager
-def stock_loop(target: Any, drafter: Any, budget: str | Budget | None = None) -> Iterator[None]:
-    """While open, `target._get_candidate_generator` proposes this drafter's blocks, and their taps are caught.
+_FACTORY: ContextVar[Callable[..., DSparkCandidateGenerator] | None] = ContextVar(
+    "hf_dspark_candidate_factory", default=None
+)
+_LOCK = threading.Lock()
+_USERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
-    Call transformers' original `_assisted_decoding` inside; the target is as it was afterwards.
+
+@contextmanager
+def stock_loop(
+    target: Any, drafter: Any, budget: str | Budget | None = None, block_size: int | None = None
+) -> Iterator[None]:
+    """While open, `target._get_candidate_generator` proposes this drafter's blocks in this thread, and their taps are caught.
+
+    Call transformers' original `_assisted_decoding` inside; the target is as it was afterwards. May be entered from several threads.
     """
-    made: list[DSparkCandidateGenerator] = []
     taps = Taps(target, drafter.config.target_layer_ids)
 
-    def candidates(generation_config: Any, input_ids: torch.LongTensor, logits_processor: Any = (), **_: Any) -> DSparkCandidateGenerator:
-        made.append(
-            DSparkCandidateGenerator(
-                target,
-                drafter,
-                input_ids,
-                logits_processor=logits_processor,
-                do_sample=generation_config.do_sample,
-                max_length=generation_config.max_length,
-                budget=budget,
-            )
+    def candidates(
+        generation_config: Any, input_ids: torch.LongTensor, logits_processor: Any = (), **_: Any
+    ) -> DSparkCandidateGenerator:
+        made = DSparkCandidateGenerator(
+            target,
+            drafter,
+            input_ids,
+            logits_processor=logits_processor,
+            do_sample=generation_config.do_sample,
+            max_length=generation_config.max_length,
+            budget=budget,
+            block_size=block_size,
         )
-        made[-1].taps = taps
-        return made[-1]
+        made.taps = taps
+        return made
 
-    target._get_candidate_generator = candidates
+    token = _FACTORY.set(candidates)
     try:
-        with taps.open():
+        with _dispatching(target), taps.open():
             yield
     finally:
-        del target._get_candidate_generator
+        _FACTORY.reset(token)
+
+
+@contextmanager
+def _dispatching(target: Any) -> Iterator[None]:
+    """Let `target` ask the factory of the calling thread for candidates; threads without one get transformers' own."""
+    with _LOCK:
+        _USERS[target] = _USERS.get(target, 0) + 1
+        if _USERS[target] == 1:
+            own = target._get_candidate_generator
+            target._get_candidate_generator = lambda *args, **kwargs: (_FACTORY.get() or own)(*args, **kwargs)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _USERS[target] -= 1
+            if _USERS[target] == 0:
+                del target._get_candidate_generator

@@ -32,7 +32,6 @@ _NO_IDS = (*_ANY_VOCABULARY, lp.SuppressTokensLogitsProcessor)
 _ANY_ROW = (
     lp.MinLengthLogitsProcessor,
     lp.MinNewTokensLengthLogitsProcessor,
-    lp.RepetitionPenaltyLogitsProcessor,
     lp.NoRepeatNGramLogitsProcessor,
     lp.SequenceBiasLogitsProcessor,
     lp.NoBadWordsLogitsProcessor,
@@ -130,10 +129,14 @@ class RowProcessors:
             if type(processor) in _NO_IDS:
                 scores = processor(None, scores)
             else:
-                scores = torch.cat([self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)])
+                scores = torch.cat(
+                    [self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)]
+                )
         return scores
 
-    def _one(self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, row: int, extra: int) -> torch.Tensor:
+    def _one(
+        self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, row: int, extra: int
+    ) -> torch.Tensor:
         ids = sequences.prefix(row, extra)
         if self._batch_size == 1 or type(processor) in _ANY_ROW:
             return processor(ids, scores)
@@ -162,24 +165,43 @@ class RowStopping:
             else:
                 self._others.append(criterion)
 
-    def kept(self, tokens: list[int], sequences: Sequences, row: int, scores: tuple[torch.Tensor, ...] | None) -> tuple[int, bool]:
+    def kept(
+        self, tokens: list[int], sequences: Sequences, row: int, scores: Sequence[torch.Tensor] | None
+    ) -> tuple[int, bool]:
         """How many of the new `tokens` of `row` remain, and whether the row ends with them.
 
         The tokens must be pencilled in. A criterion sees the ids with left padding and one more token each time, as in a plain call.
+
+        Args:
+            tokens (`list[int]`): new tokens of the row.
+            sequences (`Sequences`): ids of all rows.
+            row (`int`): number in the caller's batch.
+            scores (`list[torch.Tensor]` of shape `(V,)`, *optional*): the distribution behind each generated token of the row, the new
+                ones' last; given where the caller asked for scores.
         """
         for index, token in enumerate(tokens):
             length = sequences.lengths[row] + index + 1
             ended = token in self.eos_ids or (self.max_length is not None and length >= self.max_length)
             # Every criterion is asked at every token: some keep count.
-            for criterion in self._others:
-                ended |= self._asks(criterion, sequences.prefix(row, index + 1), row, scores)
+            if self._others:
+                ids = sequences.prefix(row, index + 1)
+                seen = (
+                    None if scores is None else tuple(s[None] for s in scores[: len(scores) - len(tokens) + index + 1])
+                )
+                for criterion in self._others:
+                    ended |= self._asks(criterion, ids, row, seen)
             if ended:
                 return index + 1, True
         return len(tokens), False
 
-    def _asks(self, criterion: sc.StoppingCriteria, ids: torch.Tensor, row: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+    def _asks(
+        self, criterion: sc.StoppingCriteria, ids: torch.Tensor, row: int, scores: tuple[torch.Tensor, ...] | None
+    ) -> bool:
         if self._batch_size == 1 or type(criterion) in (sc.StopStringCriteria, sc.MaxTimeCriteria):
             answer = criterion(ids, scores)
             return bool(answer.reshape(-1)[0]) if isinstance(answer, torch.Tensor) else bool(answer)
-        answer = criterion(ids.expand(self._batch_size, -1), scores)
+        answer = criterion(
+            ids.expand(self._batch_size, -1),
+            None if scores is None else tuple(s.expand(self._batch_size, -1) for s in scores),
+        )
         return bool(answer[row]) if isinstance(answer, torch.Tensor) and answer.dim() else bool(answer)

@@ -64,7 +64,10 @@ def draft_block(
     noise = exponential_noise(tuple(base.shape), base, generator) if sample else None
     head = drafter.markov_head
     state = None if head is None else head.initial_state(h[:, 0])
-    prev, tokens, ids, kept = anchors, [], [], []
+    prev = anchors
+    tokens: list[torch.Tensor] = []
+    ids: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     for k in range(length):
         logits = base[:, k]
         if head is not None:

@@ -1,12 +1,12 @@
 """Every exception of the package, in one file. Knows nothing else.
 
-    DSparkError
-    ├── UnsupportedTargetError (ValueError)    this target cannot be decoded exactly, and why
-    ├── UnsupportedOptionError (ValueError)    this `generate` option cannot be honoured, and what to do instead
-    ├── BindingError (ValueError)              drafter and target do not fit each other
-    ├── CheckpointError (ValueError)           a checkpoint that is partial, foreign or malformed
-    ├── DataError (ValueError)                 a row or file of prompts or responses that cannot be used
-    └── UnboundDrafterError (RuntimeError)     a drafter used before it knows its target
+DSparkError
+├── UnsupportedTargetError (ValueError)    this target cannot be decoded exactly, and why
+├── UnsupportedOptionError (ValueError)    this `generate` option cannot be honoured, and what to do instead
+├── BindingError (ValueError)              drafter and target do not fit each other
+├── CheckpointError (ValueError)           a checkpoint that is partial, foreign or malformed
+├── DataError (ValueError)                 a row or file of prompts or responses that cannot be used
+└── UnboundDrafterError (RuntimeError)     a drafter used before it knows its target
 """
 
 from __future__ import annotations

@@ -96,11 +96,13 @@ def generate_batch(
     _check_options(generation_config, model_kwargs, input_ids, streamer, synced_gpus)
     budget = make_budget(options.budget if options.budget is not None else drafter.budget)
     if budget.needs_confidence and drafter.confidence_head is None:
-        raise UnsupportedOptionError(f"Budget {budget!r} needs a drafter with a confidence head; this one has none. Use 'full' or 'static:N'.")
+        raise UnsupportedOptionError(
+            f"Budget {budget!r} needs a drafter with a confidence head; this one has none. Use 'full' or 'static:N'."
+        )
     block_size = _block_size(drafter, options)
     drafter.bind(model)
     target = Target(model, drafter.config.target_layer_ids)
-    prompts = _prompts(input_ids, model_kwargs, target.device)
+    prompts = _prompts(input_ids, model_kwargs, getattr(generation_config, "_mask_length", None), target.device)
     batch = len(prompts)
     processors = RowProcessors(logits_processor, batch)
     stopping = RowStopping(stopping_criteria, batch)
@@ -153,11 +155,19 @@ def generate_batch(
 # ------------------------------------------------------------------------------------------------------------------------ arguments
 
 
-def _check_options(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool) -> None:
+def _check_options(
+    config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool
+) -> None:
     if not kwargs.get("use_cache", True):
         raise ValueError("assisted generate requires `use_cache=True`")
     cache = kwargs.get("past_key_values")
-    static = config.cache_implementation in ("static", "hybrid", "sliding_window", "offloaded_static", "offloaded_hybrid")
+    static = config.cache_implementation in (
+        "static",
+        "hybrid",
+        "sliding_window",
+        "offloaded_static",
+        "offloaded_hybrid",
+    )
     if static or "Static" in type(cache).__name__:
         raise ValueError("assisted generate is not supported with Static cache classes`")
     wrong = ""
@@ -201,7 +211,9 @@ def _block_size(drafter: Any, options: CallOptions) -> int:
     return options.block_size
 
 
-def _prompts(input_ids: torch.Tensor, kwargs: dict[str, Any], device: torch.device) -> list[torch.Tensor]:
+def _prompts(
+    input_ids: torch.Tensor, kwargs: dict[str, Any], mask_length: int | None, device: torch.device
+) -> list[torch.Tensor]:
     """Each row's ids without padding. What the mask leaves out does not exist here, and position ids count what is left."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise UnsupportedOptionError(
@@ -210,16 +222,25 @@ def _prompts(input_ids: torch.Tensor, kwargs: dict[str, Any], device: torch.devi
         )
     mask = kwargs.get("attention_mask")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
-    if keep.shape != input_ids.shape:
-        raise UnsupportedOptionError(f"attention_mask has shape {tuple(keep.shape)}, input_ids {tuple(input_ids.shape)}; they must agree.")
+    # `generate` drops masks of ones, but remembers how long they were.
+    width = keep.shape[1] if mask is not None or mask_length is None else mask_length
+    if keep.shape[0] != input_ids.shape[0] or width != input_ids.shape[1]:
+        raise UnsupportedOptionError(
+            f"attention_mask covers {width} tokens, input_ids has shape {tuple(input_ids.shape)}; they must agree. With past_key_values too, "
+            "give the ids of the whole text, not only the new ones."
+        )
     empty = (~keep.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise UnsupportedOptionError(f"Rows {empty} of the batch are empty prompts (attention_mask all 0); every row needs a token.")
+        raise UnsupportedOptionError(
+            f"Rows {empty} of the batch are empty prompts (attention_mask all 0); every row needs a token."
+        )
     positions = kwargs.get("position_ids")
     if positions is not None and positions.shape[-1] == input_ids.shape[1]:
         expected = (keep.long().cumsum(1) - 1)[keep]
         if not torch.equal(positions.to(input_ids.device).expand_as(input_ids)[keep], expected):
-            raise UnsupportedOptionError("position_ids other than 0, 1, .. over the unmasked tokens are not supported; leave them out.")
+            raise UnsupportedOptionError(
+                "position_ids other than 0, 1, .. over the unmasked tokens are not supported; leave them out."
+            )
     return [row[kept].to(device) for row, kept in zip(input_ids, keep, strict=True)]
 
 
@@ -264,13 +285,12 @@ def _resume(cache: Any, drafter: Any, prompts: list[torch.Tensor]) -> tuple[Cont
         return None, 0
     state = getattr(cache, "_dspark_state", None)
     prompt = prompts[0]
-    known = min(cached, len(prompt) - 1)
     fits = (
         isinstance(state, _TurnState)
         and state.drafter_id == id(drafter)
         and cached <= len(state.ids)
         and cached <= len(prompt)
-        and torch.equal(state.ids[:known].to(prompt.device), prompt[:known])
+        and torch.equal(state.ids[:cached].to(prompt.device), prompt[:cached])
     )
     if not fits:
         logger.warning(
@@ -279,6 +299,9 @@ def _resume(cache: Any, drafter: Any, prompts: list[torch.Tensor]) -> tuple[Cont
             cached,
         )
         return None, 0
+    # At least one token must be read, for the first logits. From here on this call writes behind what the cache still holds.
+    known = min(cached, len(prompt) - 1)
+    state.ids = state.ids[:cached]
     forked = Context(_fork(state.context.target, known), _fork(state.context.drafter, known))
     return forked, known
 
@@ -309,4 +332,3 @@ def _hand_over(cache: DynamicCache, context: Context, drafter: Any, ids: torch.T
             keys, values = keys[:, :, -layer.sliding_window + 1 :], values[:, :, -layer.sliding_window + 1 :]
         layer.keys, layer.values = keys, values
     cache._dspark_state = _TurnState(ids.clone(), context, id(drafter)) if drafted else None  # type: ignore[attr-defined]
-

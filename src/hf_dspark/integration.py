@@ -38,7 +38,11 @@ def install() -> None:
         drafter = kwargs.get("assistant_model")
         if not getattr(drafter, "is_dspark_drafter", False):
             return original(self, *args, **kwargs)
-        mine = {k: v for k, v in kwargs.items() if k not in ("assistant_model", "inputs_tensor", "assistant_tokenizer", "tokenizer")}
+        mine = {
+            k: v
+            for k, v in kwargs.items()
+            if k not in ("assistant_model", "inputs_tensor", "assistant_tokenizer", "tokenizer")
+        }
         try:
             return generate_batch(self, drafter, *args, **mine)
         except UnsupportedTargetError as refused:
@@ -47,7 +51,7 @@ def install() -> None:
             if not refused.one_row_works or ids.shape[0] > 1 or options.generator is not None:
                 raise
             _log_once(f"{refused} Doing so for this batch of one.")
-            with stock_loop(self, drafter, options.budget):
+            with stock_loop(self, drafter, options.budget, options.block_size):
                 return original(self, *args, **kwargs)
 
     _assisted_decoding._hf_dspark_original = original  # type: ignore[attr-defined]
@@ -96,18 +100,26 @@ def generate(
     if seed is not None:
         generator = torch.Generator(device=target.get_input_embeddings().weight.device).manual_seed(seed)
     if num_return_sequences > 1:
-        kwargs = _repeated(kwargs, num_return_sequences)
+        kwargs = _repeated(target, kwargs, num_return_sequences)
+    # Before transformers' own checks, which would ask for tokenizers where the vocabularies differ.
+    drafter.bind(target)
     install()
     with call_options(CallOptions(budget, generator, block_size)):
         return target.generate(**kwargs, assistant_model=drafter)
 
 
-def _repeated(kwargs: dict[str, Any], times: int) -> dict[str, Any]:
-    config = kwargs.get("generation_config")
-    samples = kwargs.get("do_sample", getattr(config, "do_sample", False))
-    if not samples:
-        raise UnsupportedOptionError(f"num_return_sequences={times} greedy copies would all be the same; set do_sample=True.")
+def _repeated(target: Any, kwargs: dict[str, Any], times: int) -> dict[str, Any]:
+    asked = (
+        kwargs.get("do_sample"),
+        getattr(kwargs.get("generation_config"), "do_sample", None),
+        target.generation_config.do_sample,
+    )
+    if not next((value for value in asked if value is not None), False):
+        raise UnsupportedOptionError(
+            f"num_return_sequences={times} greedy copies would all be the same; set do_sample=True."
+        )
+    per_row = ("inputs", "input_ids", "attention_mask", "position_ids", "token_type_ids")
     return {
-        name: value.repeat_interleave(times, dim=0) if name in ("inputs", "input_ids", "attention_mask") and value is not None else value
+        name: value.repeat_interleave(times, dim=0) if name in per_row and value is not None else value
         for name, value in kwargs.items()
     }

@@ -26,7 +26,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
-    repeat_kv,
     rotate_half,
 )
 
@@ -703,7 +702,7 @@ class DSparkDrafter(PreTrainedModel):
         """
         gamma = self._check_gamma(gamma)
         context = self.project_taps(taps)
-        batch, length = context.shape[:2]
+        length = context.shape[1]
         anchors = anchor_positions.shape[1]
         anchor_positions = anchor_positions.to(context.device)
         x = self._block_inputs(anchor_ids, gamma).flatten(1, 2)
@@ -712,23 +711,16 @@ class DSparkDrafter(PreTrainedModel):
         past = torch.arange(length, device=x.device)
         context_rope = self._rope(context, past[None])
 
-        sees_context = past < anchor_positions.repeat_interleave(gamma, dim=1)[..., None]
+        sees_context = past < anchor_positions[..., None]
         if context_mask is not None:
             sees_context = sees_context & context_mask.to(device=x.device, dtype=torch.bool)[:, None, :]
-        block = torch.arange(anchors, device=x.device).repeat_interleave(gamma)
-        sees_block = (block[:, None] == block).expand(batch, -1, -1)
-        mask = torch.cat((sees_context, sees_block), dim=-1)[:, None]
+        hidden_keys = ~sees_context.repeat_interleave(gamma, dim=1)[:, None, None]
 
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             attention = self._attention(i)
             context_k, context_v = attention.keys_values(context, context_rope)
-            groups = attention.num_key_value_groups
-            keys, values = (
-                repeat_kv(torch.cat(pair, dim=1).transpose(1, 2), groups) for pair in ((context_k, k), (context_v, v))
-            )
             dropout = attention.attention_dropout if self.training else 0.0
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, dropout_p=dropout)
-            return out.transpose(1, 2).flatten(2)
+            return _block_attention(q, k, v, context_k, context_v, hidden_keys, gamma, dropout)
 
         for layer in self.layers:
             x = layer(x, rope, attend)
@@ -964,6 +956,51 @@ def _rms_scale(norm: nn.Module | None) -> torch.Tensor | None:
 def _rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     cos, sin = rope
     return x * cos + rotate_half(x) * sin
+
+
+def _block_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    context_k: torch.Tensor,
+    context_v: torch.Tensor,
+    hidden_keys: torch.Tensor,
+    gamma: int,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """One softmax over the context and the query's own block; scores against other blocks never exist.
+
+    Args:
+        q (`torch.Tensor` of shape `(B, A * gamma, H, D)`): queries of the blocks, one block after the other.
+        k, v (`torch.Tensor` of shape `(B, A * gamma, Hkv, D)`): keys and values of the blocks.
+        context_k, context_v (`torch.Tensor` of shape `(B, S, Hkv, D)`): keys and values of the context.
+        hidden_keys (`torch.BoolTensor` of shape `(B, 1, 1, A * gamma, S)`): true where a query must not look.
+        gamma (`int`): block length.
+        dropout (`float`): probability of dropping an attention weight.
+    Returns:
+        `torch.Tensor` of shape `(B, A * gamma, H * D)`.
+    """
+    _, length, kv_heads, size = context_k.shape
+    rows = q.shape[1]
+    groups, anchors = q.shape[2] // kv_heads, rows // gamma
+
+    def by_block(t: torch.Tensor) -> torch.Tensor:  # (B, Hkv, g, A * gamma, n) -> (B, Hkv, A, g * gamma, n)
+        return t.unflatten(3, (anchors, gamma)).transpose(2, 3).flatten(3, 4)
+
+    def by_row(t: torch.Tensor) -> torch.Tensor:  # and back
+        return t.unflatten(3, (groups, gamma)).transpose(2, 3).flatten(3, 4)
+
+    q = (q * size**-0.5).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4)  # (B, Hkv, g, A * gamma, D)
+    k, v = (t.unflatten(1, (anchors, gamma)).permute(0, 3, 1, 2, 4) for t in (k, v))  # (B, Hkv, A, gamma, D)
+    outside = (q.flatten(2, 3) @ context_k.permute(0, 2, 3, 1)).unflatten(2, (groups, rows))
+    inside = by_row(by_block(q) @ k.transpose(-1, -2))  # (B, Hkv, g, A * gamma, gamma)
+    weights = torch.cat((outside.masked_fill(hidden_keys, float("-inf")), inside), dim=-1).softmax(dim=-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    from_context, from_block = weights.split((length, gamma), dim=-1)
+    out = (from_context.flatten(2, 3) @ context_v.transpose(1, 2)).unflatten(2, (groups, rows))
+    out = out + by_row(by_block(from_block) @ v)
+    return out.permute(0, 3, 1, 2, 4).flatten(2)
 
 
 AutoConfig.register("dspark", DSparkConfig, exist_ok=True)

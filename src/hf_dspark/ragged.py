@@ -157,7 +157,9 @@ def _attend(
     return torch.matmul(weights, value)
 
 
-def _attend_padded(ragged: RaggedPass, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, **how: Any) -> torch.Tensor:
+def _attend_padded(
+    ragged: RaggedPass, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, **how: Any
+) -> torch.Tensor:
     """All rows in one call, short rows padded to the longest; queries `(1, H, T, D)`, result `(1, T, H, D)`."""
     layout = ragged.layout
     rows, length = layout.num_rows, layout.max_count
@@ -174,7 +176,9 @@ def _attend_padded(ragged: RaggedPass, query: torch.Tensor, key: torch.Tensor, v
     return (out if layout.equal_counts else out[layout.flat_index])[None]
 
 
-def _attend_row_by_row(ragged: RaggedPass, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, **how: Any) -> torch.Tensor:
+def _attend_row_by_row(
+    ragged: RaggedPass, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, **how: Any
+) -> torch.Tensor:
     """Row after row, as suits long pieces of prompts; same shapes as `_attend_padded`."""
     layout = ragged.layout
     kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
@@ -184,7 +188,9 @@ def _attend_row_by_row(ragged: RaggedPass, query: torch.Tensor, key: torch.Tenso
         q, end = query[:, :, first : first + count], start + count
         k, v = key[row : row + 1, :, :end], value[row : row + 1, :, :end]
         if start == 0 and simple and (window is None or end <= window):
-            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=count > 1, scale=how["scaling"], enable_gqa=groups > 1)
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=count > 1, scale=how["scaling"], enable_gqa=groups > 1
+            )
         else:
             mask = RowLayout([start], [count], layout.device).causal_mask(window).repeat(1, groups, 1)[:, None]
             out = _attend(_fold(q, kv_heads), k, v, mask, **how).reshape(1, query.shape[1], count, -1)
@@ -206,7 +212,11 @@ def _ragged_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS and not isinstance(given, bool))
+    unknown = sorted(
+        name
+        for name, given in kwargs.items()
+        if given is not None and name not in _HARMLESS and not isinstance(given, bool)
+    )
     if unknown:
         raise UnsupportedTargetError(
             f"{type(module).__name__} passes {unknown} to its attention function, which ragged verification does not know; allowed are "
@@ -232,13 +242,21 @@ def _register(base: str) -> str:
     if name in ALL_ATTENTION_FUNCTIONS._global_mapping:
         return name
 
-    def attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         ragged = _ACTIVE.get()
         if ragged is not None:
             return _ragged_attention(ragged, module, query, key, value, **kwargs)
         # Another thread, or a plain call between two passes: what the model would have done without us.
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        plain = own if base == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(base, own)
+        own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        plain: Any = own if base == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(base, own)
         return plain(module, query, key, value, attention_mask, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
@@ -256,7 +274,9 @@ _USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 def _attention_configs(model: nn.Module) -> list[Any]:
     """Every configuration object below `model` that names an attention implementation, each once."""
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "_attn_implementation", None)}
+    configs = {
+        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "_attn_implementation", None)
+    }
     return list(configs.values())
 
 

@@ -27,7 +27,9 @@ class RowLayout:
         self, starts: Sequence[int], counts: Sequence[int], device: torch.device | str = "cpu", first_row: int = 0
     ) -> None:
         if len(starts) != len(counts) or not counts or min(counts) < 1:
-            raise ValueError(f"A layout needs one start and one positive count a row; got starts={starts}, counts={counts}.")
+            raise ValueError(
+                f"A layout needs one start and one positive count a row; got starts={starts}, counts={counts}."
+            )
         self.starts = list(starts)
         self.counts = list(counts)
         self.device = torch.device(device)

@@ -52,7 +52,9 @@ class StaticBudget:
 
     def __init__(self, tokens: int) -> None:
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ValueError(f"A static budget is a whole number of tokens, 0 or more; got {tokens!r}. Example: 'static:4'.")
+            raise ValueError(
+                f"A static budget is a whole number of tokens, 0 or more; got {tokens!r}. Example: 'static:4'."
+            )
         self.tokens = tokens
 
     @property
@@ -73,8 +75,10 @@ class ThresholdBudget:
     needs_confidence = True
 
     def __init__(self, probability: float) -> None:
-        if not 0.0 <= probability <= 1.0:
-            raise ValueError(f"A confidence threshold lies between 0 and 1; got {probability!r}. Example: 'threshold:0.5'.")
+        if not isinstance(probability, (int, float)) or not 0.0 <= probability <= 1.0:
+            raise ValueError(
+                f"A confidence threshold lies between 0 and 1; got {probability!r}. Example: 'threshold:0.5'."
+            )
         self.probability = float(probability)
 
     def plan(self, confidence: torch.Tensor | None, rows: int, block_size: int) -> list[int]:
@@ -96,9 +100,9 @@ def make_budget(budget: str | Budget) -> Budget:
         ValueError: for an unknown name or an impossible parameter.
     """
     if not isinstance(budget, str):
-        if isinstance(budget, Budget):
+        if isinstance(budget, Budget) and not isinstance(budget, type):
             return budget
-        raise ValueError(f"A budget is a name or an object with `needs_confidence` and `plan`; got {type(budget).__name__}.")
+        raise ValueError(f"A budget is a name or an object with `needs_confidence` and `plan`; got {budget!r}.")
     kind, colon, parameter = budget.partition(":")
     try:
         if kind == "full" and not colon:
@@ -109,4 +113,6 @@ def make_budget(budget: str | Budget) -> Budget:
             return ThresholdBudget(float(parameter))
     except ValueError as error:
         raise ValueError(f"Budget {budget!r} has a parameter that cannot be used ({error}).") from None
-    raise ValueError(f"Unknown budget {budget!r}; allowed are 'full', 'static:N' (N tokens) and 'threshold:P' (P in 0..1).")
+    raise ValueError(
+        f"Unknown budget {budget!r}; allowed are 'full', 'static:N' (N tokens) and 'threshold:P' (P in 0..1)."
+    )

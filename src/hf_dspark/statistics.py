@@ -24,6 +24,7 @@ class RowStats:
         accepted (`int`): drafted tokens that stand.
         generated (`int`): tokens generated, the first one (from the prompt's own pass) included.
         verified_at (`list[int]`): rounds in which position k was verified.
+        reached_at (`list[int]`): rounds in which position k was judged: verified, with positions 1..k-1 standing.
         accepted_at (`list[int]`): rounds in which positions 1..k all stood.
     """
 
@@ -33,22 +34,34 @@ class RowStats:
     accepted: int = 0
     generated: int = 0
     verified_at: list[int] = field(default_factory=list)
+    reached_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
 
     @classmethod
     def for_block(cls, block_size: int) -> RowStats:
-        return cls(verified_at=[0] * block_size, accepted_at=[0] * block_size)
+        return cls(verified_at=[0] * block_size, reached_at=[0] * block_size, accepted_at=[0] * block_size)
 
     @property
     def tau(self) -> float:
         """Tokens a round INCLUDING the target's bonus token; NaN before the first round."""
         return (self.accepted + self.rounds) / self.rounds if self.rounds else float("nan")
 
-    def count_round(self, drafted: int, verified: int, accepted: int) -> None:
+    def count_round(self, drafted: int, verified: int, accepted: int, kept: int) -> None:
+        """Count one round.
+
+        Args:
+            drafted, verified, accepted (`int`): drafted tokens, those sent to the target, those that it let stand.
+            kept (`int`): tokens that remained, the target's own included; fewer than accepted + 1 where the row ended in the block. What
+                lies behind its end was neither reached nor accepted.
+        """
+        reached = min(verified, accepted + 1, kept)
+        accepted = min(accepted, kept)
         self.rounds += 1
         self.drafted += drafted
         self.verified += verified
         self.accepted += accepted
+        for k in range(reached):
+            self.reached_at[k] += 1
         for k in range(verified):
             self.verified_at[k] += 1
         for k in range(accepted):

@@ -25,14 +25,19 @@ _REFUSED_LAYERS = ("linear", "conv", "mamba", "recurrent", "chunked", "state_spa
 _REFUSED_ROPE = ("dynamic", "longrope")
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model.
 
     Raises:
         UnsupportedTargetError: if they cannot be found.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for owner in (decoder, getattr(decoder, "decoder", None), getattr(model, "transformer", None), getattr(model, "model", None)):
+    for owner in (
+        decoder,
+        getattr(decoder, "decoder", None),
+        getattr(model, "transformer", None),
+        getattr(model, "model", None),
+    ):
         for name in ("layers", "h", "blocks"):
             found = getattr(owner, name, None)
             if isinstance(found, nn.ModuleList):
@@ -93,7 +98,9 @@ class Taps:
         return self._layers[layer_id].register_forward_hook(after)
 
     def take(self, device: torch.device | None = None) -> torch.Tensor:
-        """Concatenate and forget what the last pass left: `(batch, T, taps * hidden)`, on one device."""
+        """Concatenate and forget what the last pass left: `(batch, T, taps * hidden)`, on one device; nothing where nothing is tapped."""
+        if not self.layer_ids:
+            return torch.empty(1, 0, 0)
         states = [self._caught.pop(i) for i in self.layer_ids]
         device = device or states[0].device
         return torch.cat([s if s.device == device else s.to(device) for s in states], dim=-1)
@@ -126,7 +133,9 @@ class Target:
         with ragged_attention(self.model), self.taps.open():
             yield self
 
-    def forward(self, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One flattened pass.
 
         Args:
@@ -145,12 +154,16 @@ def _accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _ragged_forward(model: Any, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool, trims: bool) -> torch.Tensor:
+def _ragged_forward(
+    model: Any, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool, trims: bool
+) -> torch.Tensor:
     cache = RaggedCache(store)
     cache.layout = layout
     extra = {"logits_to_keep": layout.last} if only_last and trims else {}
     with active_pass(RaggedPass(layout)) as ragged:
-        out = model(input_ids=ids[None], position_ids=layout.positions[None], past_key_values=cache, use_cache=True, **extra)
+        out = model(
+            input_ids=ids[None], position_ids=layout.positions[None], past_key_values=cache, use_cache=True, **extra
+        )
     if ragged.attended == 0:
         raise UnsupportedTargetError(
             f"{type(model).__name__} does not use transformers' attention interface, so rows of different length cannot share one pass. "
@@ -168,9 +181,9 @@ def check_length(model: Any, max_length: int) -> None:
         UnsupportedTargetError: for dynamic or longrope scaling past the original length.
     """
     config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     for one in rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]:
-        original = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+        original: int = one.get("original_max_position_embeddings") or config.max_position_embeddings
         if one.get("rope_type") in _REFUSED_ROPE and max_length > original:
             raise UnsupportedTargetError(
                 f"This target's rotary embedding ({one['rope_type']}) changes with the longest sequence beyond {original} tokens, and "
@@ -204,7 +217,9 @@ def _reason_against(model: Any, config: Any) -> tuple[str, bool]:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; DSpark needs a decoder-only causal language model.", False
-    bad = sorted({kind for kind in getattr(config, "layer_types", None) or [] if any(word in kind for word in _REFUSED_LAYERS)})
+    bad = sorted(
+        {kind for kind in getattr(config, "layer_types", None) or [] if any(word in kind for word in _REFUSED_LAYERS)}
+    )
     if getattr(model, "_is_stateful", False) or bad:
         return (
             f"{name} has layers that cannot take rejected tokens back ({', '.join(bad) or 'a recurrent state'}); speculative decoding "

@@ -38,7 +38,11 @@ class DraftBlock:
 
     def truncate(self, length: int) -> DraftBlock:
         """The first `length` tokens of every row, whole record."""
-        cut = {name: value[:, :length] for name in ("tokens", "confidence", "probs", "drawn") if (value := getattr(self, name)) is not None}
+        cut = {
+            name: value[:, :length]
+            for name in ("tokens", "confidence", "probs", "drawn")
+            if (value := getattr(self, name)) is not None
+        }
         return replace(self, **cut)
 
 
@@ -75,7 +79,9 @@ def accept_greedy(choice: torch.Tensor, block: DraftBlock, layout: RowLayout) ->
     return Verdict(accepted, padded.gather(1, accepted[:, None])[:, 0])
 
 
-def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None) -> Verdict:
+def accept_sampled(
+    p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None
+) -> Verdict:
     """Speculative sampling: accept x_k with probability min(1, p_t / p_d), else draw from norm(max(p_t - p_d, 0)).
 
     The result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d.

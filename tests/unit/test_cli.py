@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_dspark.version import __version__
-from hf_dspark_cli import run
+from hf_dspark.cli import run
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -32,13 +32,13 @@ def fails(capsys, *arguments: str) -> str:
     "arguments", [[], ["--help"], ["--version"], ["demo", "--help"], ["generate", "--help"], ["eval", "--help"]]
 )
 def test_help_does_not_import_torch(arguments):
-    """Help and version answer without torch, transformers or the package itself."""
+    """Help and version answer without torch and transformers."""
     script = (
-        "import sys; from hf_dspark_cli import run; code = run(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'hf_dspark'} & sys.modules.keys(); "
+        "import sys; sys.argv[0] = 'hf-dspark'; from hf_dspark.cli import run; code = run(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers'} & sys.modules.keys(); "
         "sys.exit(f'imported {sorted(heavy)}' if heavy else code)"
     )
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, check=False
     )
@@ -49,10 +49,10 @@ def test_help_does_not_import_torch(arguments):
 def test_bad_usage_does_not_import_torch():
     """A mistyped option is refused at once, on one line of stderr, with exit code 2."""
     script = (
-        "import sys; from hf_dspark_cli import run; code = run(sys.argv[1:]); "
+        "import sys; sys.argv[0] = 'hf-dspark'; from hf_dspark.cli import run; code = run(sys.argv[1:]); "
         "sys.exit(3 if 'torch' in sys.modules else code)"
     )
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", script, "eval", "--promts", "x"],
         capture_output=True,

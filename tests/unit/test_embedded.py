@@ -28,7 +28,8 @@ def converted(tmp_path_factory) -> tuple[Path, Path]:
     """A cache folder and the model that three processes, started at once, converted into it."""
     cache = tmp_path_factory.mktemp("cache")
     script = "import sys; from hf_dspark.embedded import embedded_target_path as p; print(p(sys.argv[1]))"
-    environment = os.environ | {"PYTHONPATH": str(Path(embedded.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(embedded.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
     def convert(_: int) -> str:
         done = subprocess.run(
@@ -100,7 +101,7 @@ def test_the_embedded_name_loads_a_working_chat_model(converted, monkeypatch):
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert "assist" in tokenizer.decode(answer)
+    assert tokenizer.decode(answer).startswith("Hello")
 
 
 @installed

@@ -42,7 +42,7 @@ def test_loop_statistics_give_the_counts_worked_out_by_hand():
     """The loop's own record, fed round by round, leads to the same counts."""
     row = RowStats.for_block(3)
     for verified, accepted in ROUNDS:
-        row.count_round(drafted=3, verified=verified, accepted=accepted)
+        row.count_round(drafted=3, verified=verified, accepted=accepted, kept=accepted + 1)
     assert acceptance_of(DecodingStats([row], block_size=3)) == BY_HAND
 
 

@@ -1,8 +1,7 @@
 """The command `hf-dspark`: turns every expected failure into one line and exit code 2. Knows the commands, not what
 they do.
 
-It lies beside the package `hf_dspark` and not inside it, because importing that package brings torch in (it has to, to
-make `generate` know the drafter); `hf-dspark --help` and a mistyped option should answer at once.
+`hf-dspark --help` and a mistyped option answer at once: nothing here imports torch before a command runs.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     import typer
     from typer.main import get_command
 
-    from hf_dspark_cli.app import app
+    from hf_dspark.cli.app import app
 
     try:
         result = get_command(app).main(list(arguments) or ["--help"], prog_name="hf-dspark", standalone_mode=False)

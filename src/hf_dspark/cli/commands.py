@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from rich.console import Console
@@ -125,9 +126,9 @@ def run_eval(
     place = pick_device(device)
     files: dict[str, list[Conversation]] = {}
     for path in prompts:
-        if path.stem in files:
+        if path.stem in files or path.stem == "all":
             raise ValueError(
-                f"two prompt files are called {path.stem!r}: results are reported under that name; rename one of them"
+                f"{path}: the name {path.stem!r} is taken, and results are reported under the file's name; rename it"
             )
         files[path.stem] = read_prompts(path, limit)
     target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=place)
@@ -166,6 +167,7 @@ def load_pair(
     """Loads a target with its tokenizer and its drafter, without the loader's own progress bars."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # else every retry of an unreachable Hub is a line
     with Console(stderr=True).status(f"loading {target_name} and {drafter_name}"):
         drafter = load_drafter(
             drafter_name, dtype=dtype, device=device
@@ -233,12 +235,11 @@ def _texts(
 
 
 def _print_table(measured: dict[str, Measured], *, greedy: bool) -> None:
+    console = Console()
     table = Table(title="tokens/s and acceptance (tau counts the target's bonus token)")
     table.add_column("prompts")
-    for heading in ("rows", "tau", "plain", "DSpark", "prompt lookup", "speed-up", "acceptance by position"):
-        table.add_column(heading, justify="right")
-    if greedy:
-        table.add_column("same text", justify="right")
+    for heading in ("rows", "tau", "plain", "DSpark", "lookup", "speed-up", *(("same text",) if greedy else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in measured.items():
         row = result.to_json(greedy=greedy)
         cells = [
@@ -249,7 +250,8 @@ def _print_table(measured: dict[str, Measured], *, greedy: bool) -> None:
             figure(row["dspark_tokens_per_s"], 1),
             figure(row["prompt_lookup_tokens_per_s"], 1),
             figure(row["speedup"], 2),
-            " ".join(figure(value, 2) for value in row["conditional_acceptance"]),
         ]
         table.add_row(*cells, *([f"{result.identical_rows}/{result.rows}"] if greedy else []))
-    Console().print(table)
+    console.print(table)
+    by_position = " ".join(figure(value, 2) for value in measured["all"].acceptance.conditional_acceptance)
+    console.print(f"conditional acceptance by position: {by_position}", highlight=False)

@@ -22,7 +22,7 @@ from hf_dspark.evaluation.benchmark import Bench, Parting, Run, acceptance_of, f
 from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record, speed_ratio
 from hf_dspark.evaluation.prompts import user_turn
 from hf_dspark.scheduling import make_budget
-from hf_dspark_cli.commands import figure, load_pair, pick_device, print_json, progress
+from hf_dspark.cli.commands import figure, load_pair, pick_device, print_json, progress
 
 PROMPTS = (
     "A box holds 12 pencils. A teacher buys 7 boxes and gives 3 to each of her 20 students. How many are left?",
@@ -102,8 +102,7 @@ def run_demo(
         return Bench(target, drafter, tokenizer, max_new_tokens=max_new_tokens, budget=budget)
 
     exact = _leg(bench("fp32"), console=None, label="fp32: are the texts equal?")
-    same = sum(parting is None for parting in exact.partings)
-    console.print(f"fp32: {same} of {len(PROMPTS)} texts equal, token for token.\n", highlight=False)
+    console.print(f"fp32: {_same(exact)} texts equal, token for token.\n", highlight=False)
     fast = _leg(bench("bf16"), console=console, label="bf16")
     _print_table(console, exact, fast)
 
@@ -165,13 +164,15 @@ def _show(bench: Bench, method: str, inputs: Any, console: Console | None) -> Ru
 def _print_table(console: Console, exact: Leg, fast: Leg) -> None:
     table = Table(title="bf16 speed in tokens/s; tau counts the target's bonus token", show_footer=True)
     plain, dspark = fast.total("plain"), fast.total("dspark")
-    table.add_column("prompt", "all", overflow="ellipsis", no_wrap=True, max_width=36)
-    table.add_column("plain", figure(plain.tokens_per_s, 1), justify="right")
-    table.add_column("DSpark", figure(dspark.tokens_per_s, 1), justify="right")
-    table.add_column("speed-up", figure(speed_ratio(dspark, plain), 2), justify="right")
-    table.add_column("tau", figure(fast.acceptance.tau, 2), justify="right")
-    table.add_column("fp32 text", "identical" if exact.identical else "DIFFERS")
-    table.add_column("bf16 text", f"{sum(parting is None for parting in fast.partings)} of {len(PROMPTS)} identical")
+    table.add_column("prompt", "all", overflow="ellipsis", no_wrap=True, max_width=24)
+    for heading, total in (
+        ("plain", figure(plain.tokens_per_s, 1)),
+        ("DSpark", figure(dspark.tokens_per_s, 1)),
+        ("speed-up", figure(speed_ratio(dspark, plain), 2)),
+        ("tau", figure(fast.acceptance.tau, 2)),
+    ):
+        table.add_column(heading, total, justify="right", no_wrap=True)
+    table.add_column("text", f"identical: fp32 {_same(exact)}, bf16 {_same(fast)}")
     for number, prompt in enumerate(PROMPTS):
         base, speculated = fast.plain[number], fast.dspark[number]
         tau = acceptance_of(speculated.stats).tau if speculated.stats is not None else None
@@ -181,8 +182,7 @@ def _print_table(console: Console, exact: Leg, fast: Leg) -> None:
             figure(speculated.throughput.tokens_per_s, 1),
             figure(speed_ratio(speculated.throughput, base.throughput), 2),
             figure(tau, 2),
-            _verdict(exact.partings[number]),
-            _verdict(fast.partings[number]),
+            _verdict(exact.partings[number], fast.partings[number]),
         )
     console.print(table)
     if not fast.identical:
@@ -194,8 +194,17 @@ def _print_table(console: Console, exact: Leg, fast: Leg) -> None:
         )
 
 
-def _verdict(parting: Parting | None) -> str:
-    return "identical" if parting is None else f"parts at token {parting.position}: top two {parting.gap:.3g} apart"
+def _same(leg: Leg) -> str:
+    return f"{sum(parting is None for parting in leg.partings)} of {len(leg.partings)}"
+
+
+def _verdict(exact: Parting | None, fast: Parting | None) -> str:
+    parts = [
+        f"{dtype} parts at token {parting.position}, best two logits {parting.gap:.3g} apart"
+        for dtype, parting in (("fp32", exact), ("bf16", fast))
+        if parting is not None
+    ]
+    return "; ".join(parts) if parts else "identical"
 
 
 def _partings(leg: Leg) -> list[dict[str, Any]]:

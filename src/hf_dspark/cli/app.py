@@ -80,7 +80,7 @@ def demo(
 
     The last line is a JSON object. Exit code 1 if the texts differ in fp32, which they must not.
     """
-    from hf_dspark_cli.demo import run_demo
+    from hf_dspark.cli.demo import run_demo
 
     raise typer.Exit(
         run_demo(target, drafter, max_new_tokens=max_new_tokens, budget=budget, device=device, quiet=quiet)
@@ -121,7 +121,7 @@ def generate(
         raise typer.BadParameter("--limit goes with --prompts, not with --prompt.")
     if stream and batch_size != 1:
         raise typer.BadParameter(f"--stream shows one text at a time: leave out --batch-size {batch_size}.")
-    from hf_dspark_cli.commands import run_generate
+    from hf_dspark.cli.commands import run_generate
 
     run_generate(
         target,
@@ -172,7 +172,7 @@ def evaluate(
     """
     if output is not None and not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"the folder {output.absolute().parent} does not exist.", param_hint="'--output'")
-    from hf_dspark_cli.commands import run_eval
+    from hf_dspark.cli.commands import run_eval
 
     run_eval(
         target,

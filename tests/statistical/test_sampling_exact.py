@@ -1,0 +1,298 @@
+"""Sampled output against the exact distribution of the target, and wrong decoders that the same test must catch.
+
+False alarms: each test fails on a right decoder with probability ALARM = 1e-4 (chi-square over the joint distribution of the first three
+tokens, outcomes with fewer than 5 expected samples pooled), so the whole file with its about 60 tests does with 0.6%. Seeds are fixed: a
+test that passes keeps passing until the code or torch's generator changes. Power: every negative control below is caught at the same
+sample size, on the same target and drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import hf_dspark
+from hf_dspark import decoding, verification
+from hf_dspark.candidates import stock_loop
+from hf_dspark.row_cache import RowLayout
+from hf_dspark.verification import DraftBlock, Verdict
+from tests.statistical.exact import (
+    EOS,
+    Fit,
+    Tokens,
+    Warping,
+    chi_square,
+    exact_distribution,
+    outcomes,
+    small_drafter,
+    small_llama,
+)
+
+ALARM = 1e-4
+SAMPLES = 2048
+TOKENS = 3  # The joint distribution of so many tokens is compared ..
+GENERATED = 5  # .. and two more are generated, so that max_length does not shorten the blocks that decide about them.
+
+HEADS = ["vanilla", "gated", "rnn", "none"]
+BUDGETS = ["full", "static:1", "static:2", "threshold:0.5"]
+WARPINGS = [
+    Warping(),
+    Warping(temperature=0.6),
+    Warping(temperature=1.5),
+    Warping(temperature=1.3, top_k=3),
+    Warping(top_p=0.85),
+    Warping(temperature=1.2, top_k=4, top_p=0.9),
+]
+PROMPT = (3, 1, 4, 1)
+RAGGED = ((5, 2), (3, 1, 4, 1, 5, 2, 4), (4,), (1, 1, 3, 5))
+REDUCED = torch.tensor([0, 1, 3, 5])
+
+
+@cache
+def target() -> Any:
+    return small_llama()
+
+
+@cache
+def drafter(head: str, reduced: bool = False) -> Any:
+    return small_drafter(target(), head, draft_token_ids=REDUCED if reduced else None)
+
+
+@cache
+def exact(prompt: Tokens, warping: Warping, tokens: int = TOKENS) -> dict[Tokens, float]:
+    return exact_distribution(target(), prompt, tokens, warping)
+
+
+def batch(prompts: tuple[Tokens, ...]) -> dict[str, torch.Tensor]:
+    """Left-padded prompts as a tokenizer gives them."""
+    longest = max(map(len, prompts))
+    ids = [[EOS] * (longest - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def sample(
+    prompts: tuple[Tokens, ...], warping: Warping, draft: Any, budget: Any, tokens: int = TOKENS, **options: Any
+) -> list[list[Tokens]]:
+    """One call; for each prompt the outcomes of its `num_return_sequences` rows."""
+    times = options.get("num_return_sequences", 1)
+    inputs = batch(prompts)
+    out = hf_dspark.generate(
+        target(), draft, **inputs, **warping.arguments(), budget=budget, max_new_tokens=GENERATED, **options
+    )
+    drawn = outcomes(out, inputs["input_ids"].shape[1], tokens)
+    return [drawn[i * times : (i + 1) * times] for i in range(len(prompts))]
+
+
+def fit_batch(
+    warping: Warping,
+    draft: Any,
+    budget: Any = "full",
+    prompts: tuple[Tokens, ...] = (PROMPT,),
+    seed: int = 11,
+    samples: int = SAMPLES,
+) -> Fit:
+    """Many rows in one call, split evenly over the prompts, each prompt's rows against its own distribution."""
+    drawn = sample(prompts, warping, draft, budget, num_return_sequences=samples // len(prompts), seed=seed)
+    fits = [chi_square(d, exact(p, warping)) for p, d in zip(prompts, drawn, strict=True)]
+    return sum(fits[1:], fits[0])
+
+
+def fit_loop(
+    calls: int, warping: Warping, draft: Any, budget: Any, prompts: tuple[Tokens, ...], tokens: int, seed: int = 12
+) -> Fit:
+    """Many small calls from one generator: B = the number of prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    gathered: dict[Tokens, list[Tokens]] = {p: [] for p in prompts}
+    for _ in range(calls):
+        drawn = sample(prompts, warping, draft, budget, tokens, generator=generator)
+        for prompt, (outcome,) in zip(prompts, drawn, strict=True):
+            gathered[prompt].append(outcome)
+    fits = [chi_square(d, exact(p, warping, tokens)) for p, d in gathered.items()]
+    return sum(fits[1:], fits[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ right decoders
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_under_every_budget_keeps_the_distribution(head: str, budget: str) -> None:
+    """Three sampled tokens are distributed as the target's, whatever drafts and however much of it is verified."""
+    warping = WARPINGS[(HEADS.index(head) + 3 * BUDGETS.index(budget)) % len(WARPINGS)]
+    assert fit_batch(warping, drafter(head), budget).p_value > ALARM
+
+
+@pytest.mark.parametrize("budget", ["full", "threshold:0.5"])
+@pytest.mark.parametrize("warping", WARPINGS, ids=str)
+def test_every_warping_keeps_the_distribution(warping: Warping, budget: str) -> None:
+    """Temperature, top-k and top-p give exactly the distribution that transformers' own warpers give."""
+    assert fit_batch(warping, drafter("vanilla"), budget, seed=21).p_value > ALARM
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_reduced_draft_vocabulary_keeps_the_distribution(budget: str) -> None:
+    """Tokens that the drafter can never propose come out as often as they should."""
+    assert len(drafter("gated", reduced=True).draft_token_ids) < target().config.vocab_size
+    warping = WARPINGS[2 + BUDGETS.index(budget)]
+    assert fit_batch(warping, drafter("gated", reduced=True), budget, seed=22).p_value > ALARM
+
+
+@pytest.mark.parametrize(
+    ("head", "budget", "reduced"),
+    [("rnn", "full", False), ("vanilla", "threshold:0.5", False), ("vanilla", "full", True)],
+)
+def test_repetition_penalty_keeps_the_distribution(head: str, budget: str, reduced: bool) -> None:
+    """A processor that looks at the tokens before each position, drafted ones included, is followed exactly."""
+    warping = Warping(temperature=1.3, repetition_penalty=1.6)
+    assert fit_batch(warping, drafter(head, reduced), budget, seed=23, samples=SAMPLES // 2).p_value > ALARM
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_ragged_rows_each_keep_their_own_distribution(budget: str) -> None:
+    """Prompts of 1 to 7 tokens in one left-padded batch are each distributed as if alone."""
+    head, warping = HEADS[BUDGETS.index(budget)], WARPINGS[(BUDGETS.index(budget) + 2) % len(WARPINGS)]
+    assert fit_batch(warping, drafter(head), budget, RAGGED, seed=24).p_value > ALARM
+
+
+def test_ragged_rows_keep_their_distribution_under_a_repetition_penalty() -> None:
+    """Each row's penalty follows its own prompt and tokens.
+
+    The prompts begin with the pad token, so that it does not matter whether a penalty counts padding (transformers changed that).
+    """
+    warping = Warping(temperature=1.2, top_k=5, repetition_penalty=1.4)
+    prompts = tuple((EOS, *prompt) for prompt in RAGGED)
+    assert fit_batch(warping, drafter("gated"), "static:2", prompts, seed=25, samples=SAMPLES // 2).p_value > ALARM
+
+
+@pytest.mark.parametrize(("head", "budget"), [("vanilla", "full"), ("rnn", "threshold:0.5")])
+def test_single_rows_keep_the_distribution(head: str, budget: str) -> None:
+    """B = 1, call by call."""
+    assert fit_loop(200, WARPINGS[2], drafter(head), budget, (PROMPT,), tokens=2).p_value > ALARM
+
+
+@pytest.mark.parametrize(
+    ("head", "budget", "prompts"),
+    [("gated", "full", (PROMPT,) * 4), ("vanilla", "threshold:0.5", RAGGED), ("none", "static:2", RAGGED)],
+    ids=["same-full", "ragged-threshold", "ragged-static"],
+)
+def test_batches_of_four_keep_the_distribution(head: str, budget: str, prompts: tuple[Tokens, ...]) -> None:
+    """B = 4, call by call: the same prompt four times, and four prompts of different length."""
+    assert fit_loop(100, WARPINGS[2], drafter(head), budget, prompts, tokens=2).p_value > ALARM
+
+
+def test_the_stock_loop_keeps_the_distribution() -> None:
+    """Driven by transformers' own assisted loop, with the same p_d handed over, the drafter gives the same distribution."""
+    warping, draft = WARPINGS[2], drafter("gated")
+    drawn: list[Tokens] = []
+    hf_dspark.uninstall()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(13)
+            for _ in range(200):
+                with stock_loop(target(), draft, "full"):
+                    out = target().generate(
+                        **batch((PROMPT,)), **warping.arguments(), max_new_tokens=GENERATED, assistant_model=draft
+                    )
+                drawn += outcomes(out, len(PROMPT), 2)
+    finally:
+        hf_dspark.install()
+    assert chi_square(drawn, exact(PROMPT, warping, 2)).p_value > ALARM
+
+
+def test_drafts_are_both_accepted_and_rejected() -> None:
+    """The drafter is neither right nor wrong too often for the tests above to mean something."""
+    warping = WARPINGS[2]
+    for head in HEADS:
+        out = hf_dspark.generate(
+            target(),
+            drafter(head),
+            **batch((PROMPT,) * 256),
+            **warping.arguments(),
+            max_new_tokens=GENERATED,
+            budget="threshold:0.5",
+            return_dict_in_generate=True,
+            seed=1,
+        )
+        rows = out.stats.rows
+        verified, accepted, rounds = (sum(getattr(r, n) for r in rows) for n in ("verified", "accepted", "rounds"))
+        assert 0.2 < accepted / verified < 0.8
+        assert 0.1 < verified / (3 * rounds) < 0.7  # The budget really cuts, and not always.
+
+
+# ------------------------------------------------------------------------------------------------------------ wrong decoders
+
+Accept = Callable[[torch.Tensor, DraftBlock, RowLayout, Any], Verdict]
+right_accept = verification.accept_sampled
+
+
+def forgets_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any) -> Verdict:
+    """Accepts with probability p_t."""
+    return right_accept(p_t, replace(block, drawn=torch.ones_like(block.drawn)), layout, generator)
+
+
+def residual_is_p_t(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any) -> Verdict:
+    """Draws corrections from p_t instead of norm(max(p_t - p_d, 0))."""
+    return right_accept(p_t, replace(block, probs=torch.zeros_like(block.probs)), layout, generator)
+
+
+def q_before_temperature(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any) -> Verdict:
+    """Believes that drafts were drawn at temperature 1."""
+    q = (block.probs.log() * CONTROL.temperature).softmax(-1)
+    return right_accept(
+        p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator
+    )
+
+
+def wrong_rows_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any) -> Verdict:
+    """Compares each row with the draft distribution of the row before it."""
+    q = block.probs.roll(1, dims=0)
+    return right_accept(
+        p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator
+    )
+
+
+class PeekingBudget:
+    """Verifies x_k only where c_{k+1}, which x_k decides, is high."""
+
+    needs_confidence = True
+
+    def plan(self, confidence: torch.Tensor, rows: int, block_size: int) -> list[int]:
+        return (confidence[:, 1:] >= 0.5).long().cumprod(dim=1).sum(dim=1).tolist()
+
+
+CONTROL = Warping(temperature=1.5)
+
+
+@pytest.mark.parametrize("wrong", [forgets_p_d, residual_is_p_t, q_before_temperature, wrong_rows_p_d])
+def test_a_wrong_verifier_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Accept) -> None:
+    """The test that the right decoder passes fails on a verifier with one mistake in it."""
+    assert fit_batch(CONTROL, drafter("gated"), seed=31).p_value > ALARM
+    monkeypatch.setattr(decoding, "accept_sampled", wrong)
+    assert fit_batch(CONTROL, drafter("gated"), seed=31).p_value < ALARM
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_a_budget_that_peeks_is_caught(head: str) -> None:
+    """Letting x_k decide whether x_k is verified biases the output, and the test sees it."""
+    assert fit_batch(CONTROL, drafter(head), PeekingBudget(), seed=31).p_value < ALARM
+
+
+@pytest.mark.parametrize("wrong", [forgets_p_d, wrong_rows_p_d])
+def test_a_wrong_verifier_is_caught_on_ragged_rows(monkeypatch: pytest.MonkeyPatch, wrong: Accept) -> None:
+    """A mistake cannot hide behind rows of different prompts."""
+    monkeypatch.setattr(decoding, "accept_sampled", wrong)
+    assert fit_batch(CONTROL, drafter("gated"), "full", RAGGED, seed=31).p_value < ALARM
+
+
+@pytest.mark.parametrize("prompts", [(PROMPT,), (PROMPT,) * 4], ids=["B1", "B4"])
+def test_a_wrong_verifier_is_caught_call_by_call(monkeypatch: pytest.MonkeyPatch, prompts: tuple[Tokens, ...]) -> None:
+    """The smaller samples of the loops over calls suffice too."""
+    monkeypatch.setattr(decoding, "accept_sampled", forgets_p_d)
+    calls = 160 if len(prompts) == 1 else 60
+    assert fit_loop(calls, WARPINGS[2], drafter("gated"), "full", prompts, tokens=2).p_value < ALARM
