@@ -1,8 +1,8 @@
 """Let SmolLM2 write its own training responses: prompts in, one JSON object a line out. Resumable, in batches, plain transformers.
 
-Rows have the fields `source`, `prompt`, `temperature`, `prompt_ids`, `response_ids`, `ended`. Half of the prompts are answered greedily, half at
-temperature 1. Prompts come from the train files named on the command line, from a few sentence beginnings that the model finishes
-itself (self-prompting), and never from an evaluation set. A prompt already in the output, or in a file passed as --seen, is not answered again.
+Rows have the fields `source`, `prompt`, `temperature`, `prompt_ids`, `response_ids`, `ended`. Half of the prompts are answered greedily, half
+at temperature 1. Prompts come from the train files named on the command line, from a few sentence beginnings that the model finishes itself
+(self-prompting), and never from an evaluation set. A prompt already in the output, or in a file passed as --seen, is not answered again.
 
     python scripts/make_responses.py --target DIR --output out.jsonl --minutes 40 --prompts ../shared/data/train/gsm8k_train.jsonl
 """
@@ -61,17 +61,11 @@ def already_answered(paths: list[Path]) -> set[str]:
 
 
 @torch.inference_mode()
-def complete(
-    model, tokenizer, prompts: list[list[int]], *, temperature: float, max_new_tokens: int, stop: list[int]
-) -> list[list[int]]:
+def complete(model, tokenizer, prompts: list[list[int]], *, temperature: float, max_new_tokens: int, stop: list[int]) -> list[list[int]]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -91,7 +85,7 @@ def self_prompts(model, tokenizer, count: int, rng: random.Random) -> list[tuple
     outs = complete(model, tokenizer, ids, temperature=0.8, max_new_tokens=80, stop=[eos])
     rows = []
     for kind, begin, out in zip(kinds, begins, outs, strict=True):
-        if eos in out and 3 <= out.index(eos):
+        if eos in out and out.index(eos) >= 3:
             rows.append((kind, begin + tokenizer.decode(out[: out.index(eos)], skip_special_tokens=True)))
     return rows
 
@@ -105,9 +99,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument(
-        "--file-share", type=float, default=0.3, help="share of batches whose prompts come from --prompts"
-    )
+    parser.add_argument("--file-share", type=float, default=0.3, help="share of batches whose prompts come from --prompts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -131,12 +123,9 @@ def main() -> None:
                 continue
             temperature = float(batches % 2)
             prompts = [
-                tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True)["input_ids"]
-                for _, p in rows
+                tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True)["input_ids"] for _, p in rows
             ]
-            outs = complete(
-                model, tokenizer, prompts, temperature=temperature, max_new_tokens=args.max_new_tokens, stop=[eos]
-            )
+            outs = complete(model, tokenizer, prompts, temperature=temperature, max_new_tokens=args.max_new_tokens, stop=[eos])
             for (source, prompt), prompt_ids, out in zip(rows, prompts, outs, strict=True):
                 ended = eos in out
                 response = out[: out.index(eos) + 1] if ended else out

@@ -23,7 +23,16 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dspark.modeling_dspark import DSparkDrafter
-from hf_dspark.training import Trainer, TrainingConfig, coverage, frequent_tokens, read_responses, split_rows
+from hf_dspark.training import (
+    Trainer,
+    TrainingConfig,
+    coverage,
+    frequent_tokens,
+    load_weights,
+    prompt_hash,
+    read_responses,
+    split_rows,
+)
 
 SIZE_LIMIT_BYTES = 25_000_000
 
@@ -32,9 +41,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True, help="folder of the target, a transformers checkpoint")
     parser.add_argument("--responses", type=Path, nargs="+", required=True, help="response rows, .jsonl or .jsonl.gz")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the run; a checkpoint found in it is resumed"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run; a checkpoint found in it is resumed")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="length of the run by the clock (default 55)")
     length.add_argument("--steps", type=int, help="length of the run in steps (resumes exactly)")
@@ -44,9 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head", choices=["vanilla", "gated", "rnn"], default="vanilla")
     parser.add_argument("--taps", type=int, nargs="+", default=[1, 8, 14, 21, 27])
     parser.add_argument("--mask-token", default="<gh_stars>")
-    parser.add_argument(
-        "--draft-vocab", type=int, default=12288, help="most frequent response tokens; 0 is the full vocabulary"
-    )
+    parser.add_argument("--draft-vocab", type=int, default=12288, help="most frequent response tokens; 0 is the full vocabulary")
     parser.add_argument(
         "--no-init-from-target",
         action="store_true",
@@ -57,6 +62,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--ce-anneal", type=float, default=0.3, help="share of the run over which the CE weight falls")
+    parser.add_argument("--start-from", type=Path, help="folder of an earlier run whose newest weights this one starts from")
+    parser.add_argument("--sampled-share", type=float, default=1.0, help="share of the rows sampled at T > 0 to train on")
+    parser.add_argument("--target-name", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="written into config.json")
     parser.add_argument("--decay", type=float, default=4.0, help="decay of the loss weights along the block, in tokens")
     parser.add_argument("--chunk", type=int, default=256, help="block positions whose logits exist at one time")
     parser.add_argument("--checkpoint-minutes", type=float, default=5)
@@ -100,9 +109,7 @@ def announce(event: dict[str, Any]) -> None:
     if event["event"] == "evaluation":
         metrics = metrics["all"]
         fields["temperatures"] = {
-            k: {m: v[m] for m in ("tau_greedy", "tau_sampled")}
-            for k, v in event["metrics"].items()
-            if k.startswith("T=")
+            k: {m: v[m] for m in ("tau_greedy", "tau_sampled")} for k, v in event["metrics"].items() if k.startswith("T=")
         }
     fields.update({k: metrics[k] for k in ("tau_greedy", "tau_sampled", "cross_entropy") if k in metrics})
     fields.update({k: event[k] for k in event if k.endswith("_s")})
@@ -127,9 +134,7 @@ def main() -> None:
 
     draft_ids, covered = None, None
     if args.draft_vocab:
-        draft_ids = frequent_tokens(
-            train, args.draft_vocab, always=ending_ids(tokenizer, target), vocab_size=vocab_size
-        )
+        draft_ids = frequent_tokens(train, args.draft_vocab, always=ending_ids(tokenizer, target), vocab_size=vocab_size)
         inside, total = coverage(held_out, draft_ids)
         covered = {
             "held_out_tokens_inside": inside,
@@ -137,6 +142,10 @@ def main() -> None:
             "share": inside / total if total else None,
         }
         print(json.dumps({"event": "draft_vocabulary", "size": args.draft_vocab, **covered}), flush=True)
+    if args.sampled_share < 1:
+        # By hash, so that the choice does not depend on the order of the files.
+        limit = int(args.sampled_share * 2**64)
+        train = [row for row in train if row.temperature == 0 or (prompt_hash(row) * 0x9E3779B97F4A7C15) % 2**64 < limit]
     mask_id = tokenizer.convert_tokens_to_ids(args.mask_token)
     if mask_id is None or mask_id == tokenizer.unk_token_id:
         raise ValueError(
@@ -155,8 +164,10 @@ def main() -> None:
         mask_token_id=mask_id,
         draft_token_ids=draft_ids,
         init_from_target=not args.no_init_from_target,
+        target_name=args.target_name,
     )
     drafter.to(device=args.device, dtype=dtype)
+    started_at = load_weights(drafter, args.start_from) if args.start_from else None
     drafter.bind(target)
     parameters = sum(p.numel() for p in drafter.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in drafter.parameters()) + sum(
@@ -180,6 +191,7 @@ def main() -> None:
         num_anchors=args.anchors,
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
+        ce_anneal=args.ce_anneal,
         decay=args.decay,
         chunk_positions=args.chunk,
         checkpoint_minutes=args.checkpoint_minutes,
@@ -189,10 +201,8 @@ def main() -> None:
         seed=args.seed,
     )
     recipe: dict[str, Any] = {
-        "arguments": {
-            k: [str(p) for p in v] if k == "responses" else str(v) if isinstance(v, Path) else v
-            for k, v in vars(args).items()
-        },
+        "arguments": {k: [str(p) for p in v] if k == "responses" else str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "started_from_step": started_at,
         "parameters": parameters,
         "weight_bytes": weight_bytes,
         "mask_token_id": mask_id,

@@ -65,9 +65,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "mixtral": (MixtralForCausalLM, lambda: MixtralConfig(**_COMMON, **_MOE, num_local_experts=4)),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,
-        lambda: Qwen3MoeConfig(
-            **_COMMON, **_MOE, head_dim=8, num_experts=4, moe_intermediate_size=24, norm_topk_prob=True
-        ),
+        lambda: Qwen3MoeConfig(**_COMMON, **_MOE, head_dim=8, num_experts=4, moe_intermediate_size=24, norm_topk_prob=True),
     ),
     "gpt2": (
         GPT2LMHeadModel,

@@ -91,10 +91,8 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# A program that imports this package wants the plain call to work and AutoModel to know the drafter. The command `hf-dspark` loads what each of
-# its commands needs, so that `hf-dspark --help` answers at once.
+# A program that imports this package wants the plain call to work and AutoModel to know the drafter. The command `hf-dspark` loads what
+# each of its commands needs, so that `hf-dspark --help` answers at once.
 if Path(sys.argv[0] if sys.argv else "").stem != "hf-dspark":
-    from . import modeling_dspark
-    from .integration import install
-
-    install()
+    importlib.import_module(".modeling_dspark", __name__)
+    importlib.import_module(".integration", __name__).install()

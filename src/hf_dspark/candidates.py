@@ -1,8 +1,8 @@
-"""The drafter as a `CandidateGenerator`, for transformers' own assisted loop at batch size 1. Knows that loop's protocol; the target is run,
-cached and verified by transformers.
+"""The drafter as a `CandidateGenerator`, for transformers' own assisted loop at batch size 1. Knows that loop's
+protocol; the target is run, cached and verified by transformers.
 
-This door serves targets that ragged verification refuses but whose cache rolls back, and shows that the drafter is an ordinary candidate
-generator. The loop of this package is faster and takes any batch.
+This door serves targets that ragged verification refuses but whose cache rolls back, and shows that the drafter is an
+ordinary candidate generator. The loop of this package is faster and takes any batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -42,7 +42,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
 
     requires_model_outputs = True
     # Read by the loop, which adds them to the target's inputs. Taps are caught by hooks, so nothing is asked for.
-    model_kwargs_overrides: dict[str, Any] = {}
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -57,9 +57,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         block_size: int | None = None,
     ) -> None:
         if input_ids.shape[0] != 1:
-            raise ValueError(
-                f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches."
-            )
+            raise ValueError(f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches.")
         self.drafter = drafter.bind(target)
         self.do_sample = do_sample
         self.max_length = max_length
@@ -69,25 +67,18 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.block_size = drafter.config.block_size if block_size is None else block_size
         self.cache = RowCache()
         self.cache.add_rows(1)
-        # Tokens that the target's own cache held before this call: their taps are gone, so the drafter's context begins behind them.
-        self.skipped: int | None = None
 
-    def get_candidates(
-        self, input_ids: torch.LongTensor, **kwargs: Any
-    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the first target pass."""
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the
+        first target pass."""
+        committed = input_ids.shape[1] - 1
         room = self.max_length - input_ids.shape[1] - 1
         if kwargs.get("is_first_iteration") or room < 1:
             return input_ids, None
         known = self.cache.lengths[0]
-        taps = self.taps.take()[0]
-        if self.skipped is None:
-            self.skipped = input_ids.shape[1] - 1 - taps.shape[0]
-        # Positions count from where the drafter's context begins; rotary embeddings see differences only.
-        committed = input_ids.shape[1] - 1 - self.skipped
         if committed > known:
             # The loop keeps what it accepted; later tokens of its last pass were rejected, and their taps with them.
-            taps = taps[: committed - known]
+            taps = self.taps.take()[0, : committed - known]
             self.drafter.extend_context(taps, RowLayout([known], [committed - known], input_ids.device), self.cache)
             self.cache.lengths[0] = committed
         config = self.drafter.config
@@ -127,26 +118,22 @@ class DSparkCandidateGenerator(CandidateGenerator):
         """Nothing to adapt: the budget decides each round anew."""
 
 
-_FACTORY: ContextVar[Callable[..., DSparkCandidateGenerator] | None] = ContextVar(
-    "hf_dspark_candidate_factory", default=None
-)
+_FACTORY: ContextVar[Callable[..., DSparkCandidateGenerator] | None] = ContextVar("hf_dspark_candidate_factory", default=None)
 _LOCK = threading.Lock()
 _USERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def stock_loop(
-    target: Any, drafter: Any, budget: str | Budget | None = None, block_size: int | None = None
-) -> Iterator[None]:
-    """While open, `target._get_candidate_generator` proposes this drafter's blocks in this thread, and their taps are caught.
+def stock_loop(target: Any, drafter: Any, budget: str | Budget | None = None, block_size: int | None = None) -> Iterator[None]:
+    """While open, `target._get_candidate_generator` proposes this drafter's blocks in this thread, and their taps are
+    caught.
 
-    Call transformers' original `_assisted_decoding` inside; the target is as it was afterwards. May be entered from several threads.
+    Call transformers' original `_assisted_decoding` inside; the target is as it was afterwards. May be entered from
+    several threads.
     """
     taps = Taps(target, drafter.config.target_layer_ids)
 
-    def candidates(
-        generation_config: Any, input_ids: torch.LongTensor, logits_processor: Any = (), **_: Any
-    ) -> DSparkCandidateGenerator:
+    def candidates(generation_config: Any, input_ids: torch.LongTensor, logits_processor: Any = (), **_: Any) -> DSparkCandidateGenerator:
         made = DSparkCandidateGenerator(
             target,
             drafter,

@@ -120,8 +120,7 @@ class DSparkConfig(Qwen3Config):
             )
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"draft_vocab_size must be 1..{self.vocab_size} (the target's vocabulary) or None; got "
-                f"{self.draft_vocab_size}."
+                f"draft_vocab_size must be 1..{self.vocab_size} (the target's vocabulary) or None; got {self.draft_vocab_size}."
             )
         if self.target_hidden_size != self.hidden_size:
             raise ValueError(
@@ -181,9 +180,7 @@ class DSparkConfig(Qwen3Config):
         """
         text = target_config.get_text_config(decoder=True)
         missing = [
-            name
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-            if getattr(text, name, None) is None
+            name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size") if getattr(text, name, None) is None
         ]
         if missing:
             raise ValueError(
@@ -270,8 +267,7 @@ def check_tap_ids(tap_ids: Sequence[int], num_target_layers: int) -> None:
         raise ValueError(f"target_layer_ids must be strictly increasing; got {tap_ids}.")
     if tap_ids[0] < -1 or tap_ids[-1] >= num_target_layers:
         raise ValueError(
-            f"target_layer_ids must lie in -1..{num_target_layers - 2} for a target of {num_target_layers} layers; got "
-            f"{tap_ids}."
+            f"target_layer_ids must lie in -1..{num_target_layers - 2} for a target of {num_target_layers} layers; got {tap_ids}."
         )
     if tap_ids[-1] == num_target_layers - 1:
         raise ValueError(

@@ -1,7 +1,8 @@
-"""The user's logits processors and stopping criteria, applied row by row and token by token, exactly as a plain call would.
+"""The user's logits processors and stopping criteria, applied row by row and token by token, exactly as a plain call
+would.
 
-transformers writes both for a batch whose rows grow in step. Here rows grow by different amounts, so every rule is asked about one row
-at one length. Knows transformers' processors and criteria; knows no model, no drafter and no cache.
+transformers writes both for a batch whose rows grow in step. Here rows grow by different amounts, so every rule is
+asked about one row at one length. Knows transformers' processors and criteria; knows no model, no drafter and no cache.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ _ANY_ROW = (
     lp.WatermarkLogitsProcessor,
 )
 _REFUSED = {
-    lp.UnbatchedClassifierFreeGuidanceLogitsProcessor: "it runs the target by itself once a step and keeps its own cache",
-    lp.SynthIDTextWatermarkLogitsProcessor: "it keeps a state that advances once a call, and a drafted token may be taken back",
-    lp.ClassifierFreeGuidanceLogitsProcessor: "it mixes the two halves of the batch, and rows here do not advance in step",
+    lp.UnbatchedClassifierFreeGuidanceLogitsProcessor: "it runs the target itself and keeps a cache",
+    lp.SynthIDTextWatermarkLogitsProcessor: "it keeps a state, and drafted tokens may be taken back",
+    lp.ClassifierFreeGuidanceLogitsProcessor: "it mixes rows, which do not advance in step here",
 }
 
 
@@ -92,7 +93,8 @@ class RowProcessors:
     """A `LogitsProcessorList` that can be asked about one row at one length.
 
     Args:
-        processors (`LogitsProcessorList`): the prepared list that `generate` hands over, temperature and top-p among them.
+        processors (`LogitsProcessorList`): the prepared list that `generate` hands over, temperature and top-p among
+            them.
         batch_size (`int`): rows of the caller's batch, for processors that are bound to a row.
     Raises:
         UnsupportedOptionError: for processors that cannot be honoured exactly.
@@ -103,11 +105,12 @@ class RowProcessors:
             for kind, why in _REFUSED.items():
                 if isinstance(processor, kind):
                     raise UnsupportedOptionError(
-                        f"{type(processor).__name__} cannot be used with speculative decoding: {why}. Call generate without "
-                        "`assistant_model`, or without the option that adds this processor."
+                        f"{type(processor).__name__} cannot be used with speculative decoding: {why}. Call generate "
+                        "without `assistant_model`, or without the option that adds this processor."
                     )
         self._processors = list(processors)
         self._batch_size = batch_size
+        self._penalties: dict[tuple[int, int], lp.LogitsProcessor] = {}
         self.needs_ids = any(type(p) not in _NO_IDS for p in processors)
         self.any_vocabulary = all(type(p) in _ANY_VOCABULARY for p in processors)
 
@@ -120,8 +123,8 @@ class RowProcessors:
         Args:
             scores (`torch.Tensor` of shape `(N, V)`): float32; may be overwritten.
             sequences (`Sequences`): ids of all rows, drafted tokens pencilled in.
-            places (`list[tuple[int, int]]`): for each distribution its row in the caller's batch and how many tokens past the committed
-                ones it stands; only read where a processor looks at ids.
+            places (`list[tuple[int, int]]`): for each distribution its row in the caller's batch and how many tokens
+                past the committed ones it stands; only read where a processor looks at ids.
         Returns:
             `torch.Tensor` of shape `(N, V)`.
         """
@@ -129,19 +132,28 @@ class RowProcessors:
             if type(processor) in _NO_IDS:
                 scores = processor(None, scores)
             else:
-                scores = torch.cat(
-                    [self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)]
-                )
+                scores = torch.cat([self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)])
         return scores
 
-    def _one(
-        self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, row: int, extra: int
-    ) -> torch.Tensor:
+    def _one(self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, row: int, extra: int) -> torch.Tensor:
         ids = sequences.prefix(row, extra)
         if self._batch_size == 1 or type(processor) in _ANY_ROW:
             return processor(ids, scores)
-        # Bound to its place in the batch, or unknown: show it the whole batch with this row's ids everywhere, read this row's answer.
+        if type(processor) is lp.RepetitionPenaltyLogitsProcessor:
+            return self._penalty_of_row(processor, row)(ids, scores)
+        # Bound to its place in the batch, or unknown: show it the whole batch with this row's ids everywhere, read this
+        # row's answer.
         return processor(ids.expand(self._batch_size, -1), scores.repeat(self._batch_size, 1))[row : row + 1]
+
+    def _penalty_of_row(self, processor: lp.RepetitionPenaltyLogitsProcessor, row: int) -> lp.LogitsProcessor:
+        """The repetition penalty as one row has it: on a padded batch it holds every row's padding, which it ignores."""
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if not isinstance(padding, torch.Tensor):
+            return processor
+        key = (id(processor), row)
+        if key not in self._penalties:
+            self._penalties[key] = lp.RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding[row : row + 1])
+        return self._penalties[key]
 
 
 class RowStopping:
@@ -165,19 +177,18 @@ class RowStopping:
             else:
                 self._others.append(criterion)
 
-    def kept(
-        self, tokens: list[int], sequences: Sequences, row: int, scores: Sequence[torch.Tensor] | None
-    ) -> tuple[int, bool]:
+    def kept(self, tokens: list[int], sequences: Sequences, row: int, scores: Sequence[torch.Tensor] | None) -> tuple[int, bool]:
         """How many of the new `tokens` of `row` remain, and whether the row ends with them.
 
-        The tokens must be pencilled in. A criterion sees the ids with left padding and one more token each time, as in a plain call.
+        The tokens must be pencilled in. A criterion sees the ids with left padding and one more token each time, as in
+        a plain call.
 
         Args:
             tokens (`list[int]`): new tokens of the row.
             sequences (`Sequences`): ids of all rows.
             row (`int`): number in the caller's batch.
-            scores (`list[torch.Tensor]` of shape `(V,)`, *optional*): the distribution behind each generated token of the row, the new
-                ones' last; given where the caller asked for scores.
+            scores (`list[torch.Tensor]` of shape `(V,)`, *optional*): the distribution behind each generated token of
+                the row, the new ones' last; given where the caller asked for scores.
         """
         for index, token in enumerate(tokens):
             length = sequences.lengths[row] + index + 1
@@ -185,18 +196,14 @@ class RowStopping:
             # Every criterion is asked at every token: some keep count.
             if self._others:
                 ids = sequences.prefix(row, index + 1)
-                seen = (
-                    None if scores is None else tuple(s[None] for s in scores[: len(scores) - len(tokens) + index + 1])
-                )
+                seen = None if scores is None else tuple(s[None] for s in scores[: len(scores) - len(tokens) + index + 1])
                 for criterion in self._others:
                     ended |= self._asks(criterion, ids, row, seen)
             if ended:
                 return index + 1, True
         return len(tokens), False
 
-    def _asks(
-        self, criterion: sc.StoppingCriteria, ids: torch.Tensor, row: int, scores: tuple[torch.Tensor, ...] | None
-    ) -> bool:
+    def _asks(self, criterion: sc.StoppingCriteria, ids: torch.Tensor, row: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
         if self._batch_size == 1 or type(criterion) in (sc.StopStringCriteria, sc.MaxTimeCriteria):
             answer = criterion(ids, scores)
             return bool(answer.reshape(-1)[0]) if isinstance(answer, torch.Tensor) else bool(answer)

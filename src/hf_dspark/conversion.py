@@ -162,8 +162,7 @@ def check_own_config(raw: Mapping[str, Any], source: str) -> None:
     missing = [key for key in (*_DEEPSPEC_REQUIRED, "markov_head_type", "rope_parameters") if raw.get(key) is None]
     if missing:
         raise CheckpointError(
-            f"config.json of {source!r} lacks {', '.join(missing)}. Save the drafter again with save_pretrained, or "
-            "download it again."
+            f"config.json of {source!r} lacks {', '.join(missing)}. Save the drafter again with save_pretrained, or download it again."
         )
 
 
@@ -271,9 +270,7 @@ def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments:
     try:
         weight_map: dict[str, str] = json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{index} of {name_or_path!r} is not a safetensors index ({error!r}). Download it again."
-        ) from error
+        raise CheckpointError(f"{index} of {name_or_path!r} is not a safetensors index ({error!r}). Download it again.") from error
     found: dict[str, TensorRecord] = {}
     absent_shards = []
     for shard in sorted(set(weight_map.values())):
@@ -310,10 +307,7 @@ def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, Tens
         if tuple(want.shape) != got.shape:
             shaped.append(f"  mis-shaped: {name} is {got.shape}, expected {tuple(want.shape)}")
         if got.dtype not in (_FLOATING if want.is_floating_point() else _INTEGER):
-            typed.append(
-                f"  mis-typed: {name} is {got.dtype}, expected "
-                + ("floating point" if want.is_floating_point() else "integers")
-            )
+            typed.append(f"  mis-typed: {name} is {got.dtype}, expected " + ("floating point" if want.is_floating_point() else "integers"))
     if missing or unexpected or shaped or typed:
         raise CheckpointError(
             f"The tensors of {source!r} do not fit its config: {len(missing)} missing, {len(unexpected)} unexpected, "

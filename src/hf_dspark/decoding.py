@@ -155,14 +155,10 @@ class DecodingLoop:
         confidence = None if block.confidence is None else block.confidence.cpu()
         lengths = self.budget.plan(confidence, len(self.live), drafted)
         if len(lengths) != len(self.live) or not 0 <= min(lengths) <= max(lengths) <= drafted:
-            raise ValueError(
-                f"Budget {self.budget!r} planned {lengths} for {len(self.live)} rows; allowed are 0..{drafted}, one a row."
-            )
+            raise ValueError(f"Budget {self.budget!r} planned {lengths} for {len(self.live)} rows; allowed are 0..{drafted}, one a row.")
         limit = self.stopping.max_length
         if limit is not None:
-            lengths = [
-                min(n, limit - self.sequences.lengths[row] - 1) for n, row in zip(lengths, self.live, strict=True)
-            ]
+            lengths = [min(n, limit - self.sequences.lengths[row] - 1) for n, row in zip(lengths, self.live, strict=True)]
         return lengths
 
     def accept(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout) -> tuple[Verdict, torch.Tensor]:
@@ -170,9 +166,7 @@ class DecodingLoop:
         if self.processors.needs_ids and block.block_size:
             for index, row in enumerate(self.live):
                 self.sequences.pencil_in(row, block.tokens[index])
-        scores = self.process(
-            logits, [(row, j) for row, count in zip(self.live, layout.counts, strict=True) for j in range(count)]
-        )
+        scores = self.process(logits, [(row, j) for row, count in zip(self.live, layout.counts, strict=True) for j in range(count)])
         if self.sample:
             return accept_sampled(scores.softmax(-1), block, layout, self.generator), scores
         return accept_greedy(scores.argmax(-1), block, layout), scores
@@ -229,20 +223,14 @@ class DecodingLoop:
         if self.processors.any_vocabulary:
             processed = self.processors(logits.clone(), self.sequences, places)
         else:
-            wide = (
-                self.drafter.widen(logits, fill=float("-inf"))
-                if self.drafter.draft_token_ids is not None
-                else logits.clone()
-            )
+            wide = self.drafter.widen(logits, fill=float("-inf")) if self.drafter.draft_token_ids is not None else logits.clone()
             processed = self.processors(wide, self.sequences, places)
             if self.drafter.draft_token_ids is not None:
                 processed = processed[:, self.drafter.draft_token_ids]
         # Processors may leave the drafter nothing to say (a forced token outside its vocabulary): then it says what it would have.
         return torch.where(torch.isfinite(processed).any(-1, keepdim=True), processed, logits)
 
-    def settle(
-        self, row: int, tokens: list[int], ids: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor
-    ) -> tuple[int, bool]:
+    def settle(self, row: int, tokens: list[int], ids: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> tuple[int, bool]:
         """Stop conditions over a row's new tokens; commit what remains. Returns how many remain and whether the row has ended."""
         new = ids[: len(tokens)]
         self.sequences.pencil_in(row, new)
@@ -298,9 +286,7 @@ class DecodingLoop:
         self.anchors = torch.cat([self.anchors, tokens])
         gone = []
         for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            _, ended = self.settle(
-                row, [token], tokens[index : index + 1], scores[index : index + 1], logits[index : index + 1]
-            )
+            _, ended = self.settle(row, [token], tokens[index : index + 1], scores[index : index + 1], logits[index : index + 1])
             if ended:
                 gone.append(first_row + index)
         self.leave(gone)

@@ -68,14 +68,11 @@ def embedded_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"cannot make the cache folder {root} for the embedded target ({error}); "
-            f"set {CACHE_VARIABLE} to a writable folder"
+            f"cannot make the cache folder {root} for the embedded target ({error}); set {CACHE_VARIABLE} to a writable folder"
         ) from error
     with FileLock(root / f"{folder.name}.lock"):
         if not folder.is_dir():
-            for stale in root.glob(
-                f"{_PARTIAL}{folder.name}-*"
-            ):  # left by a process that was killed while it held the lock
+            for stale in root.glob(f"{_PARTIAL}{folder.name}-*"):  # left by a process that was killed while it held the lock
                 shutil.rmtree(stale, ignore_errors=True)
             logger.info("converting %s to safetensors, once, into %s", gguf_file.name, folder)
             partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=root))

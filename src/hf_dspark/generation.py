@@ -1,10 +1,13 @@
-"""`generate` for a batch: from transformers' prepared arguments to the loop and back to transformers' outputs. Knows the options that
-`generate` prepares; knows no private name of transformers beyond them, and nothing of how the call got here.
+"""`generate` for a batch: from transformers' prepared arguments to the loop and back to transformers' outputs. Knows
+the options that `generate` prepares; knows no private name of transformers beyond them, and nothing of how the call got
+here.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .constraints import RowProcessors, RowStopping, Sequences
 from .decoding import PREFILL_TOKENS, Context, DecodingLoop, Recorder
-from .errors import UnsupportedOptionError
+from .errors import UnsupportedOptionError, UnsupportedTargetError
 from .row_cache import RowCache
 from .scheduling import Budget, make_budget
 from .statistics import DecodingStats
@@ -34,7 +37,8 @@ class GenerateDSparkOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate=True`: transformers' fields and `stats`.
 
     Attributes:
-        stats (`DecodingStats`): rounds, drafted, verified and accepted tokens of every row, tau, and where the time went.
+        stats (`DecodingStats`): rounds, drafted, verified and accepted tokens of every row, tau, and where the time
+            went.
     """
 
     stats: DecodingStats | None = None
@@ -93,6 +97,8 @@ def generate_batch(
         UnsupportedTargetError, UnsupportedOptionError, BindingError: before anything is computed or changed.
     """
     options = current_options()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedTargetError(f"{type(model).__name__} is an encoder-decoder; DSpark needs a decoder-only causal language model.")
     _check_options(generation_config, model_kwargs, input_ids, streamer, synced_gpus)
     budget = make_budget(options.budget if options.budget is not None else drafter.budget)
     if budget.needs_confidence and drafter.confidence_head is None:
@@ -152,12 +158,10 @@ def generate_batch(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------------ arguments
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def _check_options(
-    config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool
-) -> None:
+def _check_options(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool) -> None:
     if not kwargs.get("use_cache", True):
         raise ValueError("assisted generate requires `use_cache=True`")
     cache = kwargs.get("past_key_values")
@@ -171,12 +175,12 @@ def _check_options(
     if static or "Static" in type(cache).__name__:
         raise ValueError("assisted generate is not supported with Static cache classes`")
     wrong = ""
-    if config.num_beams > 1:
+    if (config.num_beams or 1) > 1:
         wrong = f"beam search (num_beams={config.num_beams}): drafted tokens follow one path. Use num_beams=1"
     elif synced_gpus:
-        wrong = "synced_gpus: ranks would run different numbers of rounds. Gather the parameters, or generate without a drafter"
+        wrong = "synced_gpus: ranks would run different numbers of rounds. Gather the parameters, or go without a drafter"
     elif config.output_attentions or config.output_hidden_states:
-        wrong = "output_attentions / output_hidden_states: rejected tokens' would be mixed in. Run a forward over the result instead"
+        wrong = "output_attentions or output_hidden_states: rejected tokens' would be mixed in. Run a forward over the text"
     elif getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
         wrong = "guidance_scale: guidance runs the target a second time. Generate without a drafter"
     elif getattr(config, "assistant_ensemble_weight", None) is not None:
@@ -188,13 +192,16 @@ def _check_options(
     elif cache is not None and getattr(cache, "offloading", False):
         wrong = "an offloaded cache. Use DynamicCache or none"
     elif cache is not None and input_ids.shape[0] > 1 and cache.get_seq_length() > 0:
-        wrong = f"past_key_values with {cache.get_seq_length()} tokens for a batch of {input_ids.shape[0]}; reuse over turns is for batch size 1"
+        wrong = (
+            f"past_key_values with {cache.get_seq_length()} tokens for a batch of {input_ids.shape[0]}; reuse over "
+            "turns is for batch size 1"
+        )
     else:
         extra = sorted(name for name, value in kwargs.items() if value is not None and name not in _KNOWN_KWARGS)
         # Families mark text with token type 0; a mask of zeros says nothing.
         extra = [name for name in extra if not (name == "token_type_ids" and not kwargs[name].any())]
         if extra:
-            wrong = f"model inputs {extra}: only text prompts given as input_ids are drafted for. Generate without a drafter"
+            wrong = f"model inputs {extra}: only input_ids of text are drafted for. Generate without a drafter"
     if wrong:
         raise UnsupportedOptionError(f"DSpark decoding does not support {wrong}.")
 
@@ -205,20 +212,19 @@ def _block_size(drafter: Any, options: CallOptions) -> int:
         return longest
     if not 1 <= options.block_size <= longest:
         raise ValueError(
-            f"block_size={options.block_size}, but this drafter was trained for blocks of 1..{longest} tokens; beyond that acceptance "
-            "collapses. Ask for fewer, or train a drafter with a longer block."
+            f"block_size={options.block_size}, but this drafter was trained for blocks of 1..{longest} tokens; beyond "
+            "that acceptance collapses. Ask for fewer, or train a drafter with a longer block."
         )
     return options.block_size
 
 
-def _prompts(
-    input_ids: torch.Tensor, kwargs: dict[str, Any], mask_length: int | None, device: torch.device
-) -> list[torch.Tensor]:
-    """Each row's ids without padding. What the mask leaves out does not exist here, and position ids count what is left."""
+def _prompts(input_ids: torch.Tensor, kwargs: dict[str, Any], mask_length: int | None, device: torch.device) -> list[torch.Tensor]:
+    """Each row's ids without padding. What the mask leaves out does not exist here, and position ids count what is
+    left."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise UnsupportedOptionError(
-            f"DSpark decoding needs prompts as input_ids of shape (batch, length >= 1); got {tuple(input_ids.shape)}. An empty prompt has "
-            "nothing to condition on: start with a bos token. inputs_embeds are not supported."
+            "DSpark decoding needs prompts as input_ids of shape (batch, length >= 1); got "
+            f"{tuple(input_ids.shape)}. An empty prompt has nothing to condition on: start with a bos token."
         )
     mask = kwargs.get("attention_mask")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
@@ -226,25 +232,21 @@ def _prompts(
     width = keep.shape[1] if mask is not None or mask_length is None else mask_length
     if keep.shape[0] != input_ids.shape[0] or width != input_ids.shape[1]:
         raise UnsupportedOptionError(
-            f"attention_mask covers {width} tokens, input_ids has shape {tuple(input_ids.shape)}; they must agree. With past_key_values too, "
-            "give the ids of the whole text, not only the new ones."
+            f"attention_mask covers {width} tokens, input_ids has shape {tuple(input_ids.shape)}; they must agree. "
+            "With past_key_values too, give the ids of the whole text, not only the new ones."
         )
     empty = (~keep.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise UnsupportedOptionError(
-            f"Rows {empty} of the batch are empty prompts (attention_mask all 0); every row needs a token."
-        )
+        raise UnsupportedOptionError(f"Rows {empty} of the batch are empty prompts (attention_mask all 0); every row needs a token.")
     positions = kwargs.get("position_ids")
     if positions is not None and positions.shape[-1] == input_ids.shape[1]:
         expected = (keep.long().cumsum(1) - 1)[keep]
         if not torch.equal(positions.to(input_ids.device).expand_as(input_ids)[keep], expected):
-            raise UnsupportedOptionError(
-                "position_ids other than 0, 1, .. over the unmasked tokens are not supported; leave them out."
-            )
+            raise UnsupportedOptionError("position_ids other than 0, 1, .. over the unmasked tokens are not supported; leave them out.")
     return [row[kept].to(device) for row, kept in zip(input_ids, keep, strict=True)]
 
 
-# -------------------------------------------------------------------------------------------------------------------------- outputs
+# -------------------------------------------------------------------------------------------------------------- outputs
 
 
 def _padded(sequences: Sequences, config: Any) -> torch.Tensor:
@@ -266,7 +268,7 @@ def _stacked(rows: list[list[torch.Tensor]] | None) -> tuple[torch.Tensor, ...] 
     return tuple(torch.stack([r[k] if k < len(r) else blank for r in rows]) for k in range(longest))
 
 
-# ---------------------------------------------------------------------------------------------------------------- caches over turns
+# ---------------------------------------------------------------------------------------------------- caches over turns
 
 
 @dataclass
@@ -275,11 +277,18 @@ class _TurnState:
 
     ids: torch.Tensor
     context: Context
-    drafter_id: int
+    drafter: weakref.ref[Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TurnState:
+        return _TurnState(self.ids.clone(), copy.deepcopy(self.context, memo), self.drafter)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # A pickled cache comes back without it, and the next call reads the whole prompt.
 
 
 def _resume(cache: Any, drafter: Any, prompts: list[torch.Tensor]) -> tuple[Context | None, int]:
-    """Continue a lone row where the caller's cache ends, if its context is at hand; otherwise read the whole prompt again."""
+    """Continue a lone row where the caller's cache ends, if its context is at hand; otherwise read the whole prompt
+    again."""
     cached = cache.get_seq_length() if cache is not None else 0
     if cached == 0:
         return None, 0
@@ -287,19 +296,21 @@ def _resume(cache: Any, drafter: Any, prompts: list[torch.Tensor]) -> tuple[Cont
     prompt = prompts[0]
     fits = (
         isinstance(state, _TurnState)
-        and state.drafter_id == id(drafter)
+        and state.drafter() is drafter
         and cached <= len(state.ids)
         and cached <= len(prompt)
         and torch.equal(state.ids[:cached].to(prompt.device), prompt[:cached])
     )
-    if not fits:
+    if state is None or not fits:
         logger.warning(
-            "past_key_values holds %d tokens without the drafter's context for them (it comes from another call, another drafter or another "
-            "text); the whole prompt is read again, and the cache is filled anew. The result is the same.",
+            "past_key_values holds %d tokens without the drafter's context for them (it comes from another call, "
+            "another drafter or another text); the whole prompt is read again, and the cache is filled anew. The result "
+            "is the same.",
             cached,
         )
         return None, 0
-    # At least one token must be read, for the first logits. From here on this call writes behind what the cache still holds.
+    # At least one token must be read, for the first logits. From here on this call writes behind what the cache still
+    # holds.
     known = min(cached, len(prompt) - 1)
     state.ids = state.ids[:cached]
     forked = Context(_fork(state.context.target, known), _fork(state.context.drafter, known))
@@ -307,15 +318,17 @@ def _resume(cache: Any, drafter: Any, prompts: list[torch.Tensor]) -> tuple[Cont
 
 
 def _fork(store: RowCache, length: int) -> RowCache:
-    """Same buffers, own lengths: tokens beyond `length` are scratch, so a failed call loses nothing that was committed."""
-    copy = RowCache()
-    copy.__dict__.update(store.__dict__)
-    copy.keys, copy.values, copy.lengths = dict(store.keys), dict(store.values), [length]
-    return copy
+    """Same buffers, own lengths: tokens beyond `length` are scratch, so a failed call loses nothing that was
+    committed."""
+    fork = RowCache()
+    fork.__dict__.update(store.__dict__)
+    fork.keys, fork.values, fork.lengths = dict(store.keys), dict(store.values), [length]
+    return fork
 
 
 def _hand_over(cache: DynamicCache, context: Context, drafter: Any, ids: torch.Tensor, drafted: bool) -> None:
-    """Fill the caller's cache with views of the row's keys and values: all tokens but the last, as after a plain call."""
+    """Fill the caller's cache with views of the row's keys and values: all tokens but the last, as after a plain
+    call."""
     length = len(ids)
     store = context.target
     if store.lengths != [length]:
@@ -331,4 +344,4 @@ def _hand_over(cache: DynamicCache, context: Context, drafter: Any, ids: torch.T
             layer.cumulative_length = length
             keys, values = keys[:, :, -layer.sliding_window + 1 :], values[:, :, -layer.sliding_window + 1 :]
         layer.keys, layer.values = keys, values
-    cache._dspark_state = _TurnState(ids.clone(), context, id(drafter)) if drafted else None  # type: ignore[attr-defined]
+    cache._dspark_state = _TurnState(ids.clone(), context, weakref.ref(drafter)) if drafted else None

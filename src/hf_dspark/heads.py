@@ -53,9 +53,7 @@ class SequentialHead(nn.Module):
         """
         return None
 
-    def step(
-        self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def step(self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One block position.
 
         Args:
@@ -95,9 +93,7 @@ class VanillaMarkovHead(SequentialHead):
     Source: paper Eq. 5.
     """
 
-    def step(
-        self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def step(self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.embed_previous(prev_ids), None
 
 
@@ -111,9 +107,7 @@ class GatedMarkovHead(SequentialHead):
         super().__init__(vocab_size, draft_vocab_size, rank)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
-    def step(
-        self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def step(self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         previous = self.embed_previous(prev_ids)
         gate = torch.sigmoid(self.gate_proj(torch.cat((h_k, previous), dim=-1)))
         return gate * previous, None
@@ -135,9 +129,7 @@ class RNNHead(SequentialHead):
     def initial_state(self, h: torch.Tensor) -> torch.Tensor:
         return h.new_zeros(*h.shape[:-1], self.rank)
 
-    def step(
-        self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def step(self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if state is None:
             state = self.initial_state(h_k)
         z = torch.cat((state, self.embed_previous(prev_ids), h_k), dim=-1)

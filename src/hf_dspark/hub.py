@@ -144,15 +144,11 @@ def load_drafter(
 def _folder_or_repo(name: str | os.PathLike[str], role: str, other_role_name: str) -> str:
     text = os.fspath(name)
     if text == other_role_name:
-        raise CheckpointError(
-            f"{text!r} cannot be the {role}: the embedded target is {TARGET_NAME!r}, its drafter {DRAFTER_NAME!r}"
-        )
+        raise CheckpointError(f"{text!r} cannot be the {role}: the embedded target is {TARGET_NAME!r}, its drafter {DRAFTER_NAME!r}")
     folder = Path(text).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"the {role} folder {folder} holds no config.json; name the folder that save_pretrained wrote"
-            )
+            raise CheckpointError(f"the {role} folder {folder} holds no config.json; name the folder that save_pretrained wrote")
         return str(folder)
     try:
         validate_repo_id(text)
@@ -168,6 +164,5 @@ def _unreadable(role: str, name: str | os.PathLike[str], revision: str | None, e
     where = f"{os.fspath(name)!r}" + (f" at revision {revision!r}" if revision is not None else "")
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return CheckpointError(
-        f"cannot load the {role} {where}: {reason} (check the spelling, the network, and for a private or gated "
-        "repository `hf auth login`)"
+        f"cannot load the {role} {where}: {reason} (check the spelling, the network, and for a private or gated repository `hf auth login`)"
     )

@@ -1,7 +1,9 @@
-"""The one place where transformers is patched, and the explicit door beside it. Sole user of transformers' private generation names.
+"""The one place where transformers is patched, and the explicit door beside it. Sole user of transformers' private
+generation names.
 
-`generate()` looks its decoding method up by name; for any `assistant_model` that is `GenerationMixin._assisted_decoding`. `install` wraps
-that method: a DSpark drafter goes to this package's loop, everything else to the original. `uninstall` puts the original back.
+`generate()` looks its decoding method up by name; for any `assistant_model` that is
+`GenerationMixin._assisted_decoding`. `install` wraps that method: a DSpark drafter goes to this package's loop,
+everything else to the original. `uninstall` puts the original back.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import logging
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerationMixin
 
 from .candidates import stock_loop
 from .errors import UnsupportedOptionError, UnsupportedTargetError
 from .generation import CallOptions, GenerateDSparkOutput, call_options, current_options, generate_batch
 from .scheduling import Budget
+from .target import input_device
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +31,8 @@ def _log_once(message: str) -> None:
 
 
 def install() -> None:
-    """Let `target.generate(..., assistant_model=drafter)` decode with a DSpark drafter. Done on import; doing it twice changes nothing."""
+    """Let `target.generate(..., assistant_model=drafter)` decode with a DSpark drafter. Done on import; doing it twice
+    changes nothing."""
     original = GenerationMixin._assisted_decoding
     if getattr(original, "_hf_dspark_original", None) is not None:
         return
@@ -38,11 +43,7 @@ def install() -> None:
         drafter = kwargs.get("assistant_model")
         if not getattr(drafter, "is_dspark_drafter", False):
             return original(self, *args, **kwargs)
-        mine = {
-            k: v
-            for k, v in kwargs.items()
-            if k not in ("assistant_model", "inputs_tensor", "assistant_tokenizer", "tokenizer")
-        }
+        mine = {k: v for k, v in kwargs.items() if k not in ("assistant_model", "inputs_tensor", "assistant_tokenizer", "tokenizer")}
         try:
             return generate_batch(self, drafter, *args, **mine)
         except UnsupportedTargetError as refused:
@@ -51,6 +52,10 @@ def install() -> None:
             if not refused.one_row_works or ids.shape[0] > 1 or options.generator is not None:
                 raise
             _log_once(f"{refused} Doing so for this batch of one.")
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                # transformers' assisted loop (seen in 5.23) reads the whole text on top of what a cache holds already.
+                kwargs["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
             with stock_loop(self, drafter, options.budget, options.block_size):
                 return original(self, *args, **kwargs)
 
@@ -76,17 +81,20 @@ def generate(
     num_return_sequences: int = 1,
     **kwargs: Any,
 ) -> GenerateDSparkOutput | torch.Tensor:
-    """Generate with a DSpark drafter; `target.generate(..., assistant_model=drafter)` with options of this package's own.
+    """Generate with a DSpark drafter; `target.generate(..., assistant_model=drafter)` with options of this package's
+    own.
 
     Args:
         target (`PreTrainedModel` or a PEFT wrapper): the causal language model whose distribution is kept exactly.
         drafter (`DSparkDrafter`): bound to the target by this call if it is not yet.
-        budget (`str` or `Budget`, *optional*): `full`, `static:N`, `threshold:P` or an object; `drafter.budget` where None.
+        budget (`str` or `Budget`, *optional*): `full`, `static:N`, `threshold:P` or an object; `drafter.budget` where
+            None.
         seed (`int`, *optional*): seeds a generator of this call's own; the same seed gives the same output.
         generator (`torch.Generator`, *optional*): instead of a seed; on the target's device.
         block_size (`int`, *optional*): draft fewer tokens than the checkpoint's gamma.
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
-        kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping criteria, streamer ..
+        kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping
+            criteria, streamer ..
     Returns:
         `torch.LongTensor` of shape `(B * num_return_sequences, length)`, or a `GenerateDSparkOutput` with
         `return_dict_in_generate=True`.
@@ -98,9 +106,16 @@ def generate(
     if seed is not None and generator is not None:
         raise UnsupportedOptionError("Give either seed or generator, not both.")
     if seed is not None:
-        generator = torch.Generator(device=target.get_input_embeddings().weight.device).manual_seed(seed)
+        generator = torch.Generator(device=input_device(target)).manual_seed(seed)
+    if (beams := _asked(target, kwargs, "num_beams") or 1) > 1:
+        # transformers would warn, leave the drafter aside and search.
+        raise UnsupportedOptionError(f"Drafted tokens follow one path; got num_beams={beams}. Use num_beams=1, or target.generate.")
     if num_return_sequences > 1:
-        kwargs = _repeated(target, kwargs, num_return_sequences)
+        if not _asked(target, kwargs, "do_sample"):
+            raise UnsupportedOptionError(
+                f"num_return_sequences={num_return_sequences} greedy copies would all be the same; set do_sample=True."
+            )
+        kwargs = _repeated(kwargs, num_return_sequences)
     # Before transformers' own checks, which would ask for tokenizers where the vocabularies differ.
     drafter.bind(target)
     install()
@@ -108,18 +123,19 @@ def generate(
         return target.generate(**kwargs, assistant_model=drafter)
 
 
-def _repeated(target: Any, kwargs: dict[str, Any], times: int) -> dict[str, Any]:
-    asked = (
-        kwargs.get("do_sample"),
-        getattr(kwargs.get("generation_config"), "do_sample", None),
-        target.generation_config.do_sample,
+def _asked(target: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """An option of this call as `generate` will find it: an argument, else the given config's, else the target's own;
+    None where unset."""
+    places = (
+        kwargs.get(name),
+        getattr(kwargs.get("generation_config"), name, None),
+        getattr(target.generation_config, name, None),
     )
-    if not next((value for value in asked if value is not None), False):
-        raise UnsupportedOptionError(
-            f"num_return_sequences={times} greedy copies would all be the same; set do_sample=True."
-        )
+    return next((value for value in places if value is not None), None)
+
+
+def _repeated(kwargs: dict[str, Any], times: int) -> dict[str, Any]:
     per_row = ("inputs", "input_ids", "attention_mask", "position_ids", "token_type_ids")
     return {
-        name: value.repeat_interleave(times, dim=0) if name in per_row and value is not None else value
-        for name, value in kwargs.items()
+        name: value.repeat_interleave(times, dim=0) if name in per_row and value is not None else value for name, value in kwargs.items()
     }

@@ -132,12 +132,7 @@ class _Borrowed:
 
     def logits(self, h: torch.Tensor, draft_ids: torch.Tensor | None) -> torch.Tensor:
         head: Any = self.head
-        plain = (
-            type(head) is nn.Linear
-            and not head._forward_hooks
-            and not head._forward_pre_hooks
-            and not hasattr(head, "_hf_hook")
-        )
+        plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks and not hasattr(head, "_hf_hook")
         if plain:
             weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
             if draft_ids is not None:
@@ -152,9 +147,7 @@ class _Borrowed:
                 logits = logits.index_select(-1, draft_ids.to(logits.device))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _rows(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, draft_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _rows(self, weight: torch.Tensor, bias: torch.Tensor | None, draft_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Copied once, not every round; again when the target's head moved or was written to.
         version = -1 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device, draft_ids.data_ptr(), len(draft_ids))
@@ -265,8 +258,7 @@ class DSparkDrafter(PreTrainedModel):
         if mask_token_id is None:
             if tokenizer is None:
                 raise ValueError(
-                    "from_target needs tokenizer= (to choose a mask token that text does not use) or mask_token_id=; "
-                    "got neither."
+                    "from_target needs tokenizer= (to choose a mask token that text does not use) or mask_token_id=; got neither."
                 )
             mask_token_id = choose_mask_token_id(tokenizer, text.vocab_size, in_use)
         else:
@@ -301,9 +293,7 @@ class DSparkDrafter(PreTrainedModel):
         return drafter
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any
-    ) -> DSparkDrafter:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any) -> DSparkDrafter:
         """Load a drafter, strictly, in this package's own format or DeepSpec's (`Qwen3DSparkModel`, DSpark and DFlash).
 
         Copies of embedding and head that DeepSpec's files carry are not loaded; `bind` compares them with the target's.
@@ -322,9 +312,7 @@ class DSparkDrafter(PreTrainedModel):
         if pretrained_model_name_or_path is None:
             config, state = kwargs.get("config"), kwargs.get("state_dict")
             if isinstance(config, DSparkConfig) and state is not None:
-                check_tensors(
-                    cls._expected_tensors(config), {k: TensorRecord.of(k, v) for k, v in state.items()}, "state_dict"
-                )
+                check_tensors(cls._expected_tensors(config), {k: TensorRecord.of(k, v) for k, v in state.items()}, "state_dict")
             return super().from_pretrained(None, *model_args, **kwargs)
         source = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
@@ -366,9 +354,7 @@ class DSparkDrafter(PreTrainedModel):
             return super().from_pretrained(source, *model_args, config=config, **{**kwargs, "use_safetensors": True})
         carried = {key: found.pop(key) for key in (EMBEDDING_KEY, LM_HEAD_KEY)}
         state = {name: record.read() for name, record in found.items()}
-        kwargs = {
-            key: value for key, value in kwargs.items() if key not in (*HUB_ARGUMENTS, "variant", "use_safetensors")
-        }
+        kwargs = {key: value for key, value in kwargs.items() if key not in (*HUB_ARGUMENTS, "variant", "use_safetensors")}
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
         drafter = loaded[0] if isinstance(loaded, tuple) else loaded
         drafter._carried = carried
@@ -444,22 +430,14 @@ class DSparkDrafter(PreTrainedModel):
             if width != config.hidden_size and width != text.hidden_size:
                 wrong.append(f"embedding width: the drafter needs {config.hidden_size}, the target's is {width}")
             if config.mask_token_id >= rows:
-                wrong.append(
-                    f"mask token id {config.mask_token_id}: the target's embedding has rows 0..{rows - 1} only"
-                )
+                wrong.append(f"mask token id {config.mask_token_id}: the target's embedding has rows 0..{rows - 1} only")
         if getattr(target.config, "is_encoder_decoder", False):
-            wrong.append(
-                "kind of model: the target is an encoder-decoder, a drafter needs a decoder-only language model"
-            )
+            wrong.append("kind of model: the target is an encoder-decoder, a drafter needs a decoder-only language model")
         ids = self.draft_token_ids
         if ids is not None and (ids.min() < 0 or ids.max() >= config.vocab_size):
-            wrong.append(
-                f"d2t: it maps draft ids to {int(ids.min())}..{int(ids.max())}, outside 0..{config.vocab_size - 1}"
-            )
+            wrong.append(f"d2t: it maps draft ids to {int(ids.min())}..{int(ids.max())}, outside 0..{config.vocab_size - 1}")
         if wrong:
-            made_for = (
-                f" (made for {config.target_name or config.target_model_type})" if config.target_model_type else ""
-            )
+            made_for = f" (made for {config.target_name or config.target_model_type})" if config.target_model_type else ""
             raise BindingError(
                 f"This drafter{made_for} does not fit the target {type(target).__name__}:\n"
                 + "\n".join(f"  {line}" for line in wrong)
@@ -487,9 +465,7 @@ class DSparkDrafter(PreTrainedModel):
                 )
                 continue
             if not Path(record.path).exists():
-                raise CheckpointError(
-                    f"{record.path} is gone, but its {key} must be compared with the target's. Load the drafter again."
-                )
+                raise CheckpointError(f"{record.path} is gone, but its {key} must be compared with the target's. Load the drafter again.")
             if not same_weights(record, weight):
                 differs.append(f"{key}: stored {record.shape}, target's {tuple(weight.shape)}")
         if differs:
@@ -534,9 +510,7 @@ class DSparkDrafter(PreTrainedModel):
             cache.write(i, keys, values, layout)
 
     @torch.no_grad()
-    def draft_hidden(
-        self, anchor_ids: torch.Tensor, starts: Sequence[int], cache: RowCache, gamma: int | None = None
-    ) -> torch.Tensor:
+    def draft_hidden(self, anchor_ids: torch.Tensor, starts: Sequence[int], cache: RowCache, gamma: int | None = None) -> torch.Tensor:
         """Run the backbone on one block a row: [anchor, mask, .., mask], all positions at once.
 
         The anchor sits at its own position, `starts[r]`, right after the context; it is the first position that
@@ -630,9 +604,7 @@ class DSparkDrafter(PreTrainedModel):
         if temperatures is not None:
             gamma = logits.shape[-1]
             if gamma > len(temperatures):
-                raise ValueError(
-                    f"There are temperatures for {len(temperatures)} block positions; got confidences for {gamma}."
-                )
+                raise ValueError(f"There are temperatures for {len(temperatures)} block positions; got confidences for {gamma}.")
             logits = logits / torch.tensor(temperatures[:gamma], device=logits.device)
         return torch.sigmoid(logits).cumprod(dim=-1)
 
@@ -791,19 +763,12 @@ class DSparkDrafter(PreTrainedModel):
     def _copy_from_target(self, target: PreTrainedModel) -> list[str]:
         """Start the backbone from the target's last layers, where shapes agree; returns the names copied."""
         decoder = target.get_decoder()
-        theirs = next(
-            (m for name in ("layers", "h") if isinstance(m := getattr(decoder, name, None), nn.ModuleList)), None
-        )
+        theirs = next((m for name in ("layers", "h") if isinstance(m := getattr(decoder, name, None), nn.ModuleList)), None)
         copied: list[str] = []
 
         def copy_into(name: str, weight: torch.Tensor | None) -> None:
             own = self.get_parameter(name)
-            if (
-                weight is not None
-                and weight.is_floating_point()
-                and weight.shape == own.shape
-                and weight.device.type != "meta"
-            ):
+            if weight is not None and weight.is_floating_point() and weight.shape == own.shape and weight.device.type != "meta":
                 own.copy_(weight)
                 copied.append(name)
 
@@ -880,9 +845,7 @@ def choose_mask_token_id(tokenizer: Any, vocab_size: int, in_use: Iterable[int] 
 
 def _check_mask_token(mask_token_id: int, vocab_size: int, in_use: set[int], tokenizer: Any) -> None:
     if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(
-            f"mask_token_id must be a row of the target's embedding, 0..{vocab_size - 1}; got {mask_token_id}."
-        )
+        raise ValueError(f"mask_token_id must be a row of the target's embedding, 0..{vocab_size - 1}; got {mask_token_id}.")
     named = ("bos_token_id", "eos_token_id", "pad_token_id")
     if mask_token_id in in_use | {getattr(tokenizer, name, None) for name in named}:
         raise ValueError(
@@ -912,9 +875,7 @@ def _token_ids_in_use(target: PreTrainedModel) -> set[int]:
 def _check_draft_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
     ids = torch.as_tensor(ids)
     if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.numel() == 0:
-        raise ValueError(
-            f"draft_token_ids must be a non-empty 1-D tensor of token ids; got shape {tuple(ids.shape)}, {ids.dtype}."
-        )
+        raise ValueError(f"draft_token_ids must be a non-empty 1-D tensor of token ids; got shape {tuple(ids.shape)}, {ids.dtype}.")
     ids = ids.to(device="cpu", dtype=torch.int64).sort().values
     if ids[0] < 0 or ids[-1] >= vocab_size:
         raise ValueError(f"draft_token_ids must lie in 0..{vocab_size - 1}; got {int(ids[0])}..{int(ids[-1])}.")
@@ -929,14 +890,11 @@ def _input_output_embeddings(target: PreTrainedModel) -> tuple[nn.Module, nn.Mod
         embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
     except (AttributeError, NotImplementedError) as error:
         raise BindingError(
-            f"{type(target).__name__} does not tell its input and output embeddings ({error}). A target is a "
-            "transformers causal LM."
+            f"{type(target).__name__} does not tell its input and output embeddings ({error}). A target is a transformers causal LM."
         ) from error
     if embedding is None or head is None:
         lacks = "input embedding" if embedding is None else "language-model head"
-        raise BindingError(
-            f"{type(target).__name__} has no {lacks}. Pass the causal LM (AutoModelForCausalLM), not its base model."
-        )
+        raise BindingError(f"{type(target).__name__} has no {lacks}. Pass the causal LM (AutoModelForCausalLM), not its base model.")
     return embedding, head
 
 

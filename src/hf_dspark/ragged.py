@@ -188,9 +188,7 @@ def _attend_row_by_row(
         q, end = query[:, :, first : first + count], start + count
         k, v = key[row : row + 1, :, :end], value[row : row + 1, :, :end]
         if start == 0 and simple and (window is None or end <= window):
-            out = nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=count > 1, scale=how["scaling"], enable_gqa=groups > 1
-            )
+            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=count > 1, scale=how["scaling"], enable_gqa=groups > 1)
         else:
             mask = RowLayout([start], [count], layout.device).causal_mask(window).repeat(1, groups, 1)[:, None]
             out = _attend(_fold(q, kv_heads), k, v, mask, **how).reshape(1, query.shape[1], count, -1)
@@ -212,11 +210,7 @@ def _ragged_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    unknown = sorted(
-        name
-        for name, given in kwargs.items()
-        if given is not None and name not in _HARMLESS and not isinstance(given, bool)
-    )
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS and not isinstance(given, bool))
     if unknown:
         raise UnsupportedTargetError(
             f"{type(module).__name__} passes {unknown} to its attention function, which ragged verification does not know; allowed are "
@@ -274,9 +268,7 @@ _USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 def _attention_configs(model: nn.Module) -> list[Any]:
     """Every configuration object below `model` that names an attention implementation, each once."""
-    configs = {
-        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "_attn_implementation", None)
-    }
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "_attn_implementation", None)}
     return list(configs.values())
 
 

@@ -1,8 +1,8 @@
 """Keys and values of the live rows, without padding and without copies. Knows tensors; knows no model and no decoding.
 
-A row is one request. Its tokens lie at positions 0, 1, .. of its own stretch of one buffer a layer, so rolling back is forgetting a
-length, and a row that leaves frees its stretch for another. Positions at or beyond a row's length are scratch: writing there (a block to
-be verified, a draft block) commits nothing.
+A row is one request. Its tokens lie at positions 0, 1, .. of its own stretch of one buffer a layer, so rolling back
+is forgetting a length, and a row that leaves frees its stretch for another. Positions at or beyond a row's length are
+scratch: writing there (a block to be verified, a draft block) commits nothing.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ class RowLayout:
         starts (`list[int]`): tokens that each row already holds.
         counts (`list[int]`): tokens that each row adds in this pass, at least one.
         device (`torch.device`): where the index tensors live.
-        first_row (`int`): number of the first of these rows in the cache; rows that join lie behind those that run already.
+        first_row (`int`): number of the first of these rows in the cache; rows that join lie behind those that run
+            already.
     """
 
-    def __init__(
-        self, starts: Sequence[int], counts: Sequence[int], device: torch.device | str = "cpu", first_row: int = 0
-    ) -> None:
+    def __init__(self, starts: Sequence[int], counts: Sequence[int], device: torch.device | str = "cpu", first_row: int = 0) -> None:
         if len(starts) != len(counts) or not counts or min(counts) < 1:
-            raise ValueError(
-                f"A layout needs one start and one positive count a row; got starts={starts}, counts={counts}."
-            )
+            raise ValueError(f"A layout needs one start and one positive count a row; got starts={starts}, counts={counts}.")
         self.starts = list(starts)
         self.counts = list(counts)
         self.device = torch.device(device)
@@ -72,7 +69,9 @@ class RowLayout:
 
     @cached_property
     def padded_index(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(R, max_count)`: flat index of each row's tokens; past a row's count its last token again."""
+        """`torch.LongTensor` of shape `(R, max_count)`: flat index of each row's tokens; past a row's count its last
+        token again.
+        """
         first, counts = self._host[2], torch.tensor(self.counts)
         return self._to_device(first[:, None] + torch.minimum(torch.arange(self.max_count), counts[:, None] - 1))
 
@@ -147,7 +146,9 @@ class RowCache:
         return new
 
     def view(self, layer: int, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the layout's rows up to its longest end, as views of shape `(R, heads, max_end, head_dim)`."""
+        """Keys and values of the layout's rows up to its longest end, as views of shape `(R, heads, max_end,
+        head_dim)`.
+        """
         rows = slice(layout.first_row, layout.first_row + layout.num_rows)
         return self.keys[layer][rows, :, : layout.max_end], self.values[layer][rows, :, : layout.max_end]
 
@@ -158,7 +159,7 @@ class RowCache:
             `list[int]`: for each remaining row, in the new order, its number before the call.
         """
         leaving = set(gone)
-        order = [row for row in range(self.num_rows)]
+        order = list(range(self.num_rows))
         for hole in sorted(leaving):
             while order and order[-1] in leaving:
                 order.pop()
@@ -166,8 +167,8 @@ class RowCache:
                 break
             order[hole] = order.pop()
         for new, old in enumerate(order):
-            if new != old:
-                length = self.lengths[old]
+            length = self.lengths[old]
+            if new != old and length:  # A row without tokens may lie beyond buffers that have not grown yet.
                 for store in (self.keys, self.values):
                     for buffer in store.values():
                         buffer[new, :, :length] = buffer[old, :, :length]

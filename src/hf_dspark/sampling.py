@@ -1,4 +1,6 @@
-"""Drawing tokens: softmax, greedy choice, exact sampling by an exponential race. Pure maths; knows no model and no loop."""
+"""Drawing tokens: softmax, greedy choice, exact sampling by an exponential race. Pure maths; knows no model and no
+loop.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Budgets: how many drafted tokens of each row go to verification. Pure policy over confidences; knows no model and no loop.
+"""Budgets: how many drafted tokens of each row go to verification. Pure policy over confidences; knows no model and
+no loop.
 
-A budget may look at c_1..c_k when it decides about token k + 1 or any later one, never at anything that depends on the token it decides
-about: c_{k+1} depends on x_k, so looking ahead of the cut would let x_k decide whether x_k is verified, and bias the output
-(paper, Appendix A).
+A budget may look at c_1..c_k when it decides about token k + 1 or any later one, never at anything that depends on
+the token it decides about: c_{k+1} depends on x_k, so looking ahead of the cut would let x_k decide whether x_k is
+verified, and bias the output (paper, Appendix A).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 class Budget(Protocol):
     """Decides l_r for each live row, once a round.
 
-    `needs_confidence` says whether `plan` reads its first argument; where it does not, the loop never waits for the device. A budget that
-    never asks for more than some number of tokens may say so in an attribute `longest`, and no more are drafted.
+    `needs_confidence` says whether `plan` reads its first argument; where it does not, the loop never waits for the
+    device. A budget that never asks for more than some number of tokens may say so in an attribute `longest`, and no
+    more are drafted.
     """
 
     needs_confidence: bool
@@ -52,9 +54,7 @@ class StaticBudget:
 
     def __init__(self, tokens: int) -> None:
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ValueError(
-                f"A static budget is a whole number of tokens, 0 or more; got {tokens!r}. Example: 'static:4'."
-            )
+            raise ValueError(f"A static budget is a whole number of tokens, 0 or more; got {tokens!r}. Example: 'static:4'.")
         self.tokens = tokens
 
     @property
@@ -76,16 +76,14 @@ class ThresholdBudget:
 
     def __init__(self, probability: float) -> None:
         if not isinstance(probability, (int, float)) or not 0.0 <= probability <= 1.0:
-            raise ValueError(
-                f"A confidence threshold lies between 0 and 1; got {probability!r}. Example: 'threshold:0.5'."
-            )
+            raise ValueError(f"A confidence threshold lies between 0 and 1; got {probability!r}. Example: 'threshold:0.5'.")
         self.probability = float(probability)
 
     def plan(self, confidence: torch.Tensor | None, rows: int, block_size: int) -> list[int]:
         if confidence is None:
             raise ValueError(
-                f"Budget {self!r} needs a drafter with a confidence head; this one has none. Use 'full' or 'static:N', or train the "
-                "drafter with a confidence head."
+                f"Budget {self!r} needs a drafter with a confidence head; this one has none. Use 'full' or 'static:N', "
+                "or train the drafter with a confidence head."
             )
         return (confidence >= self.probability).long().cumprod(dim=1).sum(dim=1).tolist()
 
@@ -113,6 +111,4 @@ def make_budget(budget: str | Budget) -> Budget:
             return ThresholdBudget(float(parameter))
     except ValueError as error:
         raise ValueError(f"Budget {budget!r} has a parameter that cannot be used ({error}).") from None
-    raise ValueError(
-        f"Unknown budget {budget!r}; allowed are 'full', 'static:N' (N tokens) and 'threshold:P' (P in 0..1)."
-    )
+    raise ValueError(f"Unknown budget {budget!r}; allowed are 'full', 'static:N' (N tokens) and 'threshold:P' (P in 0..1).")

@@ -125,7 +125,7 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     @contextmanager
     def open(self) -> Iterator[Target]:
@@ -133,9 +133,7 @@ class Target:
         with ragged_attention(self.model), self.taps.open():
             yield self
 
-    def forward(
-        self, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """One flattened pass.
 
         Args:
@@ -150,20 +148,27 @@ class Target:
         return logits, self.taps.take()[0]
 
 
+def input_device(model: Any) -> torch.device:
+    """Where the model's embedding takes token ids; for offloaded weights, where accelerate's hook brings them."""
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    if device.type == "meta":
+        hook = getattr(embedding, "_hf_hook", None)
+        places = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", [hook])]
+        return torch.device(next((place for place in places if place is not None), "cpu"))
+    return device
+
+
 def _accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _ragged_forward(
-    model: Any, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool, trims: bool
-) -> torch.Tensor:
+def _ragged_forward(model: Any, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool, trims: bool) -> torch.Tensor:
     cache = RaggedCache(store)
     cache.layout = layout
     extra = {"logits_to_keep": layout.last} if only_last and trims else {}
     with active_pass(RaggedPass(layout)) as ragged:
-        out = model(
-            input_ids=ids[None], position_ids=layout.positions[None], past_key_values=cache, use_cache=True, **extra
-        )
+        out = model(input_ids=ids[None], position_ids=layout.positions[None], past_key_values=cache, use_cache=True, **extra)
     if ragged.attended == 0:
         raise UnsupportedTargetError(
             f"{type(model).__name__} does not use transformers' attention interface, so rows of different length cannot share one pass. "
@@ -217,9 +222,7 @@ def _reason_against(model: Any, config: Any) -> tuple[str, bool]:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; DSpark needs a decoder-only causal language model.", False
-    bad = sorted(
-        {kind for kind in getattr(config, "layer_types", None) or [] if any(word in kind for word in _REFUSED_LAYERS)}
-    )
+    bad = sorted({kind for kind in getattr(config, "layer_types", None) or [] if any(word in kind for word in _REFUSED_LAYERS)})
     if getattr(model, "_is_stateful", False) or bad:
         return (
             f"{name} has layers that cannot take rejected tokens back ({', '.join(bad) or 'a recurrent state'}); speculative decoding "
@@ -234,6 +237,13 @@ def _reason_against(model: Any, config: Any) -> tuple[str, bool]:
         error, allowed = self_test(model)
     except UnsupportedTargetError as refused:
         return str(refused), True
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as broke:  # attention of its own meets shapes that it does not expect
+        return (
+            f"{name} cannot run a ragged pass ({type(broke).__name__}: {broke}); its attention does not follow transformers' attention "
+            "interface. Decode it at batch size 1, where transformers' own assisted loop drives the drafter."
+        ), True
     if not error <= allowed:
         return (
             f"The self-test of ragged passes failed on {name}: logits differ from a plain forward by {error:.2e} of their spread, "
@@ -250,7 +260,7 @@ def self_test(model: Any) -> tuple[float, float]:
     Returns:
         the root mean square difference of logits over their standard deviation, and the largest value allowed for the model's dtype.
     """
-    vocab, device = model.config.get_text_config(decoder=True).vocab_size, model.get_input_embeddings().weight.device
+    vocab, device = model.config.get_text_config(decoder=True).vocab_size, input_device(model)
     rows = [(torch.arange(n, device=device) * 7919 + 3 * n) % vocab for n in (11, 6)]
     cuts = [7, 2]
     store = RowCache()

@@ -1,4 +1,5 @@
-"""Which drafted tokens stand, and what follows them. Pure maths on one round; knows no model, no cache, no user options.
+"""Which drafted tokens stand, and what follows them. Pure maths on one round; knows no model, no cache, no user
+options.
 
 Source: paper section 2 and DSPARK.md step 7; the acceptance rule of Leviathan et al. 2023 (arXiv 2211.17192).
 """
@@ -20,9 +21,10 @@ class DraftBlock:
     Attributes:
         tokens (`torch.LongTensor` of shape `(R, gamma)`): x_1..x_gamma, target ids.
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): c_k, calibrated, float32.
-        probs (`torch.Tensor` of shape `(R, gamma, V_draft)`, *optional*): p_d, the distribution that each token was drawn from;
-            None where the draft is an arg-max.
-        draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they are the same.
+        probs (`torch.Tensor` of shape `(R, gamma, V_draft)`, *optional*): p_d, the distribution that each token was
+            drawn from; None where the draft is an arg-max.
+        draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they
+            are the same.
         drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): p_d of the drawn tokens; goes with `probs`.
     """
 
@@ -38,11 +40,7 @@ class DraftBlock:
 
     def truncate(self, length: int) -> DraftBlock:
         """The first `length` tokens of every row, whole record."""
-        cut = {
-            name: value[:, :length]
-            for name in ("tokens", "confidence", "probs", "drawn")
-            if (value := getattr(self, name)) is not None
-        }
+        cut = {name: value[:, :length] for name in ("tokens", "confidence", "probs", "drawn") if (value := getattr(self, name)) is not None}
         return replace(self, **cut)
 
 
@@ -52,7 +50,8 @@ class Verdict:
 
     Attributes:
         accepted (`torch.LongTensor` of shape `(R,)`): drafted tokens that stand, 0..l_r.
-        next_token (`torch.LongTensor` of shape `(R,)`): the token after them: a correction, or the bonus where all l_r stand.
+        next_token (`torch.LongTensor` of shape `(R,)`): the token after them: a correction, or the bonus where all
+            l_r stand.
     """
 
     accepted: torch.Tensor
@@ -79,17 +78,16 @@ def accept_greedy(choice: torch.Tensor, block: DraftBlock, layout: RowLayout) ->
     return Verdict(accepted, padded.gather(1, accepted[:, None])[:, 0])
 
 
-def accept_sampled(
-    p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None
-) -> Verdict:
+def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None) -> Verdict:
     """Speculative sampling: accept x_k with probability min(1, p_t / p_d), else draw from norm(max(p_t - p_d, 0)).
 
     The result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d.
 
     Args:
-        p_t (`torch.Tensor` of shape `(T, V)`): the target's distribution after each token of the flattened pass, float32,
-            after the user's processors.
-        block (`DraftBlock`): the draft, truncated to the longest verified length; without `probs` its tokens count as certain.
+        p_t (`torch.Tensor` of shape `(T, V)`): the target's distribution after each token of the flattened pass,
+            float32, after the user's processors.
+        block (`DraftBlock`): the draft, truncated to the longest verified length; without `probs` its tokens count as
+            certain.
         layout (`RowLayout`): rows of [anchor, x_1..x_{l_r}].
         generator (`torch.Generator`, *optional*): source of randomness.
     """

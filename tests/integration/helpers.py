@@ -1,4 +1,5 @@
-"""Prompts, plain generation as the oracle, and drafters that know a target's greedy transitions, so that much is accepted untrained."""
+"""Prompts, plain generation as the oracle, and drafters that know a target's greedy transitions, so that much is
+accepted untrained."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ def bigram_drafter(
 ) -> DSparkDrafter:
     """A real drafter whose sequential head holds the target's greedy transitions as a table.
 
-    W1 is the identity and W2 the table, so that the head says which token follows which; of every `wrong_every` known transitions one is
-    made wrong, so that rejections are frequent too. Gates are opened, recurrent states ignored.
+    W1 is the identity and W2 the table, so that the head says which token follows which; of every `wrong_every` known
+    transitions one is made wrong, so that rejections are frequent too. Gates are opened, recurrent states ignored.
 
     Args:
         target (`PreTrainedModel`): from `tiny_target`.
@@ -66,15 +67,10 @@ def bigram_drafter(
     """
     drafter = tiny_drafter(target, head, markov_rank=VOCAB, **fields)
     seen: Counter[tuple[int, int]] = Counter()
-    for prompt in prompts:
-        known = plain(target, left_padded([prompt]), max_new_tokens=40)[0, len(prompt) - 1 :].tolist()
-        seen.update(pairwise(known))
+    for row in plain(target, left_padded(prompts), max_new_tokens=40)[:, -41:].tolist():
+        seen.update(pairwise(row))
     follows = {token: following for (token, following), _ in sorted(seen.items(), key=lambda item: item[1])}
-    place = (
-        {int(token): index for index, token in enumerate(drafter.draft_token_ids)}
-        if drafter.draft_token_ids is not None
-        else None
-    )
+    place = {int(token): index for index, token in enumerate(drafter.draft_token_ids)} if drafter.draft_token_ids is not None else None
     with torch.no_grad():
         drafter.markov_head.markov_w1.weight.copy_(torch.eye(VOCAB))
         table = drafter.markov_head.markov_w2.weight.zero_()
@@ -117,7 +113,8 @@ def make_world(target: PreTrainedModel, head: str = "vanilla", **fields: Any) ->
 
 
 def talking_target(family: str = "llama", loudness: float = 5.0) -> PreTrainedModel:
-    """A tiny target whose next token depends much on the last one, and on the rest of the text too: its embeddings are made larger."""
+    """A tiny target whose next token depends much on the last one, and on the rest of the text too: its embeddings are
+    made larger."""
     target = tiny_target(family)
     with torch.no_grad():
         target.get_input_embeddings().weight.mul_(loudness)

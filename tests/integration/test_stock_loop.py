@@ -20,7 +20,8 @@ from tests.tiny import BOS, EOS, HIDDEN, PAD, VOCAB
 
 @pytest.fixture
 def stock():
-    """Call generate with transformers' own loop and this package's candidates; the patch is back in place afterwards."""
+    """Call generate with transformers' own loop and this package's candidates; the patch is back in place
+    afterwards."""
 
     def call(target, drafter, inputs, budget=None, **options):
         passes = []
@@ -39,7 +40,8 @@ def stock():
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3", "mixtral"])
 def test_both_doors_give_the_plain_text(stock, family, budget):
-    """transformers' loop over this drafter's candidates gives the text of the plain call, as this package's loop does."""
+    """transformers' loop over this drafter's candidates gives the text of the plain call, as this package's loop
+    does."""
     w = world(family)
     out, passes = stock(w.target, w.drafter, w.inputs(1), budget)
     assert torch.equal(out, plain(w.target, w.inputs(1)))
@@ -88,7 +90,7 @@ def test_sampling_through_the_stock_door(stock):
     assert not torch.equal(outs[0], outs[2])
 
 
-# ------------------------------------------------------------------------------------------------------ a target for one row only
+# -------------------------------------------------------------------------------------------- a target for one row only
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,8 @@ def bloom() -> World:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BloomConfig(
-            vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=3, n_head=4, initializer_range=0.2, eos_token_id=EOS, bos_token_id=BOS, pad_token_id=PAD
+            vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=3, n_head=4, initializer_range=0.2,
+            eos_token_id=EOS, bos_token_id=BOS, pad_token_id=PAD,
         )  # fmt: skip
         target = BloomForCausalLM(config).to(torch.float32).eval()
     return make_world(target, num_taps=1)
@@ -108,9 +111,7 @@ def test_bloom_falls_back_at_batch_size_one(bloom, caplog):
     _log_once.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_dspark"):
         for _ in range(2):
-            assert torch.equal(
-                speculate(bloom.target, bloom.drafter, bloom.inputs(1)), plain(bloom.target, bloom.inputs(1))
-            )
+            assert torch.equal(speculate(bloom.target, bloom.drafter, bloom.inputs(1)), plain(bloom.target, bloom.inputs(1)))
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("hf_dspark")]
     assert len(lines) == 1
     assert "BloomForCausalLM" in lines[0]
@@ -133,10 +134,9 @@ def test_the_fall_back_drafts(bloom):
 
 def test_the_fall_back_honours_the_explicit_options(bloom):
     """Budget and block size of `hf_dspark.generate` reach the stock loop."""
-    tokens = []
-    hook = bloom.target.register_forward_pre_hook(
-        lambda m, a, k: tokens.append(k["input_ids"].shape[1]), with_kwargs=True
-    )
+    expected = plain(bloom.target, bloom.inputs(1))
+    tokens: list[int] = []
+    hook = bloom.target.register_forward_pre_hook(lambda m, a, k: tokens.append(k["input_ids"].shape[1]), with_kwargs=True)
     try:
         for options, longest in (
             ({"budget": "static:0"}, 1),
@@ -154,14 +154,15 @@ def test_the_fall_back_honours_the_explicit_options(bloom):
                 eos_token_id=NEVER,
                 **options,
             )
-            assert torch.equal(out, plain(bloom.target, bloom.inputs(1)))
+            assert torch.equal(out, expected)
             assert max(tokens[1:]) == longest
     finally:
         hook.remove()
 
 
 def test_the_fall_back_continues_a_conversation(bloom):
-    """With a cache of an earlier turn only new tokens are read, and the text is the plain call's."""
+    """A cache of an earlier turn is left alone, because transformers' assisted loop cannot go on from one; the text is
+    the plain call's."""
     first = speculate(bloom.target, bloom.drafter, bloom.inputs(1), return_dict_in_generate=True)
     longer = left_padded([[*first.sequences[0].tolist(), 30, 31, 32]])
     second = speculate(bloom.target, bloom.drafter, longer, past_key_values=first.past_key_values)

@@ -1,6 +1,7 @@
 """Exact distributions of short continuations, and the chi-square test that samples are held against. Knows no drafter.
 
-The enumeration runs the target plainly: one prefix, one row, no cache, no padding, a straight loop over the tree of continuations.
+The enumeration runs the target plainly: one prefix, one row, no cache, no padding, a straight loop over the tree of
+continuations.
 """
 
 from __future__ import annotations
@@ -61,9 +62,7 @@ class Warping:
 
     def __str__(self) -> str:
         short = {"temperature": "T", "top_k": "k", "top_p": "p", "repetition_penalty": "r"}
-        given = [
-            f"{short[n]}{v:g}" for n, v in self.__dict__.items() if v != type(self).__dataclass_fields__[n].default
-        ]
+        given = [f"{short[n]}{v:g}" for n, v in self.__dict__.items() if v != type(self).__dataclass_fields__[n].default]
         return "-".join(given) or "T1"
 
 
@@ -91,7 +90,8 @@ def small_llama(seed: int = 0) -> LlamaForCausalLM:
 def small_drafter(target: LlamaForCausalLM, head: str = "vanilla", seed: int = 1, **fields: Any) -> DSparkDrafter:
     """A random drafter of block 3 that is often wrong and often right, with an adversarial confidence head.
 
-    Where there is a sequential head, c_k is close to 0 or to 1 depending on x_{k-1} alone: three tokens give 0, three give 1.
+    Where there is a sequential head, c_k is close to 0 or to 1 depending on x_{k-1} alone: three tokens give 0, three
+    give 1.
     """
     arguments: dict[str, Any] = {
         "num_hidden_layers": 1,
@@ -126,9 +126,7 @@ def small_drafter(target: LlamaForCausalLM, head: str = "vanilla", seed: int = 1
 
 
 @torch.no_grad()
-def exact_distribution(
-    target: LlamaForCausalLM, prompt: Sequence[int], tokens: int, warping: Warping
-) -> dict[Tokens, float]:
+def exact_distribution(target: LlamaForCausalLM, prompt: Sequence[int], tokens: int, warping: Warping) -> dict[Tokens, float]:
     """Probability of every continuation of `tokens` tokens, shorter where it ends with EOS; float64, sums to 1.
 
     Args:
@@ -182,7 +180,9 @@ class Fit:
 
 
 def chi_square(samples: Sequence[Tokens], exact: dict[Tokens, float]) -> Fit:
-    """Pearson's chi-square of samples against an exact distribution; rare outcomes share cells, impossible ones are counted apart."""
+    """Pearson's chi-square of samples against an exact distribution; rare outcomes share cells, impossible ones are
+    counted apart.
+    """
     counts = Counter(samples)
     assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-9)
     impossible = sum(n for outcome, n in counts.items() if outcome not in exact)

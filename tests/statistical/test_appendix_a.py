@@ -1,6 +1,8 @@
-"""Appendix A of the paper by enumeration: p_t = (0.7, 0.3), p_d = (0.5, 0.5), tokens A and B, two drafted positions. No sampling.
+"""Appendix A of the paper by enumeration: p_t = (0.7, 0.3), p_d = (0.5, 0.5), tokens A and B, two drafted positions.
+No sampling.
 
-The confidences leak: c_1 = 0.8, and c_2 is 0.9 after A, 0 after B. Whoever lets c_2 decide whether x_1 is verified outputs A too often.
+The confidences leak: c_1 = 0.8, and c_2 is 0.9 after A, 0 after B. Whoever lets c_2 decide whether x_1 is verified
+outputs A too often.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Sampled output against the exact distribution of the target, and wrong decoders that the same test must catch.
 
-False alarms: each test fails on a right decoder with probability ALARM = 1e-4 (chi-square over the joint distribution of the first three
-tokens, outcomes with fewer than 5 expected samples pooled), so the whole file with its about 60 tests does with 0.6%. Seeds are fixed: a
-test that passes keeps passing until the code or torch's generator changes. Power: every negative control below is caught at the same
-sample size, on the same target and drafter.
+False alarms: each test fails on a right decoder with probability ALARM = 1e-4 (chi-square over the joint distribution
+of the first three tokens, outcomes with fewer than 5 expected samples pooled), so the whole file with its about 60
+tests does with 0.6%. Seeds are fixed: a test that passes keeps passing until the code or torch's generator changes.
+Power: every negative control below is caught at the same sample size, on the same target and drafter.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def sample(
     """One call; for each prompt the outcomes of its `num_return_sequences` rows."""
     times = options.get("num_return_sequences", 1)
     inputs = batch(prompts)
-    out = hf_dspark.generate(
-        target(), draft, **inputs, **warping.arguments(), budget=budget, max_new_tokens=GENERATED, **options
-    )
+    out = hf_dspark.generate(target(), draft, **inputs, **warping.arguments(), budget=budget, max_new_tokens=GENERATED, **options)
     drawn = outcomes(out, inputs["input_ids"].shape[1], tokens)
     return [drawn[i * times : (i + 1) * times] for i in range(len(prompts))]
 
@@ -103,9 +101,7 @@ def fit_batch(
     return sum(fits[1:], fits[0])
 
 
-def fit_loop(
-    calls: int, warping: Warping, draft: Any, budget: Any, prompts: tuple[Tokens, ...], tokens: int, seed: int = 12
-) -> Fit:
+def fit_loop(calls: int, warping: Warping, draft: Any, budget: Any, prompts: tuple[Tokens, ...], tokens: int, seed: int = 12) -> Fit:
     """Many small calls from one generator: B = the number of prompts."""
     generator = torch.Generator().manual_seed(seed)
     gathered: dict[Tokens, list[Tokens]] = {p: [] for p in prompts}
@@ -117,7 +113,7 @@ def fit_loop(
     return sum(fits[1:], fits[0])
 
 
-# ------------------------------------------------------------------------------------------------------------ right decoders
+# ----------------------------------------------------------------------------------------------------- right decoders
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -163,7 +159,8 @@ def test_ragged_rows_each_keep_their_own_distribution(budget: str) -> None:
 def test_ragged_rows_keep_their_distribution_under_a_repetition_penalty() -> None:
     """Each row's penalty follows its own prompt and tokens.
 
-    The prompts begin with the pad token, so that it does not matter whether a penalty counts padding (transformers changed that).
+    The prompts begin with the pad token, so that it does not matter whether a penalty counts padding (transformers
+    changed that).
     """
     warping = Warping(temperature=1.2, top_k=5, repetition_penalty=1.4)
     prompts = tuple((EOS, *prompt) for prompt in RAGGED)
@@ -187,7 +184,9 @@ def test_batches_of_four_keep_the_distribution(head: str, budget: str, prompts: 
 
 
 def test_the_stock_loop_keeps_the_distribution() -> None:
-    """Driven by transformers' own assisted loop, with the same p_d handed over, the drafter gives the same distribution."""
+    """Driven by transformers' own assisted loop, with the same p_d handed over, the drafter gives the same
+    distribution.
+    """
     warping, draft = WARPINGS[2], drafter("gated")
     drawn: list[Tokens] = []
     hf_dspark.uninstall()
@@ -196,9 +195,7 @@ def test_the_stock_loop_keeps_the_distribution() -> None:
             torch.manual_seed(13)
             for _ in range(200):
                 with stock_loop(target(), draft, "full"):
-                    out = target().generate(
-                        **batch((PROMPT,)), **warping.arguments(), max_new_tokens=GENERATED, assistant_model=draft
-                    )
+                    out = target().generate(**batch((PROMPT,)), **warping.arguments(), max_new_tokens=GENERATED, assistant_model=draft)
                 drawn += outcomes(out, len(PROMPT), 2)
     finally:
         hf_dspark.install()
@@ -225,7 +222,7 @@ def test_drafts_are_both_accepted_and_rejected() -> None:
         assert 0.1 < verified / (3 * rounds) < 0.7  # The budget really cuts, and not always.
 
 
-# ------------------------------------------------------------------------------------------------------------ wrong decoders
+# ----------------------------------------------------------------------------------------------------- wrong decoders
 
 Accept = Callable[[torch.Tensor, DraftBlock, RowLayout, Any], Verdict]
 right_accept = verification.accept_sampled
@@ -244,17 +241,13 @@ def residual_is_p_t(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, gen
 def q_before_temperature(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any) -> Verdict:
     """Believes that drafts were drawn at temperature 1."""
     q = (block.probs.log() * CONTROL.temperature).softmax(-1)
-    return right_accept(
-        p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator
-    )
+    return right_accept(p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator)
 
 
 def wrong_rows_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any) -> Verdict:
     """Compares each row with the draft distribution of the row before it."""
     q = block.probs.roll(1, dims=0)
-    return right_accept(
-        p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator
-    )
+    return right_accept(p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator)
 
 
 class PeekingBudget:

@@ -86,9 +86,7 @@ def test_supervision_stops_at_a_gap_in_the_response():
     ids, mask, lengths = rows([1], [7])
     mask[0, 4] = False
     positions, valid = torch.tensor([[2]]), torch.tensor([[True]])
-    assert block_targets(ids, mask, lengths, positions, valid, 5).position_mask.tolist() == [
-        [[True, False, False, False, False]]
-    ]
+    assert block_targets(ids, mask, lengths, positions, valid, 5).position_mask.tolist() == [[[True, False, False, False, False]]]
 
 
 def test_padding_marked_as_response_is_never_used():

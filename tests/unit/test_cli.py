@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_dspark.version import __version__
 from hf_dspark.cli import run
+from hf_dspark.version import __version__
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -28,9 +28,7 @@ def fails(capsys, *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["--version"], ["demo", "--help"], ["generate", "--help"], ["eval", "--help"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["demo", "--help"], ["generate", "--help"], ["eval", "--help"]])
 def test_help_does_not_import_torch(arguments):
     """Help and version answer without torch and transformers."""
     script = (
@@ -39,9 +37,7 @@ def test_help_does_not_import_torch(arguments):
         "sys.exit(f'imported {sorted(heavy)}' if heavy else code)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
@@ -254,8 +250,5 @@ def test_demo_ends_with_the_figures(capsys, tiny_pair):
 def test_demo_with_json_prints_one_line(capsys, tiny_pair):
     """--json leaves nothing on stdout but the object."""
     target, drafter = map(str, tiny_pair)
-    assert (
-        run(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "4", "--device", "cpu", "--json"])
-        == 0
-    )
+    assert run(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "4", "--device", "cpu", "--json"]) == 0
     assert capsys.readouterr().out.count("\n") == 1

@@ -62,9 +62,7 @@ def deepspec_config_json(**changes: Any) -> dict[str, Any]:
     }
 
 
-def deepspec_tensors(
-    target: torch.nn.Module, head: str = "vanilla", confidence: bool = True
-) -> dict[str, torch.Tensor]:
+def deepspec_tensors(target: torch.nn.Module, head: str = "vanilla", confidence: bool = True) -> dict[str, torch.Tensor]:
     """Random weights under the exact names of FORMATS: backbone, heads, embedding and head."""
     generator = torch.Generator().manual_seed(7)
 
@@ -147,9 +145,7 @@ def test_a_deepspec_checkpoint_loads_bit_for_bit(tmp_path, target, head: str, sh
 def test_a_deepspec_checkpoint_drafts_like_the_reference(tmp_path, target, head: str) -> None:
     """Loaded and bound, it gives the hidden states and logits of the equations on the file's own weights."""
     tensors = deepspec_tensors(target, head)
-    drafter = DSparkDrafter.from_pretrained(write(tmp_path, deepspec_config_json(markov_head_type=head), tensors)).bind(
-        target
-    )
+    drafter = DSparkDrafter.from_pretrained(write(tmp_path, deepspec_config_json(markov_head_type=head), tensors)).bind(target)
     reference = ReferenceDrafter(
         tensors,
         tensors["embed_tokens.weight"],
@@ -177,9 +173,7 @@ def test_a_deepspec_checkpoint_drafts_like_the_reference(tmp_path, target, head:
         previous = torch.tensor([[9, *tokens[:-1]]])
         own = drafter.base_logits(h) + drafter.markov_head.project(drafter.markov_head.block(previous, h))
         torch.testing.assert_close(own[0], logits, rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(
-            drafter.confidence(h, previous)[0], reference.confidence(9, tokens, expected), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(drafter.confidence(h, previous)[0], reference.confidence(9, tokens, expected), rtol=1e-5, atol=1e-5)
 
 
 def test_a_deepspec_dflash_checkpoint_loads(tmp_path, target) -> None:
@@ -207,10 +201,7 @@ def test_rope_is_read_from_either_place(tmp_path, target) -> None:
     tensors = deepspec_tensors(target)
     config = deepspec_config_json(rope_parameters={"rope_type": "default", "rope_theta": 777.0})
     del config["rope_theta"], config["rope_scaling"]
-    assert (
-        DSparkDrafter.from_pretrained(write(tmp_path / "a", config, tensors)).config.rope_parameters["rope_theta"]
-        == 777.0
-    )
+    assert DSparkDrafter.from_pretrained(write(tmp_path / "a", config, tensors)).config.rope_parameters["rope_theta"] == 777.0
     scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
     old = DSparkDrafter.from_pretrained(write(tmp_path / "b", deepspec_config_json(rope_scaling=scaling), tensors))
     assert old.config.rope_parameters["rope_theta"] == 5000.0
@@ -234,9 +225,7 @@ def test_binding_to_another_target_than_the_files_is_refused(tmp_path, target, k
 
 def test_carried_copies_are_dropped_after_binding(tmp_path, target) -> None:
     """Once compared, the copies are forgotten: saving writes this package's own format without them."""
-    drafter = DSparkDrafter.from_pretrained(
-        write(tmp_path / "in", deepspec_config_json(), deepspec_tensors(target))
-    ).bind(target)
+    drafter = DSparkDrafter.from_pretrained(write(tmp_path / "in", deepspec_config_json(), deepspec_tensors(target))).bind(target)
     assert drafter._carried == {}
     drafter.save_pretrained(tmp_path / "out")
     again = DSparkDrafter.from_pretrained(tmp_path / "out")

@@ -32,9 +32,7 @@ def converted(tmp_path_factory) -> tuple[Path, Path]:
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
     def convert(_: int) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(cache)], capture_output=True, text=True, env=environment, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", script, str(cache)], capture_output=True, text=True, env=environment, check=True)
         return done.stdout.strip().split("\n")[-1]
 
     with ThreadPoolExecutor(3) as pool:

@@ -63,9 +63,7 @@ def test_gated_head_gates_the_embedding() -> None:
     head = make_head("gated")
     ids, h = torch.tensor([5, 9]), torch.randn(2, D)
     e = head.markov_w1.weight[ids]
-    gate = 1 / (
-        1 + torch.exp(-(h @ head.gate_proj.weight[:, :D].T + e @ head.gate_proj.weight[:, D:].T + head.gate_proj.bias))
-    )
+    gate = 1 / (1 + torch.exp(-(h @ head.gate_proj.weight[:, :D].T + e @ head.gate_proj.weight[:, D:].T + head.gate_proj.bias)))
     torch.testing.assert_close(head.step(ids, h, None)[0], gate * e)
 
 

@@ -131,9 +131,7 @@ def test_labels_outside_a_reduced_vocabulary_leave_the_cross_entropy_alone():
     ids, index = torch.tensor([3, 0]), torch.tensor([1, -1, -1, 0])
     target = torch.tensor([[0.2, 0.1, 0.3, 0.4], [0.2, 0.1, 0.3, 0.4]])
     weights = LossWeights(cross_entropy=1.0, total_variation=0.0)
-    result, hidden = call(
-        torch.tensor([[0.5, 0.5], [0.9, 0.1]]), given(target, ids), [3, 2], index=index, weights=weights
-    )
+    result, hidden = call(torch.tensor([[0.5, 0.5], [0.9, 0.1]]), given(target, ids), [3, 2], index=index, weights=weights)
     result.loss.backward()
     assert float(result.loss.detach()) == pytest.approx(math.log(2), rel=1e-5)
     assert int(result.labels_outside) == 1
@@ -235,9 +233,7 @@ def test_tallies_of_parts_add_up_to_the_tally_of_the_whole():
         target=given(torch.randn(24, 5).softmax(-1)),
         weights=LossWeights(),
     )
-    parts = result.tally(torch.tensor([True, False, True, False])).merge(
-        result.tally(torch.tensor([False, True, False, True]))
-    )
+    parts = result.tally(torch.tensor([True, False, True, False])).merge(result.tally(torch.tensor([False, True, False, True])))
     whole = result.tally().values()
     assert parts.values().keys() == whole.keys()
     for name, value in parts.values().items():

@@ -117,9 +117,7 @@ def test_greedy_and_sampling_options():
     assert Sampling(0.5, 0.9).options() == {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 0}
 
 
-@pytest.mark.parametrize(
-    "values", [(-1.0, 1.0), (float("inf"), 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.5), (0.0, 0.5)]
-)
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (float("inf"), 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.5), (0.0, 0.5)])
 def test_impossible_sampling_is_refused(values):
     """Values out of range, and a nucleus under greedy decoding, raise."""
     with pytest.raises(ValueError, match=r"temperature|top_p"):

@@ -47,9 +47,7 @@ def random_taps(drafter: DSparkDrafter, *shape: int, seed: int = 3) -> torch.Ten
     return 2.0 * torch.randn(*shape, len(drafter.config.target_layer_ids) * HIDDEN, generator=generator)
 
 
-def draft(
-    drafter: DSparkDrafter, taps: list[torch.Tensor], anchors: list[int], gamma: int | None = None
-) -> tuple[torch.Tensor, RowCache]:
+def draft(drafter: DSparkDrafter, taps: list[torch.Tensor], anchors: list[int], gamma: int | None = None) -> tuple[torch.Tensor, RowCache]:
     """Hidden states of one block a row, after contexts of different lengths."""
     cache, starts = RowCache(), [len(t) for t in taps]
     cache.add_rows(len(taps))
@@ -93,15 +91,11 @@ def test_block_equals_the_straight_line_reference(head: str, reduced: bool) -> N
         for row, (anchor, context) in enumerate(zip(anchors, taps, strict=True)):
             expected = reference.hidden(anchor, context)
             torch.testing.assert_close(h[row], expected, **TOLERANCE)
-            torch.testing.assert_close(
-                drafter.base_logits(h[row]), reference.base_logits(expected), rtol=1e-5, atol=2e-5
-            )
+            torch.testing.assert_close(drafter.base_logits(h[row]), reference.base_logits(expected), rtol=1e-5, atol=2e-5)
             expected_tokens, expected_logits = reference.chain(anchor, expected)
             assert tokens[row].tolist() == expected_tokens
             torch.testing.assert_close(logits[row], expected_logits, rtol=1e-5, atol=2e-5)
-            torch.testing.assert_close(
-                confidence[row], reference.confidence(anchor, expected_tokens, expected), **TOLERANCE
-            )
+            torch.testing.assert_close(confidence[row], reference.confidence(anchor, expected_tokens, expected), **TOLERANCE)
 
 
 @pytest.mark.parametrize("head", ["vanilla", "none"])
@@ -115,9 +109,7 @@ def test_confidence_without_the_markov_feature(head: str) -> None:
         h, _ = draft(drafter, [taps], [9])
         expected = reference.hidden(9, taps)
         for previous in (torch.zeros(1, 5, dtype=torch.long), torch.full((1, 5), 8)):
-            torch.testing.assert_close(
-                drafter.confidence(h, previous)[0], reference.confidence(9, [0] * 5, expected), **TOLERANCE
-            )
+            torch.testing.assert_close(drafter.confidence(h, previous)[0], reference.confidence(9, [0] * 5, expected), **TOLERANCE)
 
 
 def test_no_confidence_head_gives_none() -> None:
@@ -376,9 +368,7 @@ def test_a_peft_wrapped_target_can_be_bound() -> None:
     """A PEFT wrapper gives the embedding and head of the model inside, adapters included."""
     peft = pytest.importorskip("peft")
     target, drafter = tiny_llama(), tiny_drafter(tiny_llama())
-    wrapped = peft.get_peft_model(
-        target, peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    )
+    wrapped = peft.get_peft_model(target, peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
     drafter.bind(wrapped)
     h = torch.randn(2, HIDDEN)
     torch.testing.assert_close(drafter.base_logits(h), wrapped.base_model.model.lm_head(h))
@@ -392,9 +382,7 @@ def test_peft_adapters_fit_the_drafter(tmp_path) -> None:
     taps, arguments = random_taps(drafter, 1, 6), (torch.tensor([[5]]), torch.tensor([[3]]))
     plain = drafter(taps, *arguments)
     base = copy.deepcopy(drafter)
-    wrapped = peft.get_peft_model(
-        drafter, peft.LoraConfig(target_modules=["q_proj", "fc"], init_lora_weights=False)
-    ).eval()
+    wrapped = peft.get_peft_model(drafter, peft.LoraConfig(target_modules=["q_proj", "fc"], init_lora_weights=False)).eval()
     adapted = wrapped(taps, *arguments)
     assert not torch.allclose(plain, adapted, atol=1e-3)
     wrapped.save_pretrained(tmp_path)
@@ -622,9 +610,7 @@ def test_initialising_from_gemma_translates_its_norms() -> None:
     own = DSparkDrafter.from_target(target, mask_token_id=MASK, init_from_target=True).state_dict()
     layer = target.model.layers[3]
     torch.testing.assert_close(own["layers.1.input_layernorm.weight"], 1 + layer.input_layernorm.weight.detach())
-    torch.testing.assert_close(
-        own["layers.1.post_attention_layernorm.weight"], 1 + layer.pre_feedforward_layernorm.weight.detach()
-    )
+    torch.testing.assert_close(own["layers.1.post_attention_layernorm.weight"], 1 + layer.pre_feedforward_layernorm.weight.detach())
     torch.testing.assert_close(own["layers.1.self_attn.q_norm.weight"], 1 + layer.self_attn.q_norm.weight.detach())
 
 
@@ -678,6 +664,4 @@ def test_a_tokenizer_without_a_spare_token_asks_for_one() -> None:
 def test_a_drafter_needs_a_mask_token() -> None:
     """A config without a mask token cannot become a drafter."""
     with pytest.raises(ValueError, match="mask_token_id is None"):
-        DSparkDrafter(
-            DSparkConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
-        )
+        DSparkDrafter(DSparkConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=8))

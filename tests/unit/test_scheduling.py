@@ -1,4 +1,6 @@
-"""Budgets against a straight loop, their names, and the property that keeps decoding exact: no budget looks ahead of its cut."""
+"""Budgets against a straight loop, their names, and the property that keeps decoding exact: no budget looks ahead of
+its cut.
+"""
 
 from __future__ import annotations
 
@@ -149,5 +151,5 @@ def test_threshold_takes_numbers_only(wrong: object) -> None:
 
 def test_a_threshold_without_confidences_says_what_to_do() -> None:
     """A drafter without a confidence head cannot follow a threshold."""
-    with pytest.raises(ValueError, match="confidence head.*'full' or 'static:N'"):
+    with pytest.raises(ValueError, match=r"confidence head.*'full' or 'static:N'"):
         ThresholdBudget(0.5).plan(None, 1, 5)

@@ -69,9 +69,7 @@ def tiny_rows(count: int = 12) -> list[ResponseRow]:
         size = int(torch.randint(low, high, (1,), generator=generator))
         return tuple(torch.randint(3, 50, (size,), generator=generator).tolist())
 
-    return [
-        ResponseRow("chat" if i % 2 else "code", ids(2, 6), ids(4, 14), float(i % 3 == 0), True) for i in range(count)
-    ]
+    return [ResponseRow("chat" if i % 2 else "code", ids(2, 6), ids(4, 14), float(i % 3 == 0), True) for i in range(count)]
 
 
 def tiny_config(**kwargs) -> TrainingConfig:
@@ -373,9 +371,7 @@ def test_schedule_rises_over_the_warm_up_and_falls_to_zero():
     """Linear to the peak at 4%, cosine to 0; CE weight from 1.0 to 0.1 over the first 30%."""
     config = TrainingConfig(steps=100, learning_rate=1.0)
     assert [config.learning_rate_at(f) for f in (0.02, 0.04, 0.52, 1.0)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
-    assert [config.loss_weights_at(f).cross_entropy for f in (0.0, 0.15, 0.3, 1.0)] == pytest.approx(
-        [1.0, 0.55, 0.1, 0.1]
-    )
+    assert [config.loss_weights_at(f).cross_entropy for f in (0.0, 0.15, 0.3, 1.0)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Acceptance against exact expectations. Where chance enters, every value of it is gone through.
 
-The grid: p_d are multiples of 1/4 and p_t of 1/32, so p_t / p_d is a multiple of 1/48 for p_d up to 3/4, and 48 equally spaced uniforms
-a position give acceptance probabilities without any error. The random source is replaced, the code under test is not.
+The grid: p_d are multiples of 1/4 and p_t of 1/32, so p_t / p_d is a multiple of 1/48 for p_d up to 3/4, and 48
+equally spaced uniforms a position give acceptance probabilities without any error. The random source is replaced, the
+code under test is not.
 """
 
 from __future__ import annotations
@@ -65,9 +66,7 @@ def test_one_drafted_token_gives_the_targets_distribution(monkeypatch: pytest.Mo
     output = torch.zeros(size, dtype=torch.float64)
     for x in p_d.nonzero().flatten().tolist():
         layout = layout_of([1] * GRID)
-        block = DraftBlock(
-            torch.full((GRID, 1), x), probs=p_d.float().expand(GRID, 1, -1), drawn=p_d[x].float().expand(GRID, 1)
-        )
+        block = DraftBlock(torch.full((GRID, 1), x), probs=p_d.float().expand(GRID, 1, -1), drawn=p_d[x].float().expand(GRID, 1))
         # After an accepted x comes whatever; only the anchor's distribution matters here.
         flat = p_t.float().expand(2 * GRID, -1)
         accepted, following = verdicts_over_the_grid(monkeypatch, flat, block, layout, grid_of_uniforms(GRID, 1))
@@ -79,7 +78,8 @@ def test_one_drafted_token_gives_the_targets_distribution(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("reduced", [False, True])
 def test_two_drafted_tokens_follow_leviathans_law(monkeypatch: pytest.MonkeyPatch, seed: int, reduced: bool) -> None:
-    """P(output starts y_1) = p_t(y_1), P(y_1 stands) = min(p_t, p_d)(y_1), and the token after it is p_t's given y_1; exactly.
+    """P(output starts y_1) = p_t(y_1), P(y_1 stands) = min(p_t, p_d)(y_1), and the token after it is p_t's given y_1;
+    exactly.
 
     Both distributions at position 2 depend on the token at position 1.
     """
@@ -190,9 +190,7 @@ def test_zero_length_drafts_draw_from_the_target(monkeypatch: pytest.MonkeyPatch
 
 def test_a_block_cut_to_nothing_keeps_no_token() -> None:
     """Truncating to zero tokens empties every field: no slice of minus zero."""
-    block = DraftBlock(
-        torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), torch.ones(2, 3, 4), None, torch.ones(2, 3)
-    ).truncate(0)
+    block = DraftBlock(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3), torch.ones(2, 3, 4), None, torch.ones(2, 3)).truncate(0)
     assert block.block_size == 0
     assert (block.tokens.shape, block.confidence.shape, block.probs.shape, block.drawn.shape) == (
         (2, 0),
@@ -216,7 +214,9 @@ def test_truncating_cuts_every_field_alike() -> None:
 
 
 def test_an_arg_max_draft_counts_as_certain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without p_d a token stands with probability p_t(x), and the correction is p_t without x: the law of a one-hot q."""
+    """Without p_d a token stands with probability p_t(x), and the correction is p_t without x: the law of a one-hot
+    q.
+    """
     p_t = torch.tensor([6, 18, 24, 0.0]) / 48
     block = DraftBlock(torch.full((GRID, 1), 1))
     accepted, following = verdicts_over_the_grid(
@@ -226,9 +226,7 @@ def test_an_arg_max_draft_counts_as_certain(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(following[accepted == 0][0], torch.tensor([0.2, 0.0, 0.8, 0.0]).double())
     hot = torch.nn.functional.one_hot(block.tokens, 4).float()
     same = DraftBlock(block.tokens, probs=hot, drawn=torch.ones(GRID, 1))
-    again = verdicts_over_the_grid(
-        monkeypatch, p_t.expand(2 * GRID, -1), same, layout_of([1] * GRID), grid_of_uniforms(GRID, 1)
-    )
+    again = verdicts_over_the_grid(monkeypatch, p_t.expand(2 * GRID, -1), same, layout_of([1] * GRID), grid_of_uniforms(GRID, 1))
     assert torch.equal(again[0], accepted)
     torch.testing.assert_close(again[1], following)
 
@@ -256,7 +254,9 @@ def test_a_reduced_vocabulary_equals_the_widened_one(monkeypatch: pytest.MonkeyP
 
 
 def test_with_real_randomness_the_output_fits_the_target() -> None:
-    """Nothing replaced: 40 000 rows of two drafted tokens, the first output token by chi-square; false-alarm odds 1e-6, seeds fixed."""
+    """Nothing replaced: 40 000 rows of two drafted tokens, the first output token by chi-square; false-alarm odds
+    1e-6, seeds fixed.
+    """
     generator = torch.Generator().manual_seed(8)
     rows, size = 40_000, 6
     p_t = torch.randn(3, size, generator=generator).softmax(-1)
@@ -272,7 +272,9 @@ def test_with_real_randomness_the_output_fits_the_target() -> None:
 
 @pytest.mark.parametrize("lengths", [[3, 3], [0, 0], [2, 0, 3, 1]], ids=str)
 def test_greedy_keeps_tokens_while_the_target_agrees(lengths: list[int]) -> None:
-    """Against a straight loop over rows, for agreement cut off at every place and drafts longer than what was verified."""
+    """Against a straight loop over rows, for agreement cut off at every place and drafts longer than what was
+    verified.
+    """
     generator = torch.Generator().manual_seed(5)
     layout, gamma = layout_of(lengths), 3
     for _ in range(60):

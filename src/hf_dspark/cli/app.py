@@ -82,9 +82,7 @@ def demo(
     """
     from hf_dspark.cli.demo import run_demo
 
-    raise typer.Exit(
-        run_demo(target, drafter, max_new_tokens=max_new_tokens, budget=budget, device=device, quiet=quiet)
-    )
+    raise typer.Exit(run_demo(target, drafter, max_new_tokens=max_new_tokens, budget=budget, device=device, quiet=quiet))
 
 
 @app.command()
@@ -146,9 +144,7 @@ def generate(
 def evaluate(
     prompts: Annotated[
         list[Path],
-        typer.Option(
-            exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts; give it again for more files."
-        ),
+        typer.Option(exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts; give it again for more files."),
     ],
     target: Target = "smollm2",
     drafter: Drafter = "smollm2-dspark",
@@ -162,9 +158,7 @@ def evaluate(
     device: Device = "auto",
     seed: Seed = 0,
     json: Json = False,
-    output: Annotated[
-        Path | None, typer.Option(dir_okay=False, writable=True, help="Also write the JSON object to this file.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="Also write the JSON object to this file.")] = None,
 ) -> None:
     """Measure accepted length, acceptance by position, and speed against the plain target and prompt lookup.
 

@@ -50,9 +50,7 @@ def run_generate(
     place = pick_device(device)
     conversations = read_prompts(prompts, limit) if prompts is not None else [user_turn(prompt or "")]
     target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=place)
-    bench = Bench(
-        target, drafter, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens, budget=budget, seed=seed
-    )
+    bench = Bench(target, drafter, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens, budget=budget, seed=seed)
     results: list[dict[str, Any]] = []
     runs: list[Run] = []
     with progress("generating", len(conversations), show=not stream) as advance:
@@ -127,9 +125,7 @@ def run_eval(
     files: dict[str, list[Conversation]] = {}
     for path in prompts:
         if path.stem in files or path.stem == "all":
-            raise ValueError(
-                f"{path}: the name {path.stem!r} is taken, and results are reported under the file's name; rename it"
-            )
+            raise ValueError(f"{path}: the name {path.stem!r} is taken, and results are reported under the file's name; rename it")
         files[path.stem] = read_prompts(path, limit)
     target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=place)
     with progress("evaluating", sum(len(rows) for rows in files.values())) as advance:
@@ -169,9 +165,7 @@ def load_pair(
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # else every retry of an unreachable Hub is a line
     with Console(stderr=True).status(f"loading {target_name} and {drafter_name}"):
-        drafter = load_drafter(
-            drafter_name, dtype=dtype, device=device
-        )  # first: it is small, and often the mistaken one
+        drafter = load_drafter(drafter_name, dtype=dtype, device=device)  # first: it is small, and often the mistaken one
         target, tokenizer = load_target(target_name, dtype=dtype, device=device)
     return target, tokenizer, drafter
 
@@ -189,9 +183,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; write auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
+        raise ValueError(f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
 
 
@@ -221,9 +213,7 @@ def _check_early(budget: str | None, dtype: str) -> None:
         make_budget(budget)
 
 
-def _texts(
-    batch: list[Conversation], run: Run, tokenizer: transformers.PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
+def _texts(batch: list[Conversation], run: Run, tokenizer: transformers.PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     return [
         {
             "prompt": conversation[-1]["content"],

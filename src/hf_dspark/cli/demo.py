@@ -18,11 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from hf_dspark.cli.commands import figure, load_pair, pick_device, print_json, progress
 from hf_dspark.evaluation.benchmark import Bench, Parting, Run, acceptance_of, find_parting, time_of
 from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record, speed_ratio
 from hf_dspark.evaluation.prompts import user_turn
 from hf_dspark.scheduling import make_budget
-from hf_dspark.cli.commands import figure, load_pair, pick_device, print_json, progress
 
 PROMPTS = (
     "A box holds 12 pencils. A teacher buys 7 boxes and gives 3 to each of her 20 students. How many are left?",
@@ -78,21 +78,16 @@ class _Printer(transformers.TextStreamer):
         self.console.print(Text(text, style=self.style), end="\n" if stream_end else "", soft_wrap=True)
 
 
-def run_demo(
-    target_name: str, drafter_name: str, *, max_new_tokens: int, budget: str | None, device: str, quiet: bool
-) -> int:
+def run_demo(target_name: str, drafter_name: str, *, max_new_tokens: int, budget: str | None, device: str, quiet: bool) -> int:
     """Runs the demo and returns the exit code: 1 if the fp32 texts differ, else 0."""
     if budget is not None:
         make_budget(budget)
     place = pick_device(device)
     machine = machine_record(place)
     console = Console(quiet=quiet)
+    console.print(f"[bold]{escape(target_name)}[/bold] with the drafter [bold]{escape(drafter_name)}[/bold]", highlight=False)
     console.print(
-        f"[bold]{escape(target_name)}[/bold] with the drafter [bold]{escape(drafter_name)}[/bold]", highlight=False
-    )
-    console.print(
-        f"{machine.get('gpu', machine['cpu'])}, torch {machine['versions']['torch']}, "
-        f"transformers {machine['versions']['transformers']}\n",
+        f"{machine.get('gpu', machine['cpu'])}, torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}\n",
         highlight=False,
         markup=False,
     )

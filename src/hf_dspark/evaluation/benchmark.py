@@ -56,10 +56,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and self.top_p != 1:
-            raise ValueError(
-                f"top_p {self.top_p} has no effect at temperature 0 (greedy); "
-                "set a temperature above 0 or leave top_p out"
-            )
+            raise ValueError(f"top_p {self.top_p} has no effect at temperature 0 (greedy); set a temperature above 0 or leave top_p out")
 
     @property
     def greedy(self) -> bool:
@@ -212,9 +209,7 @@ class Bench:
         """Returns the tokenized batch on the target's device, padded on the left."""
         return encode(self.tokenizer, conversations).to(self.target.device)
 
-    def run(
-        self, method: str, inputs: BatchEncoding, *, max_new_tokens: int | None = None, streamer: Any = None
-    ) -> Run:
+    def run(self, method: str, inputs: BatchEncoding, *, max_new_tokens: int | None = None, streamer: Any = None) -> Run:
         """Generates one batch and takes the time.
 
         transformers' prompt lookup takes one row at a time; a batch is given to it row by row, each without its
@@ -238,9 +233,7 @@ class Bench:
             from hf_dspark import generate
 
             return self._timed(
-                lambda: generate(
-                    self.target, self.drafter, **inputs, **options, budget=self.budget, return_dict_in_generate=True
-                ),
+                lambda: generate(self.target, self.drafter, **inputs, **options, budget=self.budget, return_dict_in_generate=True),
                 inputs,
             )
         if method == "prompt_lookup":
@@ -408,8 +401,7 @@ def find_parting(bench: Bench, inputs: BatchEncoding, plain: Sequence[int], othe
 def acceptance_of(stats: DecodingStats) -> AcceptanceCounts:
     """Returns the loop's statistics, all rows added up."""
     return AcceptanceCounts.sum(
-        AcceptanceCounts(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at))
-        for row in stats.rows
+        AcceptanceCounts(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at)) for row in stats.rows
     )
 
 
@@ -421,9 +413,7 @@ def time_of(stats: DecodingStats) -> RoundTime:
 def _measured(runs: Mapping[str, Run], *, greedy: bool) -> Measured:
     plain, dspark = runs["plain"], runs["dspark"]
     if dspark.stats is None:
-        raise RuntimeError(
-            "hf_dspark.generate returned no statistics although return_dict_in_generate was set; please report this"
-        )
+        raise RuntimeError("hf_dspark.generate returned no statistics although return_dict_in_generate was set; please report this")
     return Measured(
         rows=len(plain.tokens),
         identical_rows=sum(a == b for a, b in zip(plain.tokens, dspark.tokens, strict=True)) if greedy else 0,

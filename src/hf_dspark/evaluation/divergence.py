@@ -12,6 +12,7 @@ when the same prefix is scored in passes of other shapes (the noise). Gap <= noi
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -163,13 +164,9 @@ def compare(
     if unknown:
         raise ValueError(f"unknown methods {unknown}; allowed: {', '.join(METHODS)}")
     if not bench.sampling.greedy:
-        raise ValueError(
-            f"texts are compared under greedy decoding, got temperature {bench.sampling.temperature}; set it to 0"
-        )
+        raise ValueError(f"texts are compared under greedy decoding, got temperature {bench.sampling.temperature}; set it to 0")
     if not conversations or batch_size < 1:
-        raise ValueError(
-            f"need at least one prompt and a batch size of at least 1, got {len(conversations)} and {batch_size}"
-        )
+        raise ValueError(f"need at least one prompt and a batch size of at least 1, got {len(conversations)} and {batch_size}")
     result = Comparison(len(conversations), tuple(methods), str(bench.target.dtype).removeprefix("torch."))
     for first in range(0, len(conversations), batch_size):
         group = conversations[first : first + batch_size]
@@ -190,19 +187,15 @@ def compare(
                 a, b = plain[position], tokens[position]
                 key = (index, position, a, b)
                 if key not in measured:
-                    prefix = torch.cat(
-                        [alone[index]["input_ids"][0].cpu(), torch.tensor(plain[:position], dtype=torch.long)]
-                    )
+                    prefix = torch.cat([alone[index]["input_ids"][0].cpu(), torch.tensor(plain[:position], dtype=torch.long)])
                     step = logits[position]
                     measured[key] = {
                         "generate": (step[a] - step[b]).item(),
-                        **shape_differences(bench.target, prefix, a, b),
+                        **shape_differences(bench.target, prefix, a, b, prompt_tokens=len(prefix) - position),
                     }
                 best, second = logits[position].topk(2).values.tolist()
                 result.divergences.append(
-                    Divergence(
-                        method, first + index, position, a, b, measured[key]["generate"], best - second, measured[key]
-                    )
+                    Divergence(method, first + index, position, a, b, measured[key]["generate"], best - second, measured[key])
                 )
         if on_rows is not None:
             on_rows(len(group))
@@ -210,85 +203,89 @@ def compare(
 
 
 @torch.inference_mode()
-def shape_differences(target: PreTrainedModel, prefix: torch.Tensor, first: int, second: int) -> dict[str, float]:
+def shape_differences(
+    target: PreTrainedModel, prefix: torch.Tensor, first: int, second: int, *, prompt_tokens: int | None = None
+) -> dict[str, float]:
     """Scores one prefix in passes of different shapes; in exact arithmetic all would agree.
 
     Args:
         target: the causal LM.
         prefix (`torch.LongTensor` of shape `(n,)`): at least two tokens.
         first, second: token ids.
+        prompt_tokens: how many of the prefix are the prompt; default: all.
     Returns:
         logit of `first` less logit of `second` after the prefix, by shape of the pass: `full`, one forward over all of
-        it; `block_k`, its last k tokens after a cache of the others (`block_1` is a single step); `batch_8[r]` and
-        `padded_8[r]`, a step of row r in a batch of eight copies, without padding and left-padded; `ragged_1[k]` and
-        `ragged_8[k]`, its last k tokens in a ragged pass alone, and beside the seven other block lengths.
+        it; `block_k`, its last k tokens after a cache of the others (`block_1` is a single step); `decode_k`, the
+        prompt in one pass and all that follows k tokens a pass; `batch_8`, a step in a batch of eight copies;
+        `padded_8`, the same with every pass left-padded; `ragged_1[k]` and `ragged_8[k]`, its last k tokens in a ragged
+        pass alone, and beside the seven other block lengths.
     """
     if prefix.dim() != 1 or len(prefix) < 2:
         raise ValueError(f"a prefix is 1-D with at least two tokens, got shape {tuple(prefix.shape)}")
-    device = target.get_input_embeddings().weight.device
-    ids, n = prefix.to(device), len(prefix)
-    blocks = range(1, min(_BLOCKS, n - 1) + 1)
-    found: dict[str, float] = {}
+    ids, n = prefix.to(target.get_input_embeddings().weight.device), len(prefix)
+    prompt = n if prompt_tokens is None else prompt_tokens
+    blocks = list(range(1, min(_BLOCKS, n - 1) + 1))
+    scored: dict[str, torch.Tensor] = {"full": target(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]}
 
-    def keep(shape: str, logits: torch.Tensor) -> None:
-        found[shape] = (logits[first].float() - logits[second].float()).item()
-
-    keep("full", target(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1])
-
-    cache = _cache(target)
-    target(input_ids=ids[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    whole = _filled(target, ids[None, :-1])
     for k in blocks:
-        keep(f"block_{k}", target(input_ids=ids[None, n - k :], past_key_values=cache, use_cache=True).logits[0, -1])
-        cache.crop(-(k + 1))
-
+        cache = copy.deepcopy(whole)  # a sliding window lets go of what lies before it, so a cache is cropped once
+        cache.crop(1 - k)
+        scored[f"block_{k}"] = target(input_ids=ids[None, n - k :], past_key_values=cache, use_cache=True).logits[0, -1]
+    for k in range(2, min(_BLOCKS, n - prompt) + 1):
+        cache = _filled(target, ids[None, :prompt])
+        for end in range(n - (n - prompt - 1) // k * k, n + 1, k):
+            begin = max(end - k, prompt)
+            logits = target(input_ids=ids[None, begin:end], past_key_values=cache, use_cache=True).logits
+        scored[f"decode_{k}"] = logits[0, -1]
     for shape, padding in ((f"batch_{_COPIES}", 0), (f"padded_{_COPIES}", _PADDING)):
-        for row, logits in enumerate(_step_in_batch(target, ids, padding)):
-            keep(f"{shape}[{row}]", logits)
-
-    ragged = Target(target, [])
-    with ragged.open():
-        for rows in (1, len(blocks)):
-            # Alone, every block length in turn; with neighbours, all lengths at once.
-            for lengths in [[k] for k in blocks] if rows == 1 else [list(blocks)]:
-                store, starts = RowCache(), [n - k for k in lengths]
-                store.add_rows(rows)
-                store.reserve(n)
-                ragged.forward(
-                    torch.cat([ids[:start] for start in starts]),
-                    RowLayout([0] * rows, starts, device),
-                    store,
-                    only_last=True,
-                )
-                block = torch.cat([ids[start:] for start in starts])
-                layout = RowLayout(starts, lengths, device)
-                scores, _ = ragged.forward(block, layout, store)
-                for k, logits in zip(lengths, scores[layout.last], strict=True):
-                    keep(f"{_RAGGED}_{rows}[{k}]", logits)
-    return found
+        scored[shape] = _step_in_batch(target, ids, padding)
+    scored |= _ragged_scores(target, ids, blocks)
+    return {shape: (logits[first].float() - logits[second].float()).item() for shape, logits in scored.items()}
 
 
 def _step_in_batch(target: PreTrainedModel, ids: torch.Tensor, padding: int) -> torch.Tensor:
-    """Logits `(copies, V)` after the last token of `ids`, a step in a batch of copies left-padded by `padding`."""
+    """Logits `(V,)` after the last token of `ids`, a step in a batch of copies left-padded by `padding`."""
     whole = torch.cat([ids.new_zeros(padding), ids]).expand(_COPIES, -1)
     mask = torch.ones_like(whole)
     mask[:, :padding] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = _cache(target)
-    target(
-        input_ids=whole[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions[:, :-1],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return target(
+    cache = _filled(target, whole[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
+    step = target(
         input_ids=whole[:, -1:],
         attention_mask=mask,
         position_ids=positions[:, -1:],
         past_key_values=cache,
         use_cache=True,
-    ).logits[:, -1]
+    )
+    return step.logits[0, -1]
+
+
+def _ragged_scores(target: PreTrainedModel, ids: torch.Tensor, blocks: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Logits `(V,)` after `ids` from ragged passes over its last k tokens: one k at a time, then every k at once."""
+    ragged, n, device = Target(target, []), len(ids), ids.device
+    scored: dict[str, torch.Tensor] = {}
+    with ragged.open():
+        for groups in ([[k] for k in blocks], [list(blocks)]):
+            rows = len(groups[0])
+            store = RowCache()
+            store.add_rows(rows)
+            store.reserve(n)
+            prompt = RowLayout([0] * rows, [n - 1] * rows, device)
+            ragged.forward(ids[:-1].repeat(rows), prompt, store, only_last=True)
+            for lengths in groups:  # a block is written over what the prompt's pass, or a shorter block, left there
+                layout = RowLayout([n - k for k in lengths], lengths, device)
+                logits, _ = ragged.forward(torch.cat([ids[n - k :] for k in lengths]), layout, store)
+                for k, row in zip(lengths, logits[layout.last], strict=True):
+                    scored[f"{_RAGGED}_{rows}[{k}]"] = row
+    return scored
+
+
+def _filled(target: PreTrainedModel, ids: torch.Tensor, **inputs: torch.Tensor) -> DynamicCache:
+    """A cache after one pass over `ids` `(batch, n)`."""
+    cache = _cache(target)
+    target(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
+    return cache
 
 
 def _cache(target: PreTrainedModel) -> DynamicCache:
@@ -384,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2")
     parser.add_argument("--drafter", default="smollm2-dspark")
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL files of prompts")
+    parser.add_argument("--prompts", type=Path, nargs="+", action="extend", required=True, help="JSONL files of prompts")
     parser.add_argument("--limit", type=int, help="rows of each file")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=8)

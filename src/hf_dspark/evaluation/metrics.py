@@ -47,8 +47,7 @@ class AcceptanceCounts:
     def __post_init__(self) -> None:
         if len(self.accepted) != len(self.reached):
             raise ValueError(
-                f"accepted and reached must have one count for each block position, "
-                f"got {len(self.accepted)} and {len(self.reached)}"
+                f"accepted and reached must have one count for each block position, got {len(self.accepted)} and {len(self.reached)}"
             )
         before = self.rounds
         for k, (accepted, reached) in enumerate(zip(self.accepted, self.reached, strict=True), start=1):
@@ -59,9 +58,7 @@ class AcceptanceCounts:
                 )
             before = accepted
         if not sum(self.accepted) <= self.verified <= self.drafted:
-            raise ValueError(
-                f"expected accepted <= verified <= drafted, got {sum(self.accepted)}, {self.verified}, {self.drafted}"
-            )
+            raise ValueError(f"expected accepted <= verified <= drafted, got {sum(self.accepted)}, {self.verified}, {self.drafted}")
 
     @classmethod
     def sum(cls, parts: Iterable[AcceptanceCounts]) -> AcceptanceCounts:
@@ -202,9 +199,7 @@ def machine_record(device: torch.device | str) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "hf_dspark": __version__,
-            **{
-                name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")
-            },
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")},
         },
     }
     if device.type == "cuda":

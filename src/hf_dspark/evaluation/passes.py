@@ -26,9 +26,7 @@ from hf_dspark.scheduling import FullBudget
 from hf_dspark.target import Target
 
 
-def _interleaved(
-    cases: dict[str, Callable[[], None]], repeats: int, device: torch.device, warm_up: int = 3
-) -> dict[str, dict[str, float]]:
+def _interleaved(cases: dict[str, Callable[[], None]], repeats: int, device: torch.device, warm_up: int = 3) -> dict[str, dict[str, float]]:
     """Milliseconds of each case, run in turn `repeats` times: median, 20th and 80th percentile."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warm_up + repeats):
@@ -125,9 +123,7 @@ def verify_pass(model: Any, rows: int, *, block_size: int = 7, seed: int = 0, re
     }
 
 
-def round_cost(
-    model: Any, drafter: Any, rows: int, *, prompt_tokens: int = 120, rounds: int = 24, seed: int = 0
-) -> dict[str, Any]:
+def round_cost(model: Any, drafter: Any, rows: int, *, prompt_tokens: int = 120, rounds: int = 24, seed: int = 0) -> dict[str, Any]:
     """Median milliseconds of a full round (draft, verify 7 tokens a row, accept, commit) over `rows` live rows that never end."""
     random = torch.Generator().manual_seed(seed)
     device = model.get_input_embeddings().weight.device

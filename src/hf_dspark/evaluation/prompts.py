@@ -65,10 +65,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
         `input_ids` and `attention_mask`, `torch.LongTensor` of shape `(batch, longest)`.
     """
     if tokenizer.chat_template is not None:
-        texts = [
-            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            for conversation in conversations
-        ]
+        texts = [tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) for conversation in conversations]
     else:
         texts = [conversation[-1]["content"] for conversation in conversations]
     return tokenizer(
@@ -100,9 +97,7 @@ def _conversation(line: str, where: str) -> Conversation:
         if not isinstance(messages, list) or not messages:
             raise DataError(f"{where}: 'messages' must be a list with at least one message, got {_short(messages)}")
         return [_message(message, f"{where}: message {index}") for index, message in enumerate(messages, start=1)]
-    raise DataError(
-        f"{where}: none of the keys 'turns', 'prompt', 'messages' (got {_short(sorted(row))}); write {_SHAPES}"
-    )
+    raise DataError(f"{where}: none of the keys 'turns', 'prompt', 'messages' (got {_short(sorted(row))}); write {_SHAPES}")
 
 
 def _message(message: Any, where: str) -> dict[str, str]:

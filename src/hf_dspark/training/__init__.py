@@ -10,6 +10,7 @@ from hf_dspark.training.data import (
     coverage,
     epoch_batches,
     frequent_tokens,
+    prompt_hash,
     read_responses,
     split_rows,
 )
@@ -22,7 +23,7 @@ from hf_dspark.training.losses import (
     dspark_loss,
     position_weights,
 )
-from hf_dspark.training.trainer import MasterAdamW, Progress, TargetStates, Trainer, TrainingConfig
+from hf_dspark.training.trainer import MasterAdamW, Progress, TargetStates, Trainer, TrainingConfig, load_weights
 
 __all__ = [
     "Batch",
@@ -44,7 +45,9 @@ __all__ = [
     "dspark_loss",
     "epoch_batches",
     "frequent_tokens",
+    "load_weights",
     "position_weights",
+    "prompt_hash",
     "read_responses",
     "sample_anchors",
     "split_rows",

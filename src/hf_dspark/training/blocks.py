@@ -36,16 +36,13 @@ def _inside(loss_mask: Tensor, lengths: Tensor) -> Tensor:
         )
     if lengths.shape != loss_mask.shape[:1]:
         raise ValueError(
-            f"lengths has shape {tuple(lengths.shape)}; allowed: one length a row, ({loss_mask.shape[0]},). Pass the "
-            f"rows' own lengths."
+            f"lengths has shape {tuple(lengths.shape)}; allowed: one length a row, ({loss_mask.shape[0]},). Pass the rows' own lengths."
         )
     columns = torch.arange(loss_mask.shape[1], device=loss_mask.device)
     return loss_mask & (columns < lengths.unsqueeze(1))
 
 
-def sample_anchors(
-    loss_mask: Tensor, lengths: Tensor, num_anchors: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def sample_anchors(loss_mask: Tensor, lengths: Tensor, num_anchors: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw anchor positions uniformly, without replacement, among those with something to predict.
 
     An anchor is a response token whose next token is a response token too. The result is no wider than the row with

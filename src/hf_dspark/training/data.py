@@ -102,22 +102,12 @@ def read_responses(paths: Iterable[str | Path], *, vocab_size: int | None = None
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{where}: not JSON ({error}); allowed: one JSON object a line. Cut a half-written line off."
-                    ) from None
+                    raise DataError(f"{where}: not JSON ({error}); allowed: one JSON object a line. Cut a half-written line off.") from None
                 if not isinstance(record, dict):
-                    raise DataError(
-                        f"{where}: a {type(record).__name__}; allowed: a JSON object with prompt_ids and response_ids."
-                    )
+                    raise DataError(f"{where}: a {type(record).__name__}; allowed: a JSON object with prompt_ids and response_ids.")
                 temperature = record.get("temperature", 0.0)
-                if (
-                    isinstance(temperature, bool)
-                    or not isinstance(temperature, int | float)
-                    or not 0 <= temperature < float("inf")
-                ):
-                    raise DataError(
-                        f"{where}: temperature is {temperature!r}; allowed: a number of 0 or more. Correct this row."
-                    )
+                if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+                    raise DataError(f"{where}: temperature is {temperature!r}; allowed: a number of 0 or more. Correct this row.")
                 row = ResponseRow(
                     source=str(record.get("source", "unknown")),
                     prompt_ids=_token_ids(record, "prompt_ids", vocab_size, where),
@@ -128,8 +118,7 @@ def read_responses(paths: Iterable[str | Path], *, vocab_size: int | None = None
                 rows[row] = None
     if not rows:
         raise DataError(
-            f"no response rows in {[str(name) for name in names]}; allowed: one or more. Generate responses with the "
-            f"target first."
+            f"no response rows in {[str(name) for name in names]}; allowed: one or more. Generate responses with the target first."
         )
     return list(rows)
 
@@ -159,10 +148,7 @@ def split_rows(rows: Sequence[ResponseRow], *, held_out_fraction: float) -> tupl
         ValueError: if the fraction is outside [0, 1).
     """
     if not 0 <= held_out_fraction < 1:
-        raise ValueError(
-            f"held_out_fraction is {held_out_fraction}; allowed: 0 up to, not including, 1. Use 0.03 for thousands "
-            f"of rows."
-        )
+        raise ValueError(f"held_out_fraction is {held_out_fraction}; allowed: 0 up to, not including, 1. Use 0.03 for thousands of rows.")
     limit = int(held_out_fraction * 2**64)
     hashes = [prompt_hash(row) for row in rows]
     train = [row for row, h in zip(rows, hashes, strict=True) if h >= limit]
@@ -186,9 +172,7 @@ def epoch_batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: 
         ValueError: if batch_size is below 1 or there are no rows.
     """
     if batch_size < 1 or not lengths:
-        raise ValueError(
-            f"batch_size is {batch_size} for {len(lengths)} rows; allowed: 1 or more of each. Check the data's split."
-        )
+        raise ValueError(f"batch_size is {batch_size} for {len(lengths)} rows; allowed: 1 or more of each. Check the data's split.")
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
@@ -235,13 +219,10 @@ def frequent_tokens(rows: Iterable[ResponseRow], size: int, *, always: Iterable[
     """
     forced = sorted(set(always))
     if not max(1, len(forced)) <= size <= vocab_size:
-        raise ValueError(
-            f"draft vocabulary of {size}; allowed: {max(1, len(forced))} to {vocab_size}. Choose another --draft-vocab."
-        )
+        raise ValueError(f"draft vocabulary of {size}; allowed: {max(1, len(forced))} to {vocab_size}. Choose another --draft-vocab.")
     if forced and not 0 <= forced[0] <= forced[-1] < vocab_size:
         raise ValueError(
-            f"ids {forced} must be in the draft vocabulary; allowed: 0 to {vocab_size - 1}. Check the tokenizer's "
-            f"special ids."
+            f"ids {forced} must be in the draft vocabulary; allowed: 0 to {vocab_size - 1}. Check the tokenizer's special ids."
         )
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for row in rows:

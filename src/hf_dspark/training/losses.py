@@ -38,9 +38,7 @@ def position_weights(block_size: int, decay: float) -> Tensor:
         ValueError: if decay is not positive.
     """
     if not decay > 0:
-        raise ValueError(
-            f"decay is {decay}; allowed: above 0. Use 4.0 for a block of 7, or float('inf') for equal weights."
-        )
+        raise ValueError(f"decay is {decay}; allowed: above 0. Use 4.0 for a block of 7, or float('inf') for equal weights.")
     return torch.exp(-torch.arange(block_size, dtype=torch.float32) / decay)
 
 
@@ -72,9 +70,7 @@ class TargetHead:
         softcap (`float`, *optional*): final logit soft-cap c, logits <- c tanh(logits / c).
     """
 
-    def __init__(
-        self, output_embeddings: nn.Module, draft_token_ids: Tensor | None = None, *, softcap: float | None = None
-    ) -> None:
+    def __init__(self, output_embeddings: nn.Module, draft_token_ids: Tensor | None = None, *, softcap: float | None = None) -> None:
         self._head = output_embeddings
         self._ids = draft_token_ids
         self._softcap = softcap
@@ -94,11 +90,7 @@ class TargetHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(m, vocab)`; the draft columns come first where the head is a plain linear one."""
-        logits = (
-            self._head(hidden)
-            if self._weight is None
-            else F.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
-        )
+        logits = self._head(hidden) if self._weight is None else F.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
         logits = logits.float()
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
@@ -195,11 +187,7 @@ class LossResult:
         token (paper's convention), over blocks that are supervised to their end: 1 + E[accepted prefix] with
         acceptance 1 - TV for T = 1, and with arg-max agreement for T = 0. They overstate decoding by about a tenth.
         """
-        mask = (
-            self.position_mask
-            if rows is None
-            else self.position_mask & rows.to(self.position_mask.device).view(-1, 1, 1)
-        )
+        mask = self.position_mask if rows is None else self.position_mask & rows.to(self.position_mask.device).view(-1, 1, 1)
         whole = mask.all(dim=-1)
         inside = self.label_inside & mask
         tally = Tally()
@@ -238,9 +226,7 @@ class _BlockObjective(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, positions: _Positions, hidden: Tensor, latent: Tensor | None, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, positions: _Positions, hidden: Tensor, latent: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
         count = hidden.shape[0]
         device = hidden.device
         cross_entropy = torch.zeros(count, device=device)
@@ -294,8 +280,7 @@ class _BlockObjective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
-            None if grad is None else (grad * grad_outputs[0]).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if grad is None else (grad * grad_outputs[0]).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return None, *scaled
 
@@ -354,9 +339,7 @@ def dspark_loss(
     if chunk_positions < 1:
         raise ValueError(f"chunk_positions is {chunk_positions}; allowed: 1 or more. Use 128 to 512.")
     if not bool(position_mask.any()):
-        raise ValueError(
-            "no supervised position in this batch; allowed: one or more. Drop rows with fewer than two response tokens."
-        )
+        raise ValueError("no supervised position in this batch; allowed: one or more. Drop rows with fewer than two response tokens.")
     shape, device = position_mask.shape, hidden.device
     batch_rows = torch.arange(shape[0], device=device).view(-1, 1, 1)
     flat_target = (batch_rows * target_hidden.shape[1] + target_index).reshape(-1)
@@ -372,9 +355,7 @@ def dspark_loss(
     tv_share = w / w.sum()
 
     needs_grad = torch.is_grad_enabled() and (
-        hidden.requires_grad
-        or (latent is not None and latent.requires_grad)
-        or any(p.requires_grad for p in parameters)
+        hidden.requires_grad or (latent is not None and latent.requires_grad) or any(p.requires_grad for p in parameters)
     )
     positions = _Positions(
         labels=labels,

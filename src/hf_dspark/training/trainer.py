@@ -89,10 +89,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
-            raise ValueError(
-                f"steps is {self.steps} and minutes is {self.minutes}; allowed: exactly one of them. Set the other "
-                f"to None."
-            )
+            raise ValueError(f"steps is {self.steps} and minutes is {self.minutes}; allowed: exactly one of them. Set the other to None.")
         for name in (
             "steps",
             "minutes",
@@ -113,9 +110,7 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {value}; allowed: above 0. Correct the training configuration.")
         for name in ("warmup", "ce_anneal"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; allowed: 0 up to, not including, 1. It is a share of the run."
-                )
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 up to, not including, 1. It is a share of the run.")
 
     def learning_rate_at(self, fraction: float) -> float:
         """Learning rate at an elapsed share of the run in [0, 1]: linear warm-up, then cosine to 0."""
@@ -128,9 +123,7 @@ class TrainingConfig:
         """Loss coefficients at an elapsed share of the run in [0, 1]."""
         share = min(1.0, fraction / self.ce_anneal) if self.ce_anneal else 1.0
         ce = self.ce_start + (self.ce_end - self.ce_start) * share
-        return LossWeights(
-            cross_entropy=ce, total_variation=self.total_variation, confidence=self.confidence, decay=self.decay
-        )
+        return LossWeights(cross_entropy=ce, total_variation=self.total_variation, confidence=self.confidence, decay=self.decay)
 
 
 class MasterAdamW:
@@ -240,6 +233,30 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
+def load_weights(drafter: nn.Module, run: Path) -> int:
+    """Start `drafter` from the newest checkpoint of another run: its weights, nothing of its optimizer or schedule.
+
+    Args:
+        drafter (`DSparkDrafter`): of the same shapes.
+        run (`Path`): that run's output folder.
+    Returns:
+        `int`: the step of the checkpoint.
+    Raises:
+        CheckpointError: if there is none, or its tensors have other shapes.
+    """
+    found = sorted((run / "checkpoints").glob("step-*/state.pt"))
+    if not found:
+        raise CheckpointError(f"{run} holds no checkpoint; expected {run}/checkpoints/step-*/state.pt, as a run writes them.")
+    state = torch.load(found[-1], map_location="cpu", weights_only=True)
+    masters, parameters = state["optimizer"]["masters"], [p for p in drafter.parameters() if p.requires_grad]
+    if [m.shape for m in masters] != [p.shape for p in parameters]:
+        raise CheckpointError(f"{found[-1]} holds tensors of other shapes than this drafter's; use the same layers, rank and vocabulary.")
+    with torch.no_grad():
+        for parameter, master in zip(parameters, masters, strict=True):
+            parameter.copy_(master)
+    return state["progress"]["step"]
+
+
 class Trainer:
     """Trains a bound drafter on responses of its frozen target.
 
@@ -278,8 +295,7 @@ class Trainer:
         self.held_out = [row for row in held_out_rows if can_train(row)]
         if not self.rows:
             raise ValueError(
-                f"none of {len(train_rows)} training rows has two response tokens; allowed: one or more. Generate "
-                f"longer responses."
+                f"none of {len(train_rows)} training rows has two response tokens; allowed: one or more. Generate longer responses."
             )
         self.lengths = [len(row) for row in self.rows]
         self.batches_an_epoch = math.ceil(len(self.rows) / config.batch_size)
@@ -298,9 +314,7 @@ class Trainer:
             self._label_index[ids] = torch.arange(ids.numel(), device=self.device)
         self._check_head(target)
 
-        self.optimizer = MasterAdamW(
-            [p for p in drafter.parameters() if p.requires_grad], weight_decay=config.weight_decay
-        )
+        self.optimizer = MasterAdamW([p for p in drafter.parameters() if p.requires_grad], weight_decay=config.weight_decay)
         markov = drafter.markov_head
         self._head_weights = [] if markov is None else [p for p in markov.markov_w2.parameters() if p.requires_grad]
         self.progress = Progress()
@@ -332,18 +346,14 @@ class Trainer:
         base = self.drafter.base_logits(hidden)
         return base if latent is None else base + self.drafter.markov_head.project(latent)
 
-    def batch_loss(
-        self, batch: Batch, *, num_anchors: int, generator: torch.Generator, weights: LossWeights
-    ) -> LossResult:
+    def batch_loss(self, batch: Batch, *, num_anchors: int, generator: torch.Generator, weights: LossWeights) -> LossResult:
         """Taps, anchors, drafter and loss of one batch; `.loss` carries the gradient."""
         marks = [time.perf_counter()]
         batch = batch.to(self.device)
         taps, last = self.states(batch.input_ids)
         marks.append(time.perf_counter())
         positions, valid = sample_anchors(batch.loss_mask, batch.lengths, num_anchors, generator)
-        targets = block_targets(
-            batch.input_ids, batch.loss_mask, batch.lengths, positions, valid, self.drafter.config.block_size
-        )
+        targets = block_targets(batch.input_ids, batch.loss_mask, batch.lengths, positions, valid, self.drafter.config.block_size)
         hidden = self.drafter.training_hidden(taps.to(self.device), batch.input_ids.gather(1, positions), positions)
         head = self.drafter.markov_head
         latent = None if head is None else head.block(targets.prev_ids, hidden)
@@ -365,9 +375,7 @@ class Trainer:
             chunk_positions=self.config.chunk_positions,
         )
         marks.append(time.perf_counter())
-        self.seconds_of = dict(
-            zip(("target_s", "backbone_s", "loss_s"), (b - a for a, b in itertools.pairwise(marks)), strict=True)
-        )
+        self.seconds_of = dict(zip(("target_s", "backbone_s", "loss_s"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
         return result
 
     def _target_probabilities(self, hidden: Tensor) -> Any:
@@ -498,9 +506,7 @@ class Trainer:
         for number, chunk in enumerate(ordered_batches(rows, batch_size=self.config.batch_size)):
             batch = collate(chunk)
             generator = self._generator("evaluation", number)
-            result = self.batch_loss(
-                batch, num_anchors=self.config.evaluation_anchors, generator=generator, weights=weights
-            )
+            result = self.batch_loss(batch, num_anchors=self.config.evaluation_anchors, generator=generator, weights=weights)
             keys = [("all", f"T={row.temperature:g}", f"{row.source} T={row.temperature:g}") for row in chunk]
             for key in sorted({name for names in keys for name in names}):
                 mine = torch.tensor([key in names for names in keys])
@@ -511,11 +517,7 @@ class Trainer:
     @staticmethod
     def score(metrics: dict[str, Any]) -> float | None:
         """What `best` maximises: the mean over temperatures of tau_greedy (T = 0) or tau_sampled (T > 0)."""
-        taus = [
-            values["tau_greedy" if key == "T=0" else "tau_sampled"]
-            for key, values in metrics.items()
-            if key.startswith("T=")
-        ]
+        taus = [values["tau_greedy" if key == "T=0" else "tau_sampled"] for key, values in metrics.items() if key.startswith("T=")]
         known = [tau for tau in taus if tau is not None]
         return sum(known) / len(known) if known else None
 
@@ -533,9 +535,7 @@ class Trainer:
             "rows": min(count, len(self.held_out)),
             "score": score,
         }
-        self.progress.curve.append(
-            {**point, "all": metrics["all"], **{k: v for k, v in metrics.items() if k.startswith("T=")}}
-        )
+        self.progress.curve.append({**point, "all": metrics["all"], **{k: v for k, v in metrics.items() if k.startswith("T=")}})
         self._log("evaluation", **point, closing=closing, metrics=metrics)
         # The closing evaluation sees more rows, so its score is compared on the rows that the others saw.
         if closing and count > self.config.evaluation_rows:
@@ -607,9 +607,7 @@ class Trainer:
         differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         if differing:
             listed = ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in differing)
-            raise CheckpointError(
-                f"{found[-1]} belongs to another run ({listed}); allowed: the same. Use another output folder."
-            )
+            raise CheckpointError(f"{found[-1]} belongs to another run ({listed}); allowed: the same. Use another output folder.")
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.progress = Progress(**state["progress"])

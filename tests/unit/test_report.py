@@ -1,0 +1,327 @@
+"""Tables rendered from hand-made result files, and the repository's own markdown files against theirs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_dspark.errors import DataError
+from hf_dspark.evaluation.report import TABLES, in_sync, main, plots, render, sections, updated
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MACHINE = {
+    "device": "cpu",
+    "cpu": "Some CPU",
+    "cpu_count": 2,
+    "torch_threads": 2,
+    "memory_gib": 23.4,
+    "platform": "Linux",
+    "versions": {"python": "3.11.7", "hf_dspark": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+}
+_PART = {
+    "tau": 2.173,
+    "conditional_acceptance": [0.5, 0.484, None],
+    "speedup": 1.566,
+    "prompt_lookup_speedup": 1.5,
+    "plain_tokens_per_s": 20.04,
+    "dspark_tokens_per_s": 31.38,
+    "prompt_lookup_tokens_per_s": 30.06,
+    "rows": 8,
+}
+EVAL: dict[str, Any] = {
+    **_PART,
+    "rows": 16,
+    "tau": 2.0,
+    "files": {"gsm8k": _PART, "mbpp": {**_PART, "conditional_acceptance": [0.6], "tau": None}},
+    "settings": {
+        "max_new_tokens": 128,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "batch_size": 1,
+        "budget": "full",
+        "seed": 0,
+        "target_dtype": "bfloat16",
+    },
+    "machine": MACHINE,
+}
+_TIMES = {"median_ms": 96.4, "p20_ms": 95.0, "p80_ms": 99.6}
+PASSES = {
+    "machine": MACHINE,
+    "dtype": "bfloat16",
+    "seed": 0,
+    "verify_pass": [
+        {
+            "rows": 16,
+            "tokens": 64,
+            "padded_tokens": 128,
+            "times": dict.fromkeys(("ragged", "equal", "padded"), _TIMES),
+            "ragged_over_equal": 1.042,
+            "ragged_over_padded": 0.728,
+        }
+    ],
+    "round": [
+        {"rows": 1, "median_ms": 60.0, "draft_share": 0.1, "verify_share": 0.85, "overhead_share": 0.05},
+        {"rows": 8, "median_ms": 120.0, "draft_share": 0.1, "verify_share": 0.86, "overhead_share": 0.04},
+    ],
+    "round_b8_over_b1": 2.0,
+    "overhead_share_b1": 0.05,
+}
+
+
+def _counts(identical: int, explained: int) -> dict[str, int]:
+    return {
+        "rows": 8,
+        "identical": identical,
+        "diverged": 8 - identical,
+        "explained": explained,
+        "explained_by_plain_passes": explained - 1 if explained else 0,
+    }
+
+
+DIVERGENCE = {
+    "dtype": "bfloat16",
+    "settings": {"max_new_tokens": 96, "batch_size": 8, "budget": "full"},
+    "methods": {"plain_batched": _counts(6, 2), "dspark": _counts(5, 3)},
+    "divergences": [{"method": "dspark", "gap": 0.125}, {"method": "dspark", "gap": 0.0}],
+    "fp32": {"methods": {"plain_batched": _counts(8, 0), "dspark": _counts(8, 0)}},
+    "machine": MACHINE,
+}
+_POINT = {"step": 700, "minutes": 30.0, "T=0": {"tau_greedy": 2.2}, "T=1": {"tau_sampled": 1.75}}
+RECIPE: dict[str, Any] = {
+    "arguments": {
+        "layers": 2,
+        "block_size": 7,
+        "rank": 48,
+        "head": "vanilla",
+        "taps": [1, 8, 14],
+        "mask_token": "<gh_stars>",
+        "draft_vocab": 12288,
+        "no_init_from_target": False,
+        "anchors": 128,
+        "batch_size": 4,
+        "lr": 0.0015,
+        "weight_decay": 0.0,
+        "dtype": "bfloat16",
+    },
+    "parameters": 11690225,
+    "weight_bytes": 23479010,
+    "mask_token_id": 7,
+    "draft_vocabulary": {"held_out_tokens_inside": 9, "held_out_tokens": 10, "share": 0.9},
+    "data": {
+        "rows": 6288,
+        "training_rows": 6117,
+        "held_out_rows": 171,
+        "training_response_tokens": 1274798,
+        "by_source_and_temperature": {"self-chat T=1": 405, "gsm8k T=0": 1716, "self-chat T=0": 525},
+    },
+    "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
+    "machine": {"cpu": "Some CPU", "cpu_capability": "AVX512", "cores": 2, "threads": 2, "gpu": None},
+    "seed": 0,
+    "result": {
+        "steps": 1400,
+        "minutes": 61.6,
+        "epochs": 0.915,
+        "tokens": 1000,
+        "anchors": 716800,
+        "best_step": 700,
+        "best_score": 1.98,
+    },
+    "curve": [{**_POINT, "step": 350, "minutes": 15.0}, _POINT],
+}
+RECORDS = {"eval": EVAL, "passes": PASSES, "divergence": DIVERGENCE, "recipe": RECIPE, "machine": EVAL}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with one result file of each kind."""
+    for name, record in RECORDS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    return tmp_path
+
+
+def rows(table: str) -> list[list[str]]:
+    """The cells of the lines of a markdown table, heading and rule included."""
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines() if line.startswith("|")]
+
+
+def with_markers(folder: Path, *names: str, inside: str = "old\n") -> Path:
+    """A markdown file with one marked part a name."""
+    parts = [f"<!-- begin: {n} {n.split('_')[0]}.json -->\n{inside}<!-- end: {n} -->" for n in names]
+    path = folder / "page.md"
+    path.write_text("before\n\n" + "\n\nbetween\n\n".join(parts) + "\n\nafter\n", encoding="utf-8")
+    return path
+
+
+def test_the_eval_table_has_a_row_a_file_and_one_for_all(folder):
+    """Figures are rounded, absent ones are dashes, and shorter blocks are filled up."""
+    heading, rule, *body = rows(render("eval", folder / "eval.json"))
+    assert heading[:3] == ["prompts", "rows", "tau"]
+    assert heading[-3:] == ["c1", "c2", "c3"]
+    assert len(rule) == len(heading)
+    assert body == [
+        ["gsm8k", "8", "2.17", "1.57", "20.0", "31.4", "30.1", "1.50", "0.50", "0.48", "-"],
+        ["mbpp", "8", "-", "1.57", "20.0", "31.4", "30.1", "1.50", "0.60", "-", "-"],
+        ["all", "16", "2.00", "1.57", "20.0", "31.4", "30.1", "1.50", "0.50", "0.48", "-"],
+    ]
+
+
+def test_the_eval_table_of_one_file_has_no_total(folder):
+    """A total over a single file would say the same twice."""
+    one = {**EVAL, "files": {"gsm8k": _PART}}
+    (folder / "eval.json").write_text(json.dumps(one), encoding="utf-8")
+    assert [row[0] for row in rows(render("eval", folder / "eval.json"))] == ["prompts", "---", "gsm8k"]
+
+
+def test_the_eval_note_says_how_it_was_taken(folder):
+    """Greedy or the temperature, lengths, batch, budget, dtype and seed."""
+    assert "Greedy, at most 128 new tokens, batch size 1, budget `full`" in render("eval", folder / "eval.json")
+    warm = copy.deepcopy(EVAL)
+    warm["settings"] |= {"temperature": 0.8, "top_p": 0.9}
+    (folder / "eval.json").write_text(json.dumps(warm), encoding="utf-8")
+    assert "T = 0.8, top-p 0.9, at most" in render("eval", folder / "eval.json")
+
+
+def test_the_passes_table(folder):
+    """Medians with percentiles, both ratios, and where a round's time goes."""
+    text = render("passes", folder / "passes.json")
+    body = rows(text)
+    assert body[2] == ["16", "64 (128 padded)", *["96 (95-100)"] * 3, "1.04", "0.73"]
+    assert body[-1] == ["8", "120.0", "10.0%", "86.0%", "4.0%"]
+    assert "8 rows costs 2.00 times a round of 1" in text
+
+
+def test_the_divergence_table(folder):
+    """Counts of both precisions by method, and the widest gap."""
+    body = rows(render("divergence", folder / "divergence.json"))[2:]
+    assert body == [
+        ["plain, batch of 8", "8 of 8", "6 of 8", "2 of 2", "1 of 2", "-"],
+        ["DSpark", "8 of 8", "5 of 8", "3 of 3", "2 of 3", "0.1250"],
+    ]
+
+
+def test_the_recipe_table(folder):
+    """Model, data, run and the kept checkpoint's own held-out tau."""
+    text = render("recipe", folder / "recipe.json")
+    facts = dict(rows(text)[2:])
+    assert facts["block"] == "7 tokens; mask token `<gh_stars>` (id 7)"
+    assert facts["size"] == "11.7 M parameters, 23.5 MB"
+    assert facts["responses for training"] == "6,117 (1,274,798 tokens)"
+    assert facts["responses by kind"] == "gsm8k 1,716 (T=0); self-chat 525 (T=0) + 405 (T=1)"
+    assert facts["run"] == "1,400 steps, 62 minutes, 716,800 anchors, 0.92 passes over the data"
+    assert facts["kept"] == "step 700; held out, teacher-forced: tau 2.20 at T = 0, tau 1.75 at T = 1"
+    assert text.endswith("Trained on Some CPU, 2 cores, 2 torch threads; python 3.11.7, torch 2.13.0+cpu, transformers 5.23.0. Seed 0.")
+
+
+def test_a_recipe_of_a_run_under_way(folder):
+    """Before the run has ended there is no result, and the table says so."""
+    running = {key: value for key, value in RECIPE.items() if key not in ("result", "curve")}
+    (folder / "recipe.json").write_text(json.dumps(running), encoding="utf-8")
+    assert dict(rows(render("recipe", folder / "recipe.json"))[2:])["run"] == "not finished"
+
+
+def test_the_machine_line(folder):
+    """One line, with the GPU first where there is one."""
+    expected = "Some CPU, 2 cores, 2 torch threads, 23 GiB; python 3.11.7, torch 2.13.0, transformers 5.23.0."
+    assert render("machine", folder / "eval.json") == expected
+    with_gpu = {**EVAL, "machine": {**MACHINE, "gpu": "Some GPU"}}
+    (folder / "eval.json").write_text(json.dumps(with_gpu), encoding="utf-8")
+    assert render("machine", folder / "eval.json") == f"Some GPU, {expected}"
+
+
+def test_rewriting_touches_only_what_is_marked(folder):
+    """The text around the markers stays byte for byte, and a second run changes nothing."""
+    path = with_markers(folder, "machine", "eval_t1")
+    assert not in_sync(path)
+    assert main([str(path)]) == 0
+    text = path.read_text(encoding="utf-8")
+    table = render("eval", folder / "eval.json")
+    line = render("machine", folder / "machine.json")
+    assert text == (
+        f"before\n\n<!-- begin: machine machine.json -->\n{line}\n<!-- end: machine -->\n\nbetween\n\n"
+        f"<!-- begin: eval_t1 eval.json -->\n{table}\n<!-- end: eval_t1 -->\n\nafter\n"
+    )
+    assert in_sync(path)
+    assert updated(path) == text
+
+
+def test_empty_parts_are_filled(folder):
+    """Markers with nothing between them are how a table is first asked for."""
+    path = with_markers(folder, *TABLES, inside="")
+    assert main([str(path)]) == 0
+    assert in_sync(path)
+    assert len(sections(path.read_text(encoding="utf-8"))) == len(TABLES)
+
+
+def test_check_writes_nothing(folder, capsys):
+    """--check exits 1, names the file, and leaves it alone; 0 once it is in sync."""
+    path = with_markers(folder, "eval")
+    before = path.read_text(encoding="utf-8")
+    assert main([str(path), "--check"]) == 1
+    assert str(path) in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == before
+    main([str(path)])
+    assert main([str(path), "--check"]) == 0
+
+
+def test_nothing_is_written_when_one_file_is_bad(folder, capsys):
+    """All files are rendered before the first is rewritten."""
+    good = with_markers(folder, "eval")
+    before = good.read_text(encoding="utf-8")
+    bad = folder / "bad.md"
+    bad.write_text("<!-- begin: nothing eval.json -->\n<!-- end: nothing -->\n", encoding="utf-8")
+    assert main([str(good), str(bad)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert good.read_text(encoding="utf-8") == before
+
+
+def test_markers_in_code_fences_are_examples(folder):
+    """A page may show the markers without having them filled."""
+    path = folder / "page.md"
+    path.write_text("```md\n<!-- begin: eval FILE.json -->\n<!-- end: eval -->\n```\n", encoding="utf-8")
+    assert sections(path.read_text(encoding="utf-8")) == []
+    assert in_sync(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- begin: table eval.json -->\n<!-- end: table -->", r"unknown table 'table'; allowed: eval, passes"),
+        ("\n<!-- begin: eval eval.json -->\n", r"line 2: the table 'eval' has no"),
+        ("<!-- begin: eval -->\n<!-- end: eval -->", r"line 1: expected"),
+        ("<!-- end: eval -->", r"no table is open"),
+        ("<!-- begin: eval eval.json -->\n<!-- end: passes -->", r"line 2: got .* expected `<!-- end: eval -->`"),
+        ("<!-- begin: eval eval.json -->\n<!-- begin: eval eval.json -->", r"line 2: a table begins inside 'eval'"),
+        ("<!-- begin: eval none.json -->\n<!-- end: eval -->", r"cannot read .*none\.json"),
+        ("<!-- begin: eval page.md -->\n<!-- end: eval -->", r"page\.md is not JSON"),
+        ("<!-- begin: eval passes.json -->\n<!-- end: eval -->", r"passes\.json is no result file .*no 'settings'"),
+    ],
+)
+def test_bad_markers_and_files_are_named(folder, text, message):
+    """The error says which line, table or file is at fault."""
+    path = folder / "page.md"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        updated(path)
+
+
+def test_plots_are_png_files(folder):
+    """One image for each eval and recipe file that a page names."""
+    pytest.importorskip("matplotlib", reason="plots are an extra: pip install 'hf-dspark[plots]'")
+    path = with_markers(folder, "eval", "eval_t1", "recipe", "machine")
+    images = plots([path], folder / "images")
+    assert [image.name for image in images] == ["eval_acceptance.png", "recipe_training_curve.png"]
+    for image in images:
+        assert image.read_bytes().startswith(b"\x89PNG")
+        assert image.stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_cards/smollm2-dspark/README.md"])
+def test_the_repositorys_tables_are_in_sync_with_their_files(name):
+    """Every figure in the README and the model card is what its result file renders to."""
+    path = ROOT / name
+    assert in_sync(path), f"run: python -m hf_dspark.evaluation.report {name}"
