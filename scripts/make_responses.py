@@ -1,8 +1,9 @@
 """Let SmolLM2 write its own training responses: prompts in, one JSON object a line out. Resumable, in batches, plain transformers.
 
-Rows have the fields `source`, `prompt`, `temperature`, `prompt_ids`, `response_ids`, `ended`. Half of the prompts are answered greedily, half
-at temperature 1. Prompts come from the train files named on the command line, from a few sentence beginnings that the model finishes itself
-(self-prompting), and never from an evaluation set. A prompt already in the output, or in a file passed as --seen, is not answered again.
+Rows have the fields `source`, `prompt`, `temperature`, `prompt_ids`, `response_ids`, `ended`. Half of the prompts are answered greedily,
+half at temperature 1. Prompts come from the train files named on the command line, from a few sentence beginnings that the model finishes
+itself (self-prompting), and never from an evaluation set. A prompt already in the output, or in a file passed as --seen, is not answered
+again.
 
     python scripts/make_responses.py --target DIR --output out.jsonl --minutes 40 --prompts ../shared/data/train/gsm8k_train.jsonl
 """
@@ -21,7 +22,8 @@ CODE = [
     "Write a python function to", "Write a function to", "Write a Python function that", "Write a python function which takes",
     "Write a function that takes a list of", "Write a python program to", "Write a Python function to check whether",
     "Write a function to find the", "Write a function to count the", "Write a function to convert",
-    "Write a solution to the following problem:\n```python\ndef", "Complete the following Python function:\n```python\nfrom typing import List\n\n\ndef",
+    "Write a solution to the following problem:\n```python\ndef",
+    "Complete the following Python function:\n```python\nfrom typing import List\n\n\ndef",
     "Implement a class in Python that", "Explain what this Python code does:\n```python\n", "How do I use a dictionary in Python to",
 ]  # fmt: skip
 CHAT = [

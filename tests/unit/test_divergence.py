@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from hf_dspark.evaluation.benchmark import Bench, Run, Sampling
 from hf_dspark.evaluation.divergence import METHODS, Divergence, compare, main, shape_differences
@@ -52,7 +54,11 @@ def test_noise_of_plain_passes_leaves_ragged_ones_out():
     assert one.plain_noise == 0.125
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+# Before 5.20 a sliding-window cache that is full takes no pass of several tokens, so those shapes cannot be scored there.
+_SLIDING = ["mistral", "gemma3"] if Version(transformers.__version__) >= Version("5.20") else []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", *_SLIDING])
 def test_every_shape_scores_the_prefix_as_one_forward_does(family):
     """In fp32 all shapes agree with the model's own single forward, and all of them are there."""
     target = tiny_target(family)

@@ -45,7 +45,9 @@ def make(family: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if family == "gemma2":
-            model = Gemma2ForCausalLM(Gemma2Config(**shape, attn_logit_softcapping=2.0, query_pre_attn_scalar=16))
+            # Eager: the oldest supported transformers leaves the soft-cap out under SDPA.
+            config = Gemma2Config(**shape, attn_logit_softcapping=2.0, query_pre_attn_scalar=16, attn_implementation="eager")
+            model = Gemma2ForCausalLM(config)
         else:
             config = GptOssConfig(
                 **shape,

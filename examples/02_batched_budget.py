@@ -1,0 +1,39 @@
+"""A batch of ragged prompts under four budgets: the same text every time, at different costs.
+
+Expected output (fp32, greedy; the figures depend on the drafter that the checkout ships):
+
+    budget         rounds  verified tokens  accepted  same text
+    full               47              713       139  True
+    static:2           58              286       113  True
+    threshold:0.4      49              330       133  True
+    static:0           64                0         0  True
+"""
+
+import torch
+
+import hf_dspark
+from hf_dspark.hub import load_drafter, load_target
+
+target, tokenizer = load_target("smollm2", dtype="float32")
+drafter = load_drafter("smollm2-dspark", dtype="float32")
+
+questions = [
+    "What is the capital of France?",
+    "A farmer has 17 sheep and buys 5 more, then sells 8. How many are left? Think step by step.",
+    "Write a python function that returns the largest of three numbers.",
+]
+inputs = tokenizer.apply_chat_template(
+    [[{"role": "user", "content": question}] for question in questions],
+    add_generation_prompt=True,
+    padding=True,
+    return_tensors="pt",
+    return_dict=True,
+)
+plain = target.generate(**inputs, max_new_tokens=64, do_sample=False)
+
+print(f"{'budget':14} {'rounds':>6}  {'verified tokens':>15}  {'accepted':>8}  same text")
+for budget in ("full", "static:2", "threshold:0.4", "static:0"):
+    output = hf_dspark.generate(target, drafter, **inputs, max_new_tokens=64, do_sample=False, budget=budget, return_dict_in_generate=True)
+    verified = sum(row.verified for row in output.stats.rows)
+    accepted = sum(row.accepted for row in output.stats.rows)
+    print(f"{budget:14} {output.stats.rounds:6}  {verified:15}  {accepted:8}  {torch.equal(plain, output.sequences)}")
