@@ -6,7 +6,7 @@ rows in one flattened pass, accept, commit, roll back. Rows join by `join` and l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,29 @@ class Recorder:
                 store[row].extend(values[:kept].float().unbind(0))
 
 
+def prompt_passes(lengths: Sequence[int], known: int, limit: int) -> Iterator[tuple[range, list[int], list[int]]]:
+    """Plan prompt passes of at most `limit` tokens: short prompts that follow each other share one, a long one is cut.
+
+    Args:
+        lengths (`list[int]`): tokens of each prompt.
+        known (`int`): tokens of a single prompt that need not be read.
+        limit (`int`): most tokens of one pass.
+    Yields:
+        the prompts of a pass, where it starts in each, and how many tokens of each it reads.
+    """
+    begin = 0
+    while begin < len(lengths):
+        end, total = begin + 1, lengths[begin] - known
+        while end < len(lengths) and total + lengths[end] <= limit:
+            total, end = total + lengths[end], end + 1
+        if end > begin + 1:
+            yield range(begin, end), [0] * (end - begin), list(lengths[begin:end])
+        else:
+            for start in range(known, lengths[begin], limit):
+                yield range(begin, end), [start], [min(limit, lengths[begin] - start)]
+        begin = end
+
+
 class DecodingLoop:
     """Drafts and verifies for a set of live rows until each has ended.
 
@@ -74,6 +97,8 @@ class DecodingLoop:
         generator (`torch.Generator`, *optional*): source of all randomness of this call.
         recorder (`Recorder`, *optional*): what to keep of scores and logits.
         emit (`Callable`, *optional*): called with the new tokens of a row as they are committed.
+        context (`Context`, *optional*): what is remembered of the row's beginning, to go on from.
+        keep_context (`bool`): leave the last row's keys and values in place when it ends, for the caller's next turn.
     """
 
     def __init__(
@@ -92,6 +117,7 @@ class DecodingLoop:
         recorder: Recorder | None = None,
         emit: Callable[[int, torch.Tensor], None] | None = None,
         context: Context | None = None,
+        keep_context: bool = False,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -106,6 +132,7 @@ class DecodingLoop:
         self.recorder = recorder or Recorder()
         self.emit = emit
         self.context = context or Context()
+        self.keep_context = keep_context
         self.live: list[int] = []
         self.anchors = torch.empty(0, dtype=torch.long, device=sequences.ids.device)
         self.stats = DecodingStats([RowStats.for_block(block_size) for _ in sequences.lengths], block_size)
@@ -198,7 +225,7 @@ class DecodingLoop:
             if ended:
                 gone.append(index)
         self.anchors = verdict.next_token
-        if len(gone) < len(self.live) or len(self.live) == 1:  # A lone row's context may serve the caller's next turn.
+        if len(gone) < len(self.live) or self.keep_context:
             self.remember(taps, layout, kept_counts, next_index)
         self.context.drafter.lengths = list(self.context.target.lengths)
         self.leave(gone)
@@ -258,8 +285,8 @@ class DecodingLoop:
         """Rows that have ended leave, and their work with them."""
         if not gone:
             return
-        if len(self.live) == 1:
-            self.live = []  # Its caches stay where they are, for the caller's next turn.
+        if self.keep_context and len(gone) == len(self.live):
+            self.live = []  # Keys and values stay where they are, for the caller's next turn.
             return
         order = self.context.remove_rows(gone)
         self.live = [self.live[old] for old in order]
@@ -279,7 +306,7 @@ class DecodingLoop:
         if not known:
             self.context.add_rows(len(rows))
         with self.watch.measure("prefill"):
-            logits = torch.cat(list(self._read(prompts, first_row, known)))
+            logits = self._read(prompts, first_row, known)
         self.live.extend(rows)
         scores = self.process(logits, [(row, 0) for row in rows])
         tokens = draw(scores.softmax(-1), self.generator) if self.sample else scores.argmax(-1)
@@ -291,30 +318,19 @@ class DecodingLoop:
                 gone.append(first_row + index)
         self.leave(gone)
 
-    def _read(self, prompts: Sequence[torch.Tensor], first_row: int, known: int) -> Any:
-        """Prompt passes: several short prompts share one, a long one is cut. Yields the last logits of each row, `(rows, V)`."""
-        group: list[int] = []
-        for index, prompt in enumerate(prompts):
-            group.append(index)
-            following = len(prompts[index + 1]) if index + 1 < len(prompts) else self.prefill_tokens
-            if sum(len(prompts[i]) for i in group) + following > self.prefill_tokens:
-                at, pieces = known, [prompt[known:]]
-                if len(group) == 1:
-                    pieces = list(prompt[known:].split(self.prefill_tokens))
-                else:
-                    pieces = [torch.cat([prompts[i] for i in group])]
-                for piece in pieces:
-                    counts = [len(piece)] if len(group) == 1 else [len(prompts[i]) for i in group]
-                    starts = [at] if len(group) == 1 else [0] * len(group)
-                    layout = RowLayout(starts, counts, piece.device, first_row + group[0])
-                    logits, taps = self.target.forward(piece, layout, self.context.target, only_last=True)
-                    if self.drafter is not None and self.draft_length:
-                        self.drafter.extend_context(taps, layout, self.context.drafter)
-                    for i, count in zip(group, counts, strict=True):
-                        self.context.commit(first_row + i, count)
-                    at += len(piece)
-                yield logits
-                group = []
+    def _read(self, prompts: Sequence[torch.Tensor], first_row: int, known: int) -> torch.Tensor:
+        """Read prompts into the context. Returns the logits after each row's last token, `(rows, V)`."""
+        final: dict[int, torch.Tensor] = {}
+        for group, starts, counts in prompt_passes([len(p) for p in prompts], known, self.prefill_tokens):
+            ids = torch.cat([prompts[i][start : start + count] for i, start, count in zip(group, starts, counts, strict=True)])
+            layout = RowLayout(starts, counts, ids.device, first_row + group.start)
+            logits, taps = self.target.forward(ids, layout, self.context.target, only_last=True)
+            if self.drafter is not None and self.draft_length:
+                self.drafter.extend_context(taps, layout, self.context.drafter)
+            for i, count in zip(group, counts, strict=True):
+                self.context.commit(first_row + i, count)
+            final[group.start] = logits  # A later piece of the same prompt replaces an earlier one's.
+        return torch.cat(list(final.values()))
 
     def run(self) -> None:
         """Rounds until no row is left."""

@@ -137,6 +137,7 @@ def generate_batch(
         recorder=recorder,
         emit=None if streamer is None else lambda row, tokens: streamer.put(tokens.cpu()),
         context=context,
+        keep_context=batch == 1,
     )
     with target.open():
         loop.join(range(batch), prompts, known)
