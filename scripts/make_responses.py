@@ -5,7 +5,7 @@ half at temperature 1. Prompts come from the train files named on the command li
 itself (self-prompting), and never from an evaluation set. A prompt already in the output, or in a file passed as --seen, is not answered
 again.
 
-    python scripts/make_responses.py --target DIR --output out.jsonl --minutes 40 --prompts ../shared/data/train/gsm8k_train.jsonl
+    python scripts/make_responses.py --output responses.jsonl --minutes 40 --prompts gsm8k_train.jsonl
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_dspark.hub import resolve_target
 
 CODE = [
     "Write a python function to", "Write a function to", "Write a Python function that", "Write a python function which takes",
@@ -94,7 +96,7 @@ def self_prompts(model, tokenizer, count: int, rng: random.Random) -> list[tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True)
+    parser.add_argument("--target", default="smollm2", help="`smollm2` (embedded), or the folder of a transformers checkpoint")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, nargs="*", default=[])
     parser.add_argument("--seen", type=Path, nargs="*", default=[])
@@ -105,8 +107,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).eval()
+    target_path = resolve_target(args.target)
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    model = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.bfloat16).eval()
     eos = tokenizer.eos_token_id
     seen = already_answered([args.output, *args.seen])
     rng = random.Random(args.seed + len(seen))

@@ -22,6 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_dspark.hub import resolve_target
 from hf_dspark.modeling_dspark import DSparkDrafter
 from hf_dspark.training import (
     Trainer,
@@ -39,7 +40,7 @@ SIZE_LIMIT_BYTES = 25_000_000
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True, help="folder of the target, a transformers checkpoint")
+    parser.add_argument("--target", default="smollm2", help="`smollm2` (embedded), or the folder of a transformers checkpoint")
     parser.add_argument("--responses", type=Path, nargs="+", required=True, help="response rows, .jsonl or .jsonl.gz")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; a checkpoint found in it is resumed")
     length = parser.add_mutually_exclusive_group()
@@ -126,8 +127,9 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).eval().requires_grad_(False).to(args.device)
+    target_path = resolve_target(args.target)
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    target = AutoModelForCausalLM.from_pretrained(target_path, dtype=dtype).eval().requires_grad_(False).to(args.device)
     vocab_size = target.config.vocab_size
     rows = read_responses(args.responses, vocab_size=vocab_size)
     train, held_out = split_rows(rows, held_out_fraction=args.held_out)
@@ -201,7 +203,7 @@ def main() -> None:
         seed=args.seed,
     )
     recipe: dict[str, Any] = {
-        "arguments": {k: [str(p) for p in v] if k == "responses" else str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arguments": {k: [p.name for p in v] if k == "responses" else v.name if isinstance(v, Path) else v for k, v in vars(args).items()},
         "started_from_step": started_at,
         "parameters": parameters,
         "weight_bytes": weight_bytes,

@@ -24,7 +24,7 @@ from .errors import UnsupportedOptionError, UnsupportedTargetError
 from .row_cache import RowCache
 from .scheduling import Budget, make_budget
 from .statistics import DecodingStats
-from .target import Target, check_length
+from .target import Target, check_length, input_device
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def generate_batch(
             f"Budget {budget!r} needs a drafter with a confidence head; this one has none. Use 'full' or 'static:N'."
         )
     block_size = _block_size(drafter, options)
+    _check_placement(model, drafter)
     drafter.bind(model)
     target = Target(model, drafter.config.target_layer_ids)
     prompts = _prompts(input_ids, model_kwargs, getattr(generation_config, "_mask_length", None), target.device)
@@ -205,6 +206,20 @@ def _check_options(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor,
             wrong = f"model inputs {extra}: only input_ids of text are drafted for. Generate without a drafter"
     if wrong:
         raise UnsupportedOptionError(f"DSpark decoding does not support {wrong}.")
+
+
+def _check_placement(model: Any, drafter: Any) -> None:
+    """Drafter and target may differ in dtype, and the drafter may sit on any device of the target's kind."""
+    theirs, own = input_device(model), drafter.device
+    if own.type != theirs.type:
+        raise UnsupportedOptionError(
+            f"The drafter is on {own}, the target takes its tokens on {theirs}; every round would wait for copies between them. Move the "
+            f"drafter: drafter.to({str(theirs)!r})."
+        )
+    if drafter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UnsupportedOptionError(
+            f"The drafter's weights are {drafter.dtype}; it drafts in float32, bfloat16, float16 or float64. Load it with dtype=."
+        )
 
 
 def _block_size(drafter: Any, options: CallOptions) -> int:

@@ -8,153 +8,27 @@ vocabulary, R rows.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
-import re
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-    rotate_half,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
+from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
 from hf_dspark.configuration_dspark import DSparkConfig
-from hf_dspark.conversion import (
-    EMBEDDING_KEY,
-    HUB_ARGUMENTS,
-    LM_HEAD_KEY,
-    TensorRecord,
-    check_own_config,
-    check_tensors,
-    deepspec_config,
-    list_tensors,
-    read_config,
-    recognise_format,
-    same_weights,
-)
-from hf_dspark.errors import BindingError, CheckpointError, UnboundDrafterError
+from hf_dspark.conversion import HUB_ARGUMENTS, TensorRecord, check_tensors
+from hf_dspark.errors import UnboundDrafterError
 from hf_dspark.heads import ConfidenceHead, SequentialHead, build_head
+from hf_dspark.initialisation import copy_last_layers
 from hf_dspark.row_cache import RowCache, RowLayout
+from hf_dspark.stored import open_drafter
+from hf_dspark.vocabulary import check_draft_ids, choose_mask_token_id, mask_token_for
 
-logger = logging.getLogger(__name__)
-
-Rope = tuple[torch.Tensor, torch.Tensor]
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-_MASK_NAMES = re.compile(r"mask|reserved|unused|gh_stars", re.IGNORECASE)
-
-
-class DSparkAttention(Qwen3Attention):
-    """Qwen3's projections and norms; what the queries look at is the caller's business.
-
-    Source: paper Eq. 3: the same key and value weights serve the block and the injected context.
-    """
-
-    def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """Queries of shape `(..., heads, head_dim)`, normalised and rotated, from `x` of shape `(..., d)`."""
-        return _rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
-
-    def keys_values(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (normalised and rotated) and values, each `(..., kv_heads, head_dim)`, from `x` of shape `(..., d)`."""
-        keys = _rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
-        return keys, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-
-    def forward(self, x: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
-        """Attention output of shape `(..., d)`; `attend(layer, q, k, v)` returns `(..., heads * head_dim)`."""
-        return self.o_proj(attend(self.layer_idx, self.queries(x, rope), *self.keys_values(x, rope)))
-
-
-class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's, with frequencies that stay float32 when the drafter is cast.
-
-    In bfloat16 the angles would be off by whole turns at long contexts.
-    """
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DSparkRotaryEmbedding:
-        super()._apply(fn, recurse)
-        for name in ("inv_freq", "original_inv_freq"):
-            cast = getattr(self, name)
-            if cast.dtype != torch.float32 and cast.device.type != "meta":
-                exact = type(self)(self.config).inv_freq
-                setattr(self, name, exact.to(device=cast.device, dtype=torch.float32))
-        return self
-
-
-class DSparkLayer(GradientCheckpointingLayer):
-    """One pre-norm layer of the backbone."""
-
-    def __init__(self, config: DSparkConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = DSparkAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, x: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class _Borrowed:
-    """The target's embedding and head, outside the module tree: not saved, moved, cast or copied with the drafter."""
-
-    def __init__(self, target: PreTrainedModel, embedding: nn.Module, head: nn.Module, softcap: float | None) -> None:
-        self.target = weakref.ref(target)
-        self.embedding = embedding
-        self.head = head
-        self.softcap = softcap
-        self._reduced: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Borrowed:
-        return self
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # A pickled drafter comes back unbound.
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        # Through the module, not its weight: some families scale inside it (Gemma), adapters and offloading wrap it.
-        with torch.no_grad():
-            weight = getattr(self.embedding, "weight", None)
-            if weight is not None and weight.device.type != "meta":
-                ids = ids.to(weight.device)
-            return self.embedding(ids)
-
-    def logits(self, h: torch.Tensor, draft_ids: torch.Tensor | None) -> torch.Tensor:
-        head: Any = self.head
-        plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks and not hasattr(head, "_hf_hook")
-        if plain:
-            weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-            if draft_ids is not None:
-                weight, bias = self._rows(weight, bias, draft_ids)
-            logits = F.linear(h.to(weight.device, weight.dtype), weight, bias)
-        else:
-            weight = getattr(head, "weight", None)
-            if weight is not None and weight.device.type != "meta":
-                h = h.to(weight.device, weight.dtype if weight.is_floating_point() else None)
-            logits = head(h)
-            if draft_ids is not None:
-                logits = logits.index_select(-1, draft_ids.to(logits.device))
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def _rows(self, weight: torch.Tensor, bias: torch.Tensor | None, draft_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Copied once, not every round; again when the target's head moved or was written to.
-        version = -1 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.dtype, weight.device, draft_ids.data_ptr(), len(draft_ids))
-        if self._reduced is None or self._reduced[0] != key:
-            ids = draft_ids.to(weight.device)
-            self._reduced = (key, weight[ids], None if bias is None else bias[ids])
-        return self._reduced[1], self._reduced[2]
+__all__ = ["DSparkAttention", "DSparkDrafter", "DSparkLayer", "DSparkRotaryEmbedding", "choose_mask_token_id"]
 
 
 class DSparkDrafter(PreTrainedModel):
@@ -184,8 +58,7 @@ class DSparkDrafter(PreTrainedModel):
         if config.mask_token_id is None:
             raise ValueError(
                 "config.mask_token_id is None; a drafter needs the id of a token that the tokenizer does not use in "
-                "text. Set it, or "
-                "use DSparkDrafter.from_target(target, tokenizer=...), which chooses one."
+                "text. Set it, or use DSparkDrafter.from_target(target, tokenizer=...), which chooses one."
             )
         d = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
@@ -202,7 +75,7 @@ class DSparkDrafter(PreTrainedModel):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
 
         self.budget: Any = "full"
-        self._borrowed: _Borrowed | None = None
+        self._borrowed: Borrowed | None = None
         self._carried: dict[str, TensorRecord] = {}
         self.post_init()
 
@@ -253,18 +126,9 @@ class DSparkDrafter(PreTrainedModel):
             ValueError: if no mask token can be chosen, the given one is a special token in use, or a field is out of
                 range.
         """
-        text = target.config.get_text_config(decoder=True)
-        in_use = _token_ids_in_use(target)
-        if mask_token_id is None:
-            if tokenizer is None:
-                raise ValueError(
-                    "from_target needs tokenizer= (to choose a mask token that text does not use) or mask_token_id=; got neither."
-                )
-            mask_token_id = choose_mask_token_id(tokenizer, text.vocab_size, in_use)
-        else:
-            _check_mask_token(mask_token_id, text.vocab_size, in_use, tokenizer)
+        mask_token_id = mask_token_for(target, tokenizer, mask_token_id)
         if draft_token_ids is not None:
-            draft_token_ids = _check_draft_ids(draft_token_ids, text.vocab_size)
+            draft_token_ids = check_draft_ids(draft_token_ids, target.config.get_text_config(decoder=True).vocab_size)
             config_fields["draft_vocab_size"] = len(draft_token_ids)
         config = DSparkConfig.from_target_config(
             target.config,
@@ -289,7 +153,7 @@ class DSparkDrafter(PreTrainedModel):
         drafter.config.dtype = dtype
         drafter.bind(target)
         if init_from_target:
-            drafter._copy_from_target(target)
+            copy_last_layers(target, drafter)
         return drafter
 
     @classmethod
@@ -315,49 +179,14 @@ class DSparkDrafter(PreTrainedModel):
                 check_tensors(cls._expected_tensors(config), {k: TensorRecord.of(k, v) for k, v in state.items()}, "state_dict")
             return super().from_pretrained(None, *model_args, **kwargs)
         source = str(pretrained_model_name_or_path)
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        raw = read_config(source, **hub)
-        if raw is None:
-            raise CheckpointError(
-                f"{source!r} holds no config.json. Give the folder or repository of a drafter; adapters are loaded "
-                "onto one with "
-                "PeftModel.from_pretrained(drafter, adapter)."
-            )
-        kind = recognise_format(raw, source)
-        if kind == "dspark":
-            check_own_config(raw, source)
-
-        fields = {f.name for f in dataclasses.fields(DSparkConfig)} - {"dtype"}
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
-        longest = raw.get("block_size")
-        if isinstance(longest, int) and overrides.get("block_size", longest) > longest:
-            raise ValueError(
-                f"{source!r} was trained for blocks of {longest} tokens; got block_size={overrides['block_size']}. "
-                "Acceptance "
-                f"collapses beyond what was trained: use 1..{longest}."
-            )
-        config = kwargs.pop("config", None)
-        if not isinstance(config, DSparkConfig):
-            if kind == "deepspec":
-                config = deepspec_config(raw, source, **overrides)
-            else:
-                config = DSparkConfig.from_pretrained(config or source, **hub, **overrides)
-
-        found = list_tensors(source, kwargs.get("variant"), **hub)
-        expected = cls._expected_tensors(config)
-        if kind == "deepspec":
-            matrix = torch.empty(config.vocab_size, config.hidden_size, device="meta")
-            expected.update({EMBEDDING_KEY: matrix, LM_HEAD_KEY: matrix})
-        check_tensors(expected, found, source)
-
-        if kind == "dspark":
-            return super().from_pretrained(source, *model_args, config=config, **{**kwargs, "use_safetensors": True})
-        carried = {key: found.pop(key) for key in (EMBEDDING_KEY, LM_HEAD_KEY)}
-        state = {name: record.read() for name, record in found.items()}
+        stored = open_drafter(source, kwargs, cls._expected_tensors)
+        if stored.kind == "dspark":
+            return super().from_pretrained(source, *model_args, config=stored.config, **{**kwargs, "use_safetensors": True})
+        state = {name: record.read() for name, record in stored.tensors.items()}
         kwargs = {key: value for key, value in kwargs.items() if key not in (*HUB_ARGUMENTS, "variant", "use_safetensors")}
-        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
+        loaded = super().from_pretrained(None, *model_args, config=stored.config, state_dict=state, **kwargs)
         drafter = loaded[0] if isinstance(loaded, tuple) else loaded
-        drafter._carried = carried
+        drafter._carried = stored.carried
         drafter.config.name_or_path = drafter.name_or_path = source
         return loaded
 
@@ -383,15 +212,15 @@ class DSparkDrafter(PreTrainedModel):
             BindingError: listing everything that does not fit; also when the copies of embedding or head that a
                 DeepSpec file carried differ from the target's.
         """
-        embedding, head = _input_output_embeddings(target)
+        embedding, head = input_output_embeddings(target)
         borrowed = self._borrowed
         if borrowed is not None and borrowed.embedding is embedding and borrowed.head is head:
             return self
-        text = target.config.get_text_config(decoder=True)
-        self._check_fit(target, text, embedding)
-        self._check_carried(target, embedding, head)
+        check_fit(self.config, self.draft_token_ids, target, embedding)
+        check_carried(self._carried, target, embedding, head)
         self._carried = {}
-        self._borrowed = _Borrowed(target, embedding, head, getattr(text, "final_logit_softcapping", None))
+        softcap = getattr(target.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+        self._borrowed = Borrowed(target, embedding, head, softcap)
         return self
 
     @property
@@ -404,78 +233,13 @@ class DSparkDrafter(PreTrainedModel):
         """The target bound to, or `None`; not kept alive by the drafter."""
         return None if self._borrowed is None else self._borrowed.target()
 
-    def _require_bound(self) -> _Borrowed:
+    def _require_bound(self) -> Borrowed:
         if self._borrowed is None:
             raise UnboundDrafterError(
                 "This drafter has no target yet: it borrows the target's embedding and head, and has none of its own. "
-                "Call "
-                "drafter.bind(target) first, or let target.generate(..., assistant_model=drafter) do it."
+                "Call drafter.bind(target) first, or let target.generate(..., assistant_model=drafter) do it."
             )
         return self._borrowed
-
-    def _check_fit(self, target: PreTrainedModel, text: Any, embedding: nn.Module) -> None:
-        config = self.config
-        wrong = [
-            f"{what}: the drafter was made for {own}, the target has {theirs}"
-            for what, own, theirs in (
-                ("hidden size", config.hidden_size, text.hidden_size),
-                ("vocabulary", config.vocab_size, text.vocab_size),
-                ("decoder layers", config.num_target_layers, text.num_hidden_layers),
-            )
-            if own != theirs
-        ]
-        weight = getattr(embedding, "weight", None)
-        if weight is not None and weight.is_floating_point() and weight.dim() == 2:
-            rows, width = weight.shape
-            if width != config.hidden_size and width != text.hidden_size:
-                wrong.append(f"embedding width: the drafter needs {config.hidden_size}, the target's is {width}")
-            if config.mask_token_id >= rows:
-                wrong.append(f"mask token id {config.mask_token_id}: the target's embedding has rows 0..{rows - 1} only")
-        if getattr(target.config, "is_encoder_decoder", False):
-            wrong.append("kind of model: the target is an encoder-decoder, a drafter needs a decoder-only language model")
-        ids = self.draft_token_ids
-        if ids is not None and (ids.min() < 0 or ids.max() >= config.vocab_size):
-            wrong.append(f"d2t: it maps draft ids to {int(ids.min())}..{int(ids.max())}, outside 0..{config.vocab_size - 1}")
-        if wrong:
-            made_for = f" (made for {config.target_name or config.target_model_type})" if config.target_model_type else ""
-            raise BindingError(
-                f"This drafter{made_for} does not fit the target {type(target).__name__}:\n"
-                + "\n".join(f"  {line}" for line in wrong)
-                + "\nUse the target that it was trained for, or make a new one with "
-                "DSparkDrafter.from_target(target, ...)."
-            )
-        if config.target_model_type not in (None, text.model_type):
-            logger.warning(
-                "This drafter was made for a target of type %r; it is bound to one of type %r.",
-                config.target_model_type,
-                text.model_type,
-            )
-
-    def _check_carried(self, target: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> None:
-        differs = []
-        for key, module in ((EMBEDDING_KEY, embedding), (LM_HEAD_KEY, head)):
-            record = self._carried.get(key)
-            if record is None:
-                continue
-            weight = getattr(module, "weight", None)
-            if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
-                logger.warning(
-                    "The target's %s is quantized or offloaded and could not be compared with the checkpoint's copy.",
-                    key,
-                )
-                continue
-            if not Path(record.path).exists():
-                raise CheckpointError(f"{record.path} is gone, but its {key} must be compared with the target's. Load the drafter again.")
-            if not same_weights(record, weight):
-                differs.append(f"{key}: stored {record.shape}, target's {tuple(weight.shape)}")
-        if differs:
-            raise BindingError(
-                "The drafter's checkpoint carries copies of the weights of the target that it was trained for, and "
-                "those of "
-                f"{type(target).__name__} differ:\n"
-                + "\n".join(f"  {line}" for line in differs)
-                + "\nBind it to the target that its model card names."
-            )
 
     # --------------------------------------------------------------------------------------------------------- drafting
 
@@ -543,11 +307,7 @@ class DSparkDrafter(PreTrainedModel):
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             cache.write(i, k.flatten(0, 1), v.flatten(0, 1), layout)
             keys, values = cache.view(i, layout)
-            # Query heads that share a key head lie along the query length, so that keys and values are not expanded.
-            heads, groups = k.shape[-2], q.shape[-2] // k.shape[-2]
-            q = q.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-            return out.unflatten(2, (groups, gamma)).permute(0, 3, 1, 2, 4).flatten(2)
+            return cached_attention(q, keys, values, mask)
 
         for layer in self.layers:
             x = layer(x, rope, attend)
@@ -692,22 +452,14 @@ class DSparkDrafter(PreTrainedModel):
             attention = self._attention(i)
             context_k, context_v = attention.keys_values(context, context_rope)
             dropout = attention.attention_dropout if self.training else 0.0
-            return _block_attention(q, k, v, context_k, context_v, hidden_keys, gamma, dropout)
+            return block_attention(q, k, v, context_k, context_v, hidden_keys, gamma, dropout)
 
         for layer in self.layers:
             x = layer(x, rope, attend)
         return self.norm(x).unflatten(1, (anchors, gamma))
 
-    def forward(
-        self,
-        taps: torch.Tensor,
-        anchor_ids: torch.Tensor,
-        anchor_positions: torch.Tensor,
-        context_mask: torch.Tensor | None = None,
-        gamma: int | None = None,
-    ) -> torch.Tensor:
-        """Same as `training_hidden`, so that wrappers that go through `forward` (data parallel, PEFT) work."""
-        return self.training_hidden(taps, anchor_ids, anchor_positions, context_mask, gamma)
+    # For wrappers that go through `forward` (data parallel, PEFT).
+    forward = training_hidden
 
     # --------------------------------------------------------------------------------------------------------- internal
 
@@ -729,8 +481,7 @@ class DSparkDrafter(PreTrainedModel):
         if not 1 <= gamma <= longest:
             raise ValueError(
                 f"A block of {gamma} tokens was asked for; this checkpoint was trained for 1..{longest}. Acceptance "
-                "collapses beyond "
-                "that: ask for fewer, or train with a longer block_size."
+                "collapses beyond that: ask for fewer, or train with a longer block_size."
             )
         return gamma
 
@@ -758,207 +509,6 @@ class DSparkDrafter(PreTrainedModel):
         if cached is None or cached[0] != key:
             cached = self.__dict__["_draft_ids"] = (key, self.draft_token_ids)
         return cached[1]
-
-    @torch.no_grad()
-    def _copy_from_target(self, target: PreTrainedModel) -> list[str]:
-        """Start the backbone from the target's last layers, where shapes agree; returns the names copied."""
-        decoder = target.get_decoder()
-        theirs = next((m for name in ("layers", "h") if isinstance(m := getattr(decoder, name, None), nn.ModuleList)), None)
-        copied: list[str] = []
-
-        def copy_into(name: str, weight: torch.Tensor | None) -> None:
-            own = self.get_parameter(name)
-            if weight is not None and weight.is_floating_point() and weight.shape == own.shape and weight.device.type != "meta":
-                own.copy_(weight)
-                copied.append(name)
-
-        for i in range(-len(self.layers), 0):
-            if theirs is None or len(theirs) < -i:
-                continue
-            layer, prefix = theirs[i], f"layers.{i + len(self.layers)}"
-            attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                copy_into(f"{prefix}.self_attn.{name}.weight", getattr(getattr(attention, name, None), "weight", None))
-            for name in ("q_norm", "k_norm"):
-                copy_into(f"{prefix}.self_attn.{name}.weight", _rms_scale(getattr(attention, name, None)))
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                copy_into(f"{prefix}.mlp.{name}.weight", getattr(getattr(mlp, name, None), "weight", None))
-            copy_into(f"{prefix}.input_layernorm.weight", _rms_scale(getattr(layer, "input_layernorm", None)))
-            # The norm before the MLP: Gemma calls it otherwise, and uses our name for a norm after the attention, as
-            # OLMo 2 does.
-            before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
-            if before_mlp is None and not hasattr(layer, "post_feedforward_layernorm"):
-                before_mlp = getattr(layer, "post_attention_layernorm", None)
-            copy_into(f"{prefix}.post_attention_layernorm.weight", _rms_scale(before_mlp))
-        copy_into("norm.weight", _rms_scale(getattr(decoder, "norm", None)))
-        logger.info(
-            "Copied %d of the backbone's tensors from the last layers of %s: %s.",
-            len(copied),
-            type(target).__name__,
-            ", ".join(copied) or "none has the same name and shape",
-        )
-        return copied
-
-
-def choose_mask_token_id(tokenizer: Any, vocab_size: int, in_use: Iterable[int] = ()) -> int:
-    """Choose a token id for the drafter's mask that text never produces.
-
-    In this order: the tokenizer's own mask token; the last row of the embedding that no token of the tokenizer reaches;
-    an added token whose name says that it is spare (mask, reserved, unused; StarCoder's `<gh_stars>`, which SmolLM2
-    inherits), the last such one; the last added special token. Tokens in use (bos, eos, pad, unk and the like) and
-    tokens that the chat template writes are left out.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        vocab_size (`int`): rows of the target's embedding.
-        in_use (`Iterable[int]`): further ids to leave out.
-    Returns:
-        `int`: the id.
-    Raises:
-        ValueError: if there is no such token.
-    """
-    named = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
-    taken = {*in_use, *(i for name in named if (i := getattr(tokenizer, name, None)) is not None)}
-    own = getattr(tokenizer, "mask_token_id", None)
-    if own is not None and 0 <= own < vocab_size and own not in taken:
-        return own
-    added = tokenizer.added_tokens_decoder
-    highest = max(len(tokenizer) - 1, *added, 0)
-    if vocab_size - 1 > highest and vocab_size - 1 not in taken:
-        return vocab_size - 1
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    spare = [
-        (token_id, str(token))
-        for token_id, token in sorted(added.items())
-        if 0 <= token_id < vocab_size and token_id not in taken and str(token) not in template
-    ]
-    by_name = [token_id for token_id, text in spare if _MASK_NAMES.search(text)]
-    special = [token_id for token_id, _ in spare if getattr(added[token_id], "special", False)]
-    if by_name or special:
-        return (by_name or special)[-1]
-    raise ValueError(
-        "The tokenizer has no spare token that could serve as the drafter's mask: no unused embedding row, no mask, "
-        "reserved or unused "
-        "token. Pass mask_token_id= with a token that your text never contains."
-    )
-
-
-def _check_mask_token(mask_token_id: int, vocab_size: int, in_use: set[int], tokenizer: Any) -> None:
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"mask_token_id must be a row of the target's embedding, 0..{vocab_size - 1}; got {mask_token_id}.")
-    named = ("bos_token_id", "eos_token_id", "pad_token_id")
-    if mask_token_id in in_use | {getattr(tokenizer, name, None) for name in named}:
-        raise ValueError(
-            f"mask_token_id {mask_token_id} is the target's bos, eos or pad token; the drafter could not tell it from "
-            "text. Choose a "
-            "token that the tokenizer does not use, or pass tokenizer= and let one be chosen."
-        )
-    if tokenizer is not None and mask_token_id < len(tokenizer) and mask_token_id not in tokenizer.added_tokens_decoder:
-        logger.warning(
-            "mask_token_id %d (%r) is an ordinary token of the tokenizer.",
-            mask_token_id,
-            tokenizer.decode([mask_token_id]),
-        )
-
-
-def _token_ids_in_use(target: PreTrainedModel) -> set[int]:
-    """bos, eos and pad ids of the target's config and generation config."""
-    found: set[int] = set()
-    text = target.config.get_text_config(decoder=True)
-    for config in (target.config, text, getattr(target, "generation_config", None)):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    return found
-
-
-def _check_draft_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    ids = torch.as_tensor(ids)
-    if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.numel() == 0:
-        raise ValueError(f"draft_token_ids must be a non-empty 1-D tensor of token ids; got shape {tuple(ids.shape)}, {ids.dtype}.")
-    ids = ids.to(device="cpu", dtype=torch.int64).sort().values
-    if ids[0] < 0 or ids[-1] >= vocab_size:
-        raise ValueError(f"draft_token_ids must lie in 0..{vocab_size - 1}; got {int(ids[0])}..{int(ids[-1])}.")
-    if (ids[1:] == ids[:-1]).any():
-        raise ValueError(f"draft_token_ids must not repeat; {int((ids[1:] == ids[:-1]).sum())} of {len(ids)} do.")
-    return ids
-
-
-def _input_output_embeddings(target: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """The target's embedding and head modules, found through transformers' accessors, which PEFT wrappers forward."""
-    try:
-        embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
-    except (AttributeError, NotImplementedError) as error:
-        raise BindingError(
-            f"{type(target).__name__} does not tell its input and output embeddings ({error}). A target is a transformers causal LM."
-        ) from error
-    if embedding is None or head is None:
-        lacks = "input embedding" if embedding is None else "language-model head"
-        raise BindingError(f"{type(target).__name__} has no {lacks}. Pass the causal LM (AutoModelForCausalLM), not its base model.")
-    return embedding, head
-
-
-@torch.no_grad()
-def _rms_scale(norm: nn.Module | None) -> torch.Tensor | None:
-    """What an RMSNorm multiplies by (its weight, or one plus it as in Gemma); `None` for another kind of norm."""
-    weight = getattr(norm, "weight", None)
-    if norm is None or weight is None or "RMSNorm" not in type(norm).__name__ or weight.device.type == "meta":
-        return None
-    scale = norm(torch.ones_like(weight)[None])[0]  # ones have RMS one
-    for candidate in (weight, 1.0 + weight):
-        if torch.allclose(scale.float(), candidate.float(), rtol=1e-2, atol=1e-3):
-            return candidate.detach()
-    return None
-
-
-def _rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    cos, sin = rope
-    return x * cos + rotate_half(x) * sin
-
-
-def _block_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    context_k: torch.Tensor,
-    context_v: torch.Tensor,
-    hidden_keys: torch.Tensor,
-    gamma: int,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """One softmax over the context and the query's own block; scores against other blocks never exist.
-
-    Args:
-        q (`torch.Tensor` of shape `(B, A * gamma, H, D)`): queries of the blocks, one block after the other.
-        k, v (`torch.Tensor` of shape `(B, A * gamma, Hkv, D)`): keys and values of the blocks.
-        context_k, context_v (`torch.Tensor` of shape `(B, S, Hkv, D)`): keys and values of the context.
-        hidden_keys (`torch.BoolTensor` of shape `(B, 1, 1, A * gamma, S)`): true where a query must not look.
-        gamma (`int`): block length.
-        dropout (`float`): probability of dropping an attention weight.
-    Returns:
-        `torch.Tensor` of shape `(B, A * gamma, H * D)`.
-    """
-    _, length, kv_heads, size = context_k.shape
-    rows = q.shape[1]
-    groups, anchors = q.shape[2] // kv_heads, rows // gamma
-
-    def by_block(t: torch.Tensor) -> torch.Tensor:  # (B, Hkv, g, A * gamma, n) -> (B, Hkv, A, g * gamma, n)
-        return t.unflatten(3, (anchors, gamma)).transpose(2, 3).flatten(3, 4)
-
-    def by_row(t: torch.Tensor) -> torch.Tensor:  # and back
-        return t.unflatten(3, (groups, gamma)).transpose(2, 3).flatten(3, 4)
-
-    q = (q * size**-0.5).unflatten(2, (kv_heads, groups)).permute(0, 2, 3, 1, 4)  # (B, Hkv, g, A * gamma, D)
-    k, v = (t.unflatten(1, (anchors, gamma)).permute(0, 3, 1, 2, 4) for t in (k, v))  # (B, Hkv, A, gamma, D)
-    outside = (q.flatten(2, 3) @ context_k.permute(0, 2, 3, 1)).unflatten(2, (groups, rows))
-    inside = by_row(by_block(q) @ k.transpose(-1, -2))  # (B, Hkv, g, A * gamma, gamma)
-    weights = torch.cat((outside.masked_fill(hidden_keys, float("-inf")), inside), dim=-1).softmax(dim=-1)
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    from_context, from_block = weights.split((length, gamma), dim=-1)
-    out = (from_context.flatten(2, 3) @ context_v.transpose(1, 2)).unflatten(2, (groups, rows))
-    out = out + by_row(by_block(from_block) @ v)
-    return out.permute(0, 3, 1, 2, 4).flatten(2)
 
 
 AutoConfig.register("dspark", DSparkConfig, exist_ok=True)

@@ -145,7 +145,7 @@ def run_eval(
     record = {
         "target": target_name,
         "drafter": drafter_name,
-        "prompts": [str(path) for path in prompts],
+        "prompts": [path.name for path in prompts],
         "limit": limit,
     }
     record |= evaluation.to_json()

@@ -344,7 +344,7 @@ def measure(
     """
     from hf_dspark.hub import load_drafter, load_target
 
-    files = {str(path): read_prompts(path, limit) for path in prompts}
+    files = {path.name: read_prompts(path, limit) for path in prompts}
     conversations = [conversation for rows in files.values() for conversation in rows]
     legs: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}

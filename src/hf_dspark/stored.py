@@ -1,0 +1,91 @@
+"""Opens a stored drafter: config with the caller's overrides, and every tensor accounted for before any is read. Knows files and
+DSparkConfig; knows no modules and no target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from hf_dspark.configuration_dspark import DSparkConfig
+from hf_dspark.conversion import (
+    EMBEDDING_KEY,
+    HUB_ARGUMENTS,
+    LM_HEAD_KEY,
+    TensorRecord,
+    check_own_config,
+    check_tensors,
+    deepspec_config,
+    list_tensors,
+    read_config,
+    recognise_format,
+)
+from hf_dspark.errors import CheckpointError
+
+
+@dataclasses.dataclass
+class StoredDrafter:
+    """A checkpoint that was found complete: its format, its config, where its tensors lie.
+
+    `carried` are a DeepSpec file's copies of the target's embedding and head, which are no tensors of the drafter.
+    """
+
+    kind: Literal["dspark", "deepspec"]
+    config: DSparkConfig
+    tensors: dict[str, TensorRecord]
+    carried: dict[str, TensorRecord]
+
+
+def open_drafter(
+    source: str, arguments: dict[str, Any], expected_tensors: Callable[[DSparkConfig], dict[str, torch.Tensor]]
+) -> StoredDrafter:
+    """Read a checkpoint's config and the headers of its files, and check that they agree.
+
+    Args:
+        source (`str`): folder or Hub repository.
+        arguments (`dict`): those of `from_pretrained`; `config` and fields of `DSparkConfig` are taken out of it.
+        expected_tensors (`Callable`): from a config to every tensor that the drafter itself needs; meta tensors will do.
+    Returns:
+        `StoredDrafter`.
+    Raises:
+        CheckpointError: for an unknown format, or tensors that do not fit the config.
+        ValueError: for a block longer than the checkpoint's.
+    """
+    hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
+    kind, config = _config(source, arguments, hub)
+    found = list_tensors(source, arguments.get("variant"), **hub)
+    expected = expected_tensors(config)
+    carried_keys = (EMBEDDING_KEY, LM_HEAD_KEY) if kind == "deepspec" else ()
+    matrix = torch.empty(config.vocab_size, config.hidden_size, device="meta")
+    check_tensors({**expected, **dict.fromkeys(carried_keys, matrix)}, found, source)
+    return StoredDrafter(kind, config, found, {key: found.pop(key) for key in carried_keys})
+
+
+def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Literal["dspark", "deepspec"], DSparkConfig]:
+    raw = read_config(source, **hub)
+    if raw is None:
+        raise CheckpointError(
+            f"{source!r} holds no config.json. Give the folder or repository of a drafter; adapters are loaded "
+            "onto one with PeftModel.from_pretrained(drafter, adapter)."
+        )
+    kind = recognise_format(raw, source)
+    if kind == "dspark":
+        check_own_config(raw, source)
+
+    fields = {f.name for f in dataclasses.fields(DSparkConfig)} - {"dtype"}
+    overrides = {key: arguments.pop(key) for key in list(arguments) if key in fields}
+    longest = raw.get("block_size")
+    if isinstance(longest, int) and overrides.get("block_size", longest) > longest:
+        raise ValueError(
+            f"{source!r} was trained for blocks of {longest} tokens; got block_size={overrides['block_size']}. "
+            f"Acceptance collapses beyond what was trained: use 1..{longest}."
+        )
+    config = arguments.pop("config", None)
+    if isinstance(config, DSparkConfig):
+        return kind, config
+    if kind == "deepspec":
+        return kind, deepspec_config(raw, source, **overrides)
+    return kind, DSparkConfig.from_pretrained(config or source, **hub, **overrides)
