@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from hf_dspark.errors import DSparkError
+from hf_dspark.errors import DataError, DSparkError
 from hf_dspark.evaluation.benchmark import Bench, new_tokens
 from hf_dspark.evaluation.metrics import common_prefix, machine_record
 from hf_dspark.evaluation.prompts import Conversation, read_prompts
@@ -344,6 +344,8 @@ def measure(
     """
     from hf_dspark.hub import load_drafter, load_target
 
+    if len({path.name for path in prompts}) < len(prompts):
+        raise DataError(f"prompt files are told apart by name, got {[path.name for path in prompts]} twice; rename one of them")
     files = {path.name: read_prompts(path, limit) for path in prompts}
     conversations = [conversation for rows in files.values() for conversation in rows]
     legs: list[dict[str, Any]] = []
