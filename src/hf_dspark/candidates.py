@@ -121,6 +121,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
 _FACTORY: ContextVar[Callable[..., DSparkCandidateGenerator] | None] = ContextVar("hf_dspark_candidate_factory", default=None)
 _LOCK = threading.Lock()
 _USERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_REPLACED: dict[Any, tuple[bool, Any]] = {}
 
 
 @contextmanager
@@ -162,6 +163,7 @@ def _dispatching(target: Any) -> Iterator[None]:
         _USERS[target] = _USERS.get(target, 0) + 1
         if _USERS[target] == 1:
             own = target._get_candidate_generator
+            _REPLACED[target] = "_get_candidate_generator" in vars(target), own
             target._get_candidate_generator = lambda *args, **kwargs: (_FACTORY.get() or own)(*args, **kwargs)
     try:
         yield
@@ -169,4 +171,8 @@ def _dispatching(target: Any) -> Iterator[None]:
         with _LOCK:
             _USERS[target] -= 1
             if _USERS[target] == 0:
-                del target._get_candidate_generator
+                set_by_user, own = _REPLACED.pop(target)
+                if set_by_user:
+                    target._get_candidate_generator = own
+                else:
+                    del target._get_candidate_generator

@@ -177,10 +177,15 @@ class RowStopping:
             else:
                 self._others.append(criterion)
 
+    @property
+    def asks_others(self) -> bool:
+        """Whether there are criteria beyond lengths and end-of-text ids, which read the row's ids and scores."""
+        return bool(self._others)
+
     def kept(self, tokens: list[int], sequences: Sequences, row: int, scores: Sequence[torch.Tensor] | None) -> tuple[int, bool]:
         """How many of the new `tokens` of `row` remain, and whether the row ends with them.
 
-        The tokens must be pencilled in. A criterion sees the ids with left padding and one more token each time, as in
+        Where `asks_others`, the tokens must be pencilled in. A criterion sees the ids with left padding and one more token each time, as in
         a plain call.
 
         Args:

@@ -56,7 +56,8 @@ class Recorder:
         """Keep the first `kept` of a row's distributions, `(n, V)` each."""
         for store, values in ((self.scores, scores), (self.logits, logits)):
             if store is not None:
-                store[row].extend(values[:kept].float().unbind(0))
+                # A copy, or every kept row would hold on to the whole round's distributions.
+                store[row].extend(values[:kept].to(torch.float32, copy=True).unbind(0))
 
 
 def prompt_passes(lengths: Sequence[int], known: int, limit: int) -> Iterator[tuple[range, list[int], list[int]]]:
@@ -210,12 +211,15 @@ class DecodingLoop:
         """Step 8: commit accepted tokens and their taps; everything else is forgotten with the round."""
         padded = torch.cat([block.tokens, verdict.next_token[:, None]], dim=1)
         padded = padded.scatter(1, verdict.accepted[:, None], verdict.next_token[:, None])
-        # The round's only wait for the device: accepted counts and tokens, in one copy.
-        host = torch.cat([verdict.accepted[:, None], padded], dim=1).tolist()
+        # The round's one wait for the device, beside a budget that reads confidences: whether p_t is sound, accepted counts, tokens.
+        sound = self.sound(scores).expand(len(self.live), 1)
+        host = torch.cat([sound, verdict.accepted[:, None], padded], dim=1).tolist()
         gone, kept_counts, next_index = [], [], []
         first = 0
         for index, row in enumerate(self.live):
-            accepted, tokens = host[index][0], host[index][1 : host[index][0] + 2]
+            is_sound, accepted, *tokens = host[index]
+            self.require_sound(is_sound)
+            tokens = tokens[: accepted + 1]
             kept, ended = self.settle(row, tokens, padded[index], scores[first:], logits[first:])
             self.stats.rows[row].count_round(self.draft_length, layout.counts[index] - 1, accepted, kept)
             self.context.target.lengths[index] += kept
@@ -237,6 +241,20 @@ class DecodingLoop:
         if self.processors:
             return self.processors(logits.to(self.anchors.device, torch.float32, copy=True), self.sequences, places)
         return logits.to(self.anchors.device, torch.float32 if self.sample else None)
+
+    def sound(self, scores: torch.Tensor) -> torch.Tensor:
+        """One where every processed distribution of `scores` `(N, V)` can be drawn from, else zero; greedy choices need no check."""
+        if not self.sample:
+            return self.anchors.new_ones(1)
+        return torch.isfinite(scores.amax(-1)).all().long()[None]
+
+    def require_sound(self, sound: int) -> None:
+        """Raise where plain `generate` would: a distribution that holds NaN or infinity, or nothing at all."""
+        if not sound:
+            raise RuntimeError(
+                "The target's distribution after the logits processors holds NaN or infinity, or allows no token; there is nothing to draw "
+                "from. Look at the target's dtype (float16 overflows) and at what the processors leave."
+            )
 
     def process_draft(self, logits: torch.Tensor, k: int, tokens: list[torch.Tensor]) -> torch.Tensor:
         """The same processors on the drafter's logits `(R, V_draft)`, so that p_d resembles p_t.
@@ -260,8 +278,11 @@ class DecodingLoop:
     def settle(self, row: int, tokens: list[int], ids: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> tuple[int, bool]:
         """Stop conditions over a row's new tokens; commit what remains. Returns how many remain and whether the row has ended."""
         new = ids[: len(tokens)]
-        self.sequences.pencil_in(row, new)
-        so_far = None if self.recorder.scores is None else [*self.recorder.scores[row], *scores[: len(tokens)].float()]
+        so_far = None
+        if self.stopping.asks_others:
+            self.sequences.pencil_in(row, new)
+            if self.recorder.scores is not None:
+                so_far = [*self.recorder.scores[row], *scores[: len(tokens)].float()]
         kept, ended = self.stopping.kept(tokens, self.sequences, row, so_far)
         self.sequences.append(row, new[:kept])
         self.recorder.keep(row, kept, scores, logits)
@@ -278,7 +299,7 @@ class DecodingLoop:
             committed = RowLayout(layout.starts, counts, layout.device, layout.first_row)
             if counts != layout.counts:
                 index = torch.cat([torch.arange(f, f + n) for f, n in zip(first, counts, strict=True)])
-                taps = taps[index.to(taps.device)]
+                taps = taps[index.to(taps.device, non_blocking=True)]
             self.drafter.extend_context(taps, committed, self.context.drafter)
 
     def leave(self, gone: list[int]) -> None:
@@ -312,7 +333,9 @@ class DecodingLoop:
         tokens = draw(scores.softmax(-1), self.generator) if self.sample else scores.argmax(-1)
         self.anchors = torch.cat([self.anchors, tokens])
         gone = []
-        for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        is_sound, *host = torch.cat([self.sound(scores), tokens]).tolist()
+        self.require_sound(is_sound)
+        for index, (row, token) in enumerate(zip(rows, host, strict=True)):
             _, ended = self.settle(row, [token], tokens[index : index + 1], scores[index : index + 1], logits[index : index + 1])
             if ended:
                 gone.append(first_row + index)

@@ -92,7 +92,8 @@ def generate_batch(
         input_ids (`torch.LongTensor` of shape `(B, n)`): prompts, left-padded.
         logits_processor, stopping_criteria, generation_config: as `generate` has prepared them.
         streamer (`BaseStreamer`, *optional*): B = 1 only; gets each round's tokens, 1-D.
-        model_kwargs: attention_mask, past_key_values and what else `generate` prepares.
+        model_kwargs: attention_mask, past_key_values and what else `generate` prepares. A cache is filled, and returned, for a single row
+            without padding; for batches it stays as it is and None is returned.
     Raises:
         UnsupportedTargetError, UnsupportedOptionError, BindingError: before anything is computed or changed.
     """
@@ -117,7 +118,13 @@ def generate_batch(
     check_length(model, max_length)
 
     user_cache = model_kwargs.get("past_key_values")
-    context, known = _resume(user_cache, drafter, prompts) if batch == 1 else (None, 0)
+    covers_text = batch == 1 and len(prompts[0]) == input_ids.shape[1]
+    if not covers_text and user_cache is not None and user_cache.get_seq_length() > 0:
+        raise UnsupportedOptionError("DSpark decoding does not support past_key_values with a padded prompt; leave the padding out.")
+    context, known = _resume(user_cache, drafter, prompts) if covers_text else (None, 0)
+    if context is None:
+        context = Context()
+    context.target.limit = context.drafter.limit = max_length + block_size + 1
     sequences = Sequences(input_ids.to(target.device), max_length, block_size + 1)
     keeps = generation_config.return_dict_in_generate
     recorder = Recorder(
@@ -138,7 +145,7 @@ def generate_batch(
         recorder=recorder,
         emit=None if streamer is None else lambda row, tokens: streamer.put(tokens.cpu()),
         context=context,
-        keep_context=batch == 1,
+        keep_context=covers_text,
     )
     with target.open():
         loop.join(range(batch), prompts, known)
@@ -147,7 +154,7 @@ def generate_batch(
         streamer.end()
 
     output_ids = _padded(sequences, generation_config).to(input_ids.device)
-    if batch == 1 and user_cache is not None:
+    if covers_text and user_cache is not None:
         _hand_over(user_cache, loop.context, drafter, output_ids[0, :-1], drafted=loop.draft_length > 0)
     if not keeps:
         return output_ids
@@ -155,7 +162,7 @@ def generate_batch(
         sequences=output_ids,
         scores=_stacked(recorder.scores),
         logits=_stacked(recorder.logits),
-        past_key_values=user_cache if batch == 1 else None,
+        past_key_values=user_cache if covers_text else None,
         stats=loop.stats,
     )
 
@@ -211,10 +218,15 @@ def _check_options(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor,
 def _check_placement(model: Any, drafter: Any) -> None:
     """Drafter and target may differ in dtype, and the drafter may sit on any device of the target's kind."""
     theirs, own = input_device(model), drafter.device
-    if own.type != theirs.type:
+    if own.type != theirs.type or (own.index or 0) != (theirs.index or 0):
         raise UnsupportedOptionError(
-            f"The drafter is on {own}, the target takes its tokens on {theirs}; every round would wait for copies between them. Move the "
+            f"The drafter is on {own}, the target takes its tokens on {theirs}; they must share one device. Move the "
             f"drafter: drafter.to({str(theirs)!r})."
+        )
+    if drafter.dtype == torch.float16 and model.dtype in (torch.bfloat16, torch.float32):
+        raise UnsupportedOptionError(
+            f"A float16 drafter cannot hold the activations of a {model.dtype} target, which may exceed 65504; acceptance would silently "
+            "fall to nothing. Load the drafter with dtype=torch.bfloat16 or torch.float32."
         )
     if drafter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UnsupportedOptionError(
@@ -348,7 +360,7 @@ def _hand_over(cache: DynamicCache, context: Context, drafter: Any, ids: torch.T
     length = len(ids)
     store = context.target
     if store.lengths != [length]:
-        return
+        raise RuntimeError(f"The row's cache holds {store.lengths} tokens, its text {length} before the last; please report this.")
     for index in sorted(store.keys):
         keys, values = store.keys[index][:1, :, :length], store.values[index][:1, :, :length]
         while len(cache.layers) <= index:

@@ -49,8 +49,12 @@ def install() -> None:
         except UnsupportedTargetError as refused:
             options = current_options()
             ids = args[0] if args else kwargs["input_ids"]
-            if not refused.one_row_works or ids.shape[0] > 1 or options.generator is not None:
+            if not refused.one_row_works or ids.shape[0] > 1:
                 raise
+            if options.generator is not None:
+                raise UnsupportedOptionError(
+                    f"{refused} That loop draws from torch's own generator: call torch.manual_seed instead of seed= or generator=."
+                ) from refused
             _log_once(f"{refused} Doing so for this batch of one.")
             cache = kwargs.get("past_key_values")
             if cache is not None and cache.get_seq_length() > 0:
@@ -118,9 +122,14 @@ def generate(
         kwargs = _repeated(kwargs, num_return_sequences)
     # Before transformers' own checks, which would ask for tokenizers where the vocabularies differ.
     drafter.bind(target)
+    patched = getattr(GenerationMixin._assisted_decoding, "_hf_dspark_original", None) is not None
     install()
-    with call_options(CallOptions(budget, generator, block_size)):
-        return target.generate(**kwargs, assistant_model=drafter)
+    try:
+        with call_options(CallOptions(budget, generator, block_size)):
+            return target.generate(**kwargs, assistant_model=drafter)
+    finally:
+        if not patched:
+            uninstall()
 
 
 def _asked(target: Any, kwargs: dict[str, Any], name: str) -> Any:

@@ -301,8 +301,7 @@ class DSparkDrafter(PreTrainedModel):
         rope = self._rope(x, layout.positions.view(rows, gamma))
         mask = None
         if min(starts) != max(starts):
-            ends = torch.tensor(starts, device=x.device)[:, None, None, None] + gamma
-            mask = torch.arange(layout.max_end, device=x.device) < ends
+            mask = torch.arange(layout.max_end, device=x.device) < layout.ends[:, None, None, None]
 
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             cache.write(i, k.flatten(0, 1), v.flatten(0, 1), layout)
@@ -373,9 +372,7 @@ class DSparkDrafter(PreTrainedModel):
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
         """`torch.LongTensor` of shape `(V_draft,)`: target id of each draft id; `None` for the whole vocabulary."""
-        if self.config.draft_vocab_size is None:
-            return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        return self._draft_ids_cached()
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Target ids of draft ids: draft_id + d2t[draft_id].
@@ -507,7 +504,7 @@ class DSparkDrafter(PreTrainedModel):
         key = (self.d2t.data_ptr(), version, self.d2t.device)
         cached = self.__dict__.get("_draft_ids")
         if cached is None or cached[0] != key:
-            cached = self.__dict__["_draft_ids"] = (key, self.draft_token_ids)
+            cached = self.__dict__["_draft_ids"] = (key, self.d2t + torch.arange(len(self.d2t), device=self.d2t.device))
         return cached[1]
 
 

@@ -59,7 +59,7 @@ class RaggedCache(Cache):
                 "drives the drafter.",
                 one_row_works=True,
             )
-        self.store.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), layout)
+        self.store.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), layout.on(key_states.device))
         self.written.add(layer_idx)
         return self.store.view(layer_idx, layout)
 
@@ -95,18 +95,39 @@ class RaggedPass:
     def __init__(self, layout: RowLayout) -> None:
         self.layout = layout
         self.attended = 0
-        self._masks: dict[tuple[int | None, int], torch.Tensor | None] = {}
+        # Windows that the model's masks would have had, and windows that its attention was told: a window in the mask alone is lost here.
+        self.masked_windows: set[int] = set()
+        self.attended_windows: set[int] = set()
+        self._masks: dict[tuple[int | None, int, torch.device], torch.Tensor | None] = {}
+        self._row_masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = {}
 
-    def folded_mask(self, window: int | None, groups: int) -> torch.Tensor | None:
+    def folded_mask(self, window: int | None, groups: int, device: torch.device) -> torch.Tensor | None:
         """Mask of shape `(R, 1, groups * max_count, max_end)` for queries whose head groups lie along the query axis."""
-        key = (window, groups)
+        key = (window, groups, device)
         if key not in self._masks:
-            layout = self.layout
+            layout = self.layout.on(device)
             if layout.num_rows == 1 and layout.total == 1 and (window is None or layout.max_end <= window):
                 self._masks[key] = None
             else:
                 self._masks[key] = layout.causal_mask(window).repeat(1, groups, 1)[:, None]
         return self._masks[key]
+
+    def row_mask(self, row: int, window: int | None, device: torch.device) -> torch.Tensor:
+        """Mask of shape `(1, count, end)` of one row, shared by its heads and by all layers."""
+        key = (row, window, device)
+        if key not in self._row_masks:
+            self._row_masks[key] = RowLayout([self.layout.starts[row]], [self.layout.counts[row]], device).causal_mask(window)
+        return self._row_masks[key]
+
+    def check_windows(self, name: str) -> None:
+        """Refuse a model that limits attention by its mask alone, which a ragged pass does not see."""
+        lost = sorted(self.masked_windows - self.attended_windows)
+        if lost:
+            raise UnsupportedTargetError(
+                f"{name} limits attention to {lost} tokens by its mask and does not tell its attention function; a ragged pass would see "
+                "too much. Decode it at batch size 1, where transformers' own assisted loop drives the drafter.",
+                one_row_works=True,
+            )
 
 
 _ACTIVE: ContextVar[RaggedPass | None] = ContextVar("hf_dspark_ragged_pass", default=None)
@@ -161,7 +182,7 @@ def _attend_padded(
     ragged: RaggedPass, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, **how: Any
 ) -> torch.Tensor:
     """All rows in one call, short rows padded to the longest; queries `(1, H, T, D)`, result `(1, T, H, D)`."""
-    layout = ragged.layout
+    layout = ragged.layout.on(query.device)
     rows, length = layout.num_rows, layout.max_count
     heads, dim = query.shape[1], query.shape[3]
     if rows == 1:
@@ -171,7 +192,7 @@ def _attend_padded(
     else:
         padded = query[0][:, layout.padded_index].transpose(0, 1)
     kv_heads = key.shape[1]
-    out = _attend(_fold(padded, kv_heads), key, value, ragged.folded_mask(window, heads // kv_heads), **how)
+    out = _attend(_fold(padded, kv_heads), key, value, ragged.folded_mask(window, heads // kv_heads, query.device), **how)
     out = out.reshape(rows, heads, length, -1).transpose(1, 2).reshape(rows * length, heads, -1)
     return (out if layout.equal_counts else out[layout.flat_index])[None]
 
@@ -185,16 +206,24 @@ def _attend_row_by_row(
     simple = how["softcap"] is None and how["sinks"] is None
     outs, first = [], 0
     for row, (start, count) in enumerate(zip(layout.starts, layout.counts, strict=True)):
-        q, end = query[:, :, first : first + count], start + count
-        k, v = key[row : row + 1, :, :end], value[row : row + 1, :, :end]
-        if start == 0 and simple and (window is None or end <= window):
-            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=count > 1, scale=how["scaling"], enable_gqa=groups > 1)
+        q, end = query[0, :, first : first + count], start + count
+        k, v = key[row, :, :end], value[row, :, :end]
+        causal = start == 0 and (window is None or end <= window)
+        mask = None if causal and simple else ragged.row_mask(row, window, query.device)
+        if simple:
+            # Every head of a group looks at the same keys: a view of them, never a copy.
+            k, v = (x[:, None].expand(-1, groups, -1, -1) for x in (k, v))
+            q = q.unflatten(0, (kv_heads, groups))
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and count > 1, scale=how["scaling"]
+            )
+            out = out.flatten(0, 1)
         else:
-            mask = RowLayout([start], [count], layout.device).causal_mask(window).repeat(1, groups, 1)[:, None]
-            out = _attend(_fold(q, kv_heads), k, v, mask, **how).reshape(1, query.shape[1], count, -1)
-        outs.append(out.transpose(1, 2))
+            folded = None if mask is None else mask.repeat(1, groups, 1)[:, None]
+            out = _attend(_fold(q[None], kv_heads), k[None], v[None], folded, **how).reshape(query.shape[1], count, -1)
+        outs.append(out.transpose(0, 1))
         first += count
-    return torch.cat(outs, dim=1)
+    return torch.cat(outs)[None]
 
 
 def _ragged_attention(
@@ -226,6 +255,8 @@ def _ragged_attention(
             one_row_works=True,
         )
     ragged.attended += 1
+    if sliding_window is not None:
+        ragged.attended_windows.add(sliding_window)
     attend = _attend_padded if ragged.layout.max_count <= ROW_BY_ROW_TOKENS else _attend_row_by_row
     return attend(ragged, query, key, value, sliding_window, scaling=scaling, softcap=softcap, sinks=s_aux), None
 
@@ -254,7 +285,12 @@ def _register(base: str) -> str:
         return plain(module, query, key, value, attention_mask, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        return None if _ACTIVE.get() is not None else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+        ragged = _ACTIVE.get()
+        if ragged is None:
+            return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+        if kwargs.get("local_size") is not None:
+            ragged.masked_windows.add(kwargs["local_size"])
+        return None
 
     AttentionInterface.register(name, attention)
     if base in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -278,18 +314,19 @@ def ragged_attention(model: nn.Module) -> Iterator[None]:
 
     May be entered from several threads: the first flips the implementation, the last flips it back.
     """
-    with _LOCK:
-        users = _USERS.get(model, 0)
-        _USERS[model] = users + 1
-        if users == 0:
+    counted = False
+    try:
+        with _LOCK:
+            _USERS[model] = _USERS.get(model, 0) + 1
+            counted = True
             for config in _attention_configs(model):
                 if not config._attn_implementation.startswith(PREFIX):
                     config._attn_implementation_internal = _register(config._attn_implementation)
-    try:
         yield
     finally:
         with _LOCK:
-            _USERS[model] -= 1
-            if _USERS[model] == 0:
+            if counted:
+                _USERS[model] -= 1
+            if _USERS.get(model, 0) == 0:
                 for config in _attention_configs(model):
                     config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)

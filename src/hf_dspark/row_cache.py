@@ -35,10 +35,19 @@ class RowLayout:
         self.max_count = max(self.counts)
         self.max_end = max(s + c for s, c in zip(starts, counts, strict=True))
         self.equal_counts = min(self.counts) == self.max_count
+        self._twins: dict[torch.device, RowLayout] = {self.device: self}
 
     @property
     def num_rows(self) -> int:
         return len(self.counts)
+
+    def on(self, device: torch.device) -> RowLayout:
+        """The same layout with its index tensors on `device`; made once, for targets whose layers lie on several devices."""
+        if device not in self._twins:
+            twin = RowLayout(self.starts, self.counts, device, self.first_row)
+            self._twins[device] = twin
+            twin._twins = self._twins
+        return self._twins[device]
 
     def _to_device(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.device.type == "cpu" else values.to(self.device, non_blocking=True)
@@ -68,6 +77,16 @@ class RowLayout:
         return self._to_device(torch.tensor(self.counts).cumsum(0) - 1)
 
     @cached_property
+    def added(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R,)`: tokens that each row adds, `counts` on the device."""
+        return self._to_device(torch.tensor(self.counts))
+
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R,)`: tokens that each row holds after the pass."""
+        return self._to_device(torch.tensor(self.starts) + torch.tensor(self.counts))
+
+    @cached_property
     def padded_index(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(R, max_count)`: flat index of each row's tokens; past a row's count its last
         token again.
@@ -93,12 +112,13 @@ class RowLayout:
 
 
 class RowCache:
-    """One buffer of keys and one of values a layer, of shape `(rows, heads, capacity, head_dim)`, grown by doubling.
+    """One buffer of keys and one of values a layer, of shape `(rows, heads, capacity, head_dim)`, grown by doubling up to `limit`.
 
     Rows are numbered 0..R-1 without holes. `lengths` says how many tokens of each row are committed; the owner sets it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
         self.lengths: list[int] = []
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
@@ -117,7 +137,8 @@ class RowCache:
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a row; growing doubles, so that a token is copied a bounded number of times."""
         if length > self._capacity:
-            self._capacity = max(length, 2 * self._capacity, 64)
+            doubled = max(2 * self._capacity, 64)
+            self._capacity = max(length, doubled if self.limit is None else min(doubled, self.limit))
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, layout: RowLayout) -> None:
         """Store the tokens of one flattened pass at their places. Commits nothing: `lengths` stays.

@@ -75,8 +75,8 @@ class DecodingStats:
     Attributes:
         rows (`list[RowStats]`): in the order of the caller's batch.
         rounds (`int`): rounds of the loop, each over all live rows.
-        t_prefill_s, t_draft_s, t_verify_s (`float`): in prompt passes, in the drafter's forward (backbone, sequential head, confidence,
-            context), in the target's verification passes.
+        t_prefill_s, t_draft_s, t_verify_s (`float`): in prompt passes; in drafting (backbone, sequential head with its draws and
+            processors, confidence, context); in the target's verification passes.
         t_total_s (`float`): the whole call.
     """
 
@@ -107,7 +107,7 @@ class DecodingStats:
 
 
 class Stopwatch:
-    """Adds up time by name: the host's clock on a CPU, the device's own events on CUDA, read once at the end.
+    """Adds up time by name: the device's own events on CUDA, read once at the end; elsewhere the host's clock.
 
     Args:
         device (`torch.device`): where the work runs.
@@ -115,6 +115,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._begin = time.perf_counter()
@@ -123,9 +124,9 @@ class Stopwatch:
     def measure(self, name: str) -> Iterator[None]:
         if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            begin.record(torch.cuda.current_stream(self._device))
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._events.append((name, begin, end))
         else:
             start = time.perf_counter()
@@ -135,7 +136,7 @@ class Stopwatch:
     def read(self) -> dict[str, float]:
         """Seconds by name, and `total` since this stopwatch was made."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             for name, begin, end in self._events:
                 self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1e3
             self._events.clear()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedTargetError
-from .ragged import RaggedCache, RaggedPass, active_pass, ragged_attention
+from .ragged import PREFIX, RaggedCache, RaggedPass, active_pass, ragged_attention
 from .row_cache import RowCache, RowLayout
 
 # Layers whose state cannot be rolled back, or whose attention pattern the ragged pass does not reproduce.
@@ -169,6 +169,7 @@ def _ragged_forward(model: Any, ids: torch.Tensor, layout: RowLayout, store: Row
     extra = {"logits_to_keep": layout.last} if only_last and trims else {}
     with active_pass(RaggedPass(layout)) as ragged:
         out = model(input_ids=ids[None], position_ids=layout.positions[None], past_key_values=cache, use_cache=True, **extra)
+    ragged.check_windows(type(model).__name__)
     if ragged.attended == 0:
         raise UnsupportedTargetError(
             f"{type(model).__name__} does not use transformers' attention interface, so rows of different length cannot share one pass. "
@@ -176,7 +177,7 @@ def _ragged_forward(model: Any, ids: torch.Tensor, layout: RowLayout, store: Row
             one_row_works=True,
         )
     logits = out.logits[0]
-    return logits[layout.last] if only_last and not trims else logits
+    return logits[layout.on(logits.device).last] if only_last and not trims else logits
 
 
 def check_length(model: Any, max_length: int) -> None:
@@ -208,7 +209,8 @@ def check_target(model: Any) -> None:
         UnsupportedTargetError: with the reason and what to do instead.
     """
     config = model.config.get_text_config(decoder=True)
-    key = (getattr(config, "_attn_implementation", None), model.dtype, str(model.device))
+    attention = (getattr(config, "_attn_implementation", None) or "").removeprefix(PREFIX)
+    key = (attention, model.dtype, str(model.device), model.training)
     known = _CHECKED.setdefault(model, {})
     if key not in known:
         known[key] = _reason_against(model, config)
@@ -244,6 +246,8 @@ def _reason_against(model: Any, config: Any) -> tuple[str, bool]:
             f"{name} cannot run a ragged pass ({type(broke).__name__}: {broke}); its attention does not follow transformers' attention "
             "interface. Decode it at batch size 1, where transformers' own assisted loop drives the drafter."
         ), True
+    if not error <= allowed and model.training:
+        return f"{name} is in training mode, so its passes differ from each other (dropout). Call target.eval() first.", False
     if not error <= allowed:
         return (
             f"The self-test of ragged passes failed on {name}: logits differ from a plain forward by {error:.2e} of their spread, "
@@ -253,7 +257,7 @@ def _reason_against(model: Any, config: Any) -> tuple[str, bool]:
     return "", True
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def self_test(model: Any) -> tuple[float, float]:
     """Compare ragged passes over two rows with plain forwards of each row alone.
 

@@ -60,7 +60,7 @@ class Verdict:
 
 def _stands(agrees: torch.Tensor, layout: RowLayout) -> torch.Tensor:
     """Length of the accepted prefix: agreement until the first failure, and never past what was verified."""
-    verified = torch.tensor(layout.counts, device=agrees.device) - 1
+    verified = layout.added - 1
     within = torch.arange(agrees.shape[1], device=agrees.device) < verified[:, None]
     return (agrees & within).long().cumprod(dim=1).sum(dim=1)
 
@@ -101,7 +101,7 @@ def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, gene
     rows = torch.arange(layout.num_rows, device=accepted.device)
     final = p_t[flat[rows, accepted]]
     if length:
-        rejected = accepted < torch.tensor(layout.counts, device=accepted.device) - 1
+        rejected = accepted < layout.added - 1
         at = accepted.clamp(max=length - 1)
         residual = final.clone()
         if block.probs is None:

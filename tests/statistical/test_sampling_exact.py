@@ -40,6 +40,10 @@ GENERATED = 5  # .. and two more are generated, so that max_length does not shor
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 BUDGETS = ["full", "static:1", "static:2", "threshold:0.5"]
+# Of the tests call by call; their samples are smaller, and the wrong verifier is caught with fewer still.
+LOOP_HEADS = ["vanilla", "gated", "rnn"]
+LOOP_BUDGETS = ["full", "static:0", "static:2", "threshold:0.5"]
+CALLS_B1, CALLS_B4 = 200, 80
 WARPINGS = [
     Warping(),
     Warping(temperature=0.6),
@@ -167,20 +171,22 @@ def test_ragged_rows_keep_their_distribution_under_a_repetition_penalty() -> Non
     assert fit_batch(warping, drafter("gated"), "static:2", prompts, seed=25, samples=SAMPLES // 2).p_value > ALARM
 
 
-@pytest.mark.parametrize(("head", "budget"), [("vanilla", "full"), ("rnn", "threshold:0.5")])
+@pytest.mark.parametrize("budget", LOOP_BUDGETS)
+@pytest.mark.parametrize("head", LOOP_HEADS)
 def test_single_rows_keep_the_distribution(head: str, budget: str) -> None:
     """B = 1, call by call."""
-    assert fit_loop(200, WARPINGS[2], drafter(head), budget, (PROMPT,), tokens=2).p_value > ALARM
+    warping = WARPINGS[(LOOP_HEADS.index(head) + 3 * LOOP_BUDGETS.index(budget)) % len(WARPINGS)]
+    assert fit_loop(CALLS_B1, warping, drafter(head), budget, (PROMPT,), tokens=2).p_value > ALARM
 
 
-@pytest.mark.parametrize(
-    ("head", "budget", "prompts"),
-    [("gated", "full", (PROMPT,) * 4), ("vanilla", "threshold:0.5", RAGGED), ("none", "static:2", RAGGED)],
-    ids=["same-full", "ragged-threshold", "ragged-static"],
-)
-def test_batches_of_four_keep_the_distribution(head: str, budget: str, prompts: tuple[Tokens, ...]) -> None:
-    """B = 4, call by call: the same prompt four times, and four prompts of different length."""
-    assert fit_loop(100, WARPINGS[2], drafter(head), budget, prompts, tokens=2).p_value > ALARM
+@pytest.mark.parametrize("budget", LOOP_BUDGETS)
+@pytest.mark.parametrize("head", LOOP_HEADS)
+def test_batches_of_four_keep_the_distribution(head: str, budget: str) -> None:
+    """B = 4, call by call: by turns the same prompt four times, and four prompts of different length."""
+    turn = LOOP_HEADS.index(head) + LOOP_BUDGETS.index(budget)
+    prompts = (PROMPT,) * 4 if turn % 2 else RAGGED
+    warping = WARPINGS[(LOOP_HEADS.index(head) + 3 * LOOP_BUDGETS.index(budget) + 2) % len(WARPINGS)]
+    assert fit_loop(CALLS_B4, warping, drafter(head), budget, prompts, tokens=2, seed=14).p_value > ALARM
 
 
 def test_the_stock_loop_keeps_the_distribution() -> None:
@@ -287,5 +293,5 @@ def test_a_wrong_verifier_is_caught_on_ragged_rows(monkeypatch: pytest.MonkeyPat
 def test_a_wrong_verifier_is_caught_call_by_call(monkeypatch: pytest.MonkeyPatch, prompts: tuple[Tokens, ...]) -> None:
     """The smaller samples of the loops over calls suffice too."""
     monkeypatch.setattr(decoding, "accept_sampled", forgets_p_d)
-    calls = 160 if len(prompts) == 1 else 60
+    calls = 160 if len(prompts) == 1 else 60  # fewer than CALLS_B1 and CALLS_B4
     assert fit_loop(calls, WARPINGS[2], drafter("gated"), "full", prompts, tokens=2).p_value < ALARM

@@ -91,10 +91,10 @@ def test_block_equals_the_straight_line_reference(head: str, reduced: bool) -> N
         for row, (anchor, context) in enumerate(zip(anchors, taps, strict=True)):
             expected = reference.hidden(anchor, context)
             torch.testing.assert_close(h[row], expected, **TOLERANCE)
-            torch.testing.assert_close(drafter.base_logits(h[row]), reference.base_logits(expected), rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(drafter.base_logits(h[row]), reference.base_logits(expected), **TOLERANCE)
             expected_tokens, expected_logits = reference.chain(anchor, expected)
             assert tokens[row].tolist() == expected_tokens
-            torch.testing.assert_close(logits[row], expected_logits, rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(logits[row], expected_logits, **TOLERANCE)
             torch.testing.assert_close(confidence[row], reference.confidence(anchor, expected_tokens, expected), **TOLERANCE)
 
 
