@@ -17,6 +17,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -621,3 +622,15 @@ def test_targets_placed_by_accelerate(how):
         speculate(target, w.drafter, w.inputs(1), repetition_penalty=1.3),
         plain(target, w.inputs(1), repetition_penalty=1.3),
     )
+
+
+def test_a_saved_target_loaded_with_a_device_map(tmp_path):
+    """`from_pretrained(.., device_map=..)` gives the same text as the target that was saved, for one row and for three."""
+    w = world()
+    w.target.save_pretrained(tmp_path)
+    target = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map={"": "cpu"})
+    for rows in (1, 3):
+        out = speculate(target, w.drafter, w.inputs(rows), return_dict_in_generate=True)
+        assert torch.equal(out.sequences, plain_tokens("llama", rows))
+        assert torch.equal(out.sequences, plain(target, w.inputs(rows)))
+        assert counts(out)[0] > 0

@@ -40,10 +40,10 @@ GENERATED = 5  # .. and two more are generated, so that max_length does not shor
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 BUDGETS = ["full", "static:1", "static:2", "threshold:0.5"]
-# Of the tests call by call; their samples are smaller, and the wrong verifier is caught with fewer still.
+# Of the tests call by call; at these sample sizes, or smaller ones, the wrong verifier below is caught.
 LOOP_HEADS = ["vanilla", "gated", "rnn"]
 LOOP_BUDGETS = ["full", "static:0", "static:2", "threshold:0.5"]
-CALLS_B1, CALLS_B4 = 200, 80
+CALLS_B1, CALLS_B4, CALLS_RAGGED = 200, 80, 300
 WARPINGS = [
     Warping(),
     Warping(temperature=0.6),
@@ -186,7 +186,8 @@ def test_batches_of_four_keep_the_distribution(head: str, budget: str) -> None:
     turn = LOOP_HEADS.index(head) + LOOP_BUDGETS.index(budget)
     prompts = (PROMPT,) * 4 if turn % 2 else RAGGED
     warping = WARPINGS[(LOOP_HEADS.index(head) + 3 * LOOP_BUDGETS.index(budget) + 2) % len(WARPINGS)]
-    assert fit_loop(CALLS_B4, warping, drafter(head), budget, prompts, tokens=2, seed=14).p_value > ALARM
+    calls = CALLS_RAGGED if prompts is RAGGED else CALLS_B4
+    assert fit_loop(calls, warping, drafter(head), budget, prompts, tokens=2, seed=14).p_value > ALARM
 
 
 def test_the_stock_loop_keeps_the_distribution() -> None:
@@ -289,9 +290,9 @@ def test_a_wrong_verifier_is_caught_on_ragged_rows(monkeypatch: pytest.MonkeyPat
     assert fit_batch(CONTROL, drafter("gated"), "full", RAGGED, seed=31).p_value < ALARM
 
 
-@pytest.mark.parametrize("prompts", [(PROMPT,), (PROMPT,) * 4], ids=["B1", "B4"])
+@pytest.mark.parametrize("prompts", [(PROMPT,), (PROMPT,) * 4, RAGGED], ids=["B1", "B4-same", "B4-ragged"])
 def test_a_wrong_verifier_is_caught_call_by_call(monkeypatch: pytest.MonkeyPatch, prompts: tuple[Tokens, ...]) -> None:
     """The smaller samples of the loops over calls suffice too."""
     monkeypatch.setattr(decoding, "accept_sampled", forgets_p_d)
-    calls = 160 if len(prompts) == 1 else 60  # fewer than CALLS_B1 and CALLS_B4
+    calls = {(PROMPT,): 160, (PROMPT,) * 4: 60, RAGGED: CALLS_RAGGED}[prompts]
     assert fit_loop(calls, WARPINGS[2], drafter("gated"), "full", prompts, tokens=2).p_value < ALARM

@@ -162,15 +162,18 @@ def render_recipe(record: Mapping[str, Any]) -> str:
     asked, data = record["arguments"], record["data"]
     head = f"{asked['head']}, rank {asked['rank']}" if asked["rank"] else "none (DFlash)"
     start = "random" if asked["no_init_from_target"] else "the target's last layers"
+    if asked.get("start_from"):
+        start = f"step {record['started_from_step']} of an earlier run"
+    chosen = f"; of those sampled at T > 0 a share of {asked['sampled_share']:g}" if asked.get("sampled_share", 1) < 1 else ""
     facts = [
         ("backbone", f"{asked['layers']} layers, started from {start}; taps {', '.join(map(str, asked['taps']))}"),
         ("block", f"{asked['block_size']} tokens; mask token `{asked['mask_token']}` (id {record['mask_token_id']})"),
         ("sequential head", head),
         ("draft vocabulary", _draft_vocabulary(record)),
         ("size", f"{record['parameters'] / 1e6:.1f} M parameters, {record['weight_bytes'] / 1e6:.1f} MB"),
-        ("responses for training", f"{data['training_rows']:,} ({data['training_response_tokens']:,} tokens)"),
+        ("responses for training", f"{data['training_rows']:,} ({data['training_response_tokens']:,} tokens){chosen}"),
         ("responses held out", f"{data['held_out_rows']:,}"),
-        ("responses by kind", _by_kind(data["by_source_and_temperature"])),
+        ("all responses by kind, before that choice and the held-out part", _by_kind(data["by_source_and_temperature"])),
         ("optimizer", f"AdamW, peak rate {asked['lr']:g}, weight decay {asked['weight_decay']:g}, {asked['dtype']}"),
         ("a step", f"{asked['batch_size']} sequences x {asked['anchors']} anchors"),
     ]
