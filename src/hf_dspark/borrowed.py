@@ -55,6 +55,9 @@ class Borrowed:
                 weight, bias = self._rows(weight, bias, draft_ids)
             logits = F.linear(h.to(weight.device, weight.dtype), weight, bias)
         else:
+            # Quantized heads and heads behind hooks take what the target's own layers would hand them.
+            target = self.target()
+            h = h if target is None else h.to(target.dtype)
             weight = getattr(head, "weight", None)
             if weight is not None and weight.device.type != "meta":
                 h = h.to(weight.device, weight.dtype if weight.is_floating_point() else None)

@@ -1,9 +1,11 @@
 """Sampled output against the exact distribution of the target, and wrong decoders that the same test must catch.
 
-False alarms: each test fails on a right decoder with probability ALARM = 1e-4 (chi-square over the joint distribution
-of the first three tokens, outcomes with fewer than 5 expected samples pooled), so the whole file with its about 60
-tests does with 0.6%. Seeds are fixed: a test that passes keeps passing until the code or torch's generator changes.
-Power: every negative control below is caught at the same sample size, on the same target and drafter.
+False alarms: each chi-square test fails on a right decoder with probability ALARM = 1e-4 (joint distribution of the first
+three tokens, or of the first two where samples are drawn call by call; outcomes with fewer than 5 expected samples
+pooled). There are 69 of them on the right decoder, so the whole file fails on one with 0.7%. Seeds are fixed: a test
+that passes keeps passing until the code or torch's generator changes.
+Power: every negative control below is caught on the same target and drafter, at the same sample size or a smaller one:
+2048 rows in one call; one row and four equal rows call by call; 300 calls of four ragged rows, since 60 do not suffice.
 """
 
 from __future__ import annotations

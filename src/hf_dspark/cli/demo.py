@@ -24,10 +24,13 @@ from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput
 from hf_dspark.evaluation.prompts import user_turn
 from hf_dspark.scheduling import make_budget
 
+# What the embedded drafter was trained for, and two kinds that it has seen less of; the table shows each.
+_STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 PROMPTS = (
-    "A box holds 12 pencils. A teacher buys 7 boxes and gives 3 to each of her 20 students. How many are left?",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "Explain in simple words why the sky is blue.",
+    "A box holds 12 pencils. A teacher buys 7 boxes and gives 3 to each of her 20 students. How many are left?" + _STEPS,
+    "Ana reads 15 pages a day on weekdays and twice as many on each day of the weekend. How many pages does she read in a week?" + _STEPS,
+    "A baker sells 24 loaves in the morning for $3 each and 10 cakes in the afternoon for $8 each. How much does he earn?" + _STEPS,
+    "Write a python function to find the n-th Fibonacci number.",
     "Give me five tips for learning a new language.",
 )
 

@@ -1,4 +1,8 @@
-"""A target whose weights stay quantized, with a drafter in bf16: the GGUF file as transformers loads it."""
+"""A GGUF file as transformers loads it, with a drafter in bf16: weights packed where it has kernels for them, else dequantized.
+
+Which of the two happens depends on the machine and on transformers' version; the text must not. A target whose weights are int8
+everywhere is in `integration/test_quantized.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from tests.smollm2.helpers import DRAFTER, PROMPTS, plain
 
 
 @pytest.mark.slow
-def test_a_quantized_target_gives_its_own_plain_text() -> None:
-    """Q4_1 weights (packed where transformers keeps them so), fp32 arithmetic, two ragged rows: plain generate token for token."""
+def test_a_gguf_target_gives_its_own_plain_text() -> None:
+    """Q4_1 weights as transformers holds them, fp32 arithmetic, two ragged rows: plain generate token for token."""
     gguf = _find_gguf()
     target = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     target.generation_config.pad_token_id = target.generation_config.eos_token_id = 2  # transformers 5.17 reads others from this file

@@ -1,0 +1,167 @@
+"""The shipped result files against the bounds that this project set itself. Reads JSON, runs no model and takes no time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "model_cards" / "smollm2-dspark" / "results"
+BLOCK_SIZE = 7
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def number(record: dict[str, Any], key: str) -> float:
+    """A finite number, by its key."""
+    value = record[key]
+    assert isinstance(value, float | int)
+    assert not isinstance(value, bool)
+    assert math.isfinite(value), f"{key} is {value}"
+    return value
+
+
+@pytest.mark.parametrize("name", ["passes", "demo", "eval_gsm8k", "eval_t0", "eval_t1", "divergence"])
+def test_every_result_says_where_it_was_taken(name: str) -> None:
+    """Processor, threads and the versions of torch and transformers."""
+    machine = result(name)["machine"]
+    assert machine["cpu"]
+    assert machine["torch_threads"] >= 1
+    assert machine["versions"].keys() >= {"python", "hf_dspark", "torch", "transformers"}
+
+
+# --------------------------------------------------------------------------------------------------------------- passes
+
+
+def verify_pass(rows: int) -> dict[str, Any]:
+    (found,) = [one for one in result("passes")["verify_pass"] if one["rows"] == rows]
+    return found
+
+
+def test_little_of_a_round_is_spent_outside_the_forward_passes() -> None:
+    """One row, bf16: below 8% of a round, by the loop's own clock."""
+    record = result("passes")
+    assert record["dtype"] == "bfloat16"
+    assert 0 < number(record, "overhead_share_b1") < 0.08
+    assert record["overhead_share_b1"] == next(one["overhead_share"] for one in record["round"] if one["rows"] == 1)
+
+
+def test_a_ragged_pass_costs_about_as_much_as_an_equal_one() -> None:
+    """16 rows of random lengths: within 10% of a plain pass over as many tokens without padding."""
+    assert number(verify_pass(16), "ragged_over_equal") <= 1.10
+
+
+def test_a_ragged_pass_costs_less_than_a_padded_one() -> None:
+    """16 rows: at most three quarters of the padded pass."""
+    assert number(verify_pass(16), "ragged_over_padded") <= 0.75
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_ratios_of_passes_are_those_of_their_medians(rows: int) -> None:
+    """The ratios follow from the times beside them, over fewer tokens than the padded batch has."""
+    record = verify_pass(rows)
+    medians = {case: times["median_ms"] for case, times in record["times"].items()}
+    assert record["ragged_over_equal"] == pytest.approx(medians["ragged"] / medians["equal"])
+    assert record["ragged_over_padded"] == pytest.approx(medians["ragged"] / medians["padded"])
+    assert rows <= record["tokens"] < record["padded_tokens"] == rows * (1 + BLOCK_SIZE)
+
+
+def test_a_round_of_eight_rows_costs_less_than_two_and_a_half_of_one() -> None:
+    """Eight rows share their passes."""
+    record = result("passes")
+    assert 0 < number(record, "round_b8_over_b1") < 2.5
+    median = {one["rows"]: one["median_ms"] for one in record["round"]}
+    assert record["round_b8_over_b1"] == pytest.approx(median[8] / median[1])
+
+
+# ----------------------------------------------------------------------------------------------------- demo, evaluation
+
+
+def check_speeds(record: dict[str, Any]) -> None:
+    """The speed-up is the ratio of the speeds beside it, and more than one token comes of a round."""
+    plain, dspark = (number(record, f"{method}_tokens_per_s") for method in ("plain", "dspark"))
+    assert number(record, "speedup") == pytest.approx(dspark / plain)
+    assert 1 < number(record, "tau") <= 1 + BLOCK_SIZE
+
+
+def test_the_demo_is_faster_and_gives_the_same_text() -> None:
+    """Speed-up above 1 in bf16, all fp32 texts identical."""
+    record = result("demo")
+    check_speeds(record)
+    assert record["speedup"] > 1
+    assert record["identical"] is True
+    assert record["fp32_partings"] == []
+
+
+def check_evaluation(record: dict[str, Any]) -> None:
+    """The keys of `hf-dspark eval`, each agreeing with the counts behind it."""
+    check_speeds(record)
+    number(record, "prompt_lookup_tokens_per_s")
+    counts = record["acceptance_counts"]
+    assert record["tau"] == pytest.approx(1 + sum(counts["accepted"]) / counts["rounds"])
+    conditional = record["conditional_acceptance"]
+    assert isinstance(conditional, list)
+    assert len(conditional) == BLOCK_SIZE
+    for value, accepted, reached in zip(conditional, counts["accepted"], counts["reached"], strict=True):
+        assert value == (pytest.approx(accepted / reached) if reached else None)
+    assert 0 < conditional[0] < 1
+
+
+def test_gsm8k() -> None:
+    """24 prompts, 128 new tokens, greedy, one row at a time: faster than the plain target."""
+    record = result("eval_gsm8k")
+    check_evaluation(record)
+    assert record["speedup"] > 1
+    assert record["rows"] == 24
+    settings = record["settings"]
+    assert (settings["max_new_tokens"], settings["temperature"], settings["batch_size"]) == (128, 0, 1)
+
+
+@pytest.mark.parametrize(("name", "temperature"), [("eval_t0", 0), ("eval_t1", 1)])
+def test_four_domains(name: str, temperature: float) -> None:
+    """Four prompt files, as many prompts of each, at the temperature that the file's name says."""
+    record = result(name)
+    check_evaluation(record)
+    assert record["settings"]["temperature"] == temperature
+    rows = [part["rows"] for part in record["files"].values()]
+    assert len(rows) == 4
+    assert len(set(rows)) == 1
+    assert record["rows"] == sum(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------- divergence
+
+
+def test_every_bf16_divergence_is_explained() -> None:
+    """Nowhere do the two logits lie further apart than passes of other shapes move them."""
+    record = result("divergence")
+    assert record["dtype"] == "bfloat16"
+    assert [one for one in record["divergences"] if not one["explained"] or one["gap"] > one["noise"]] == []
+    assert record["all_explained"] is True
+    for counts in record["methods"].values():
+        assert counts["explained"] == counts["diverged"]
+
+
+def test_plain_batches_are_counted_beside_speculation() -> None:
+    """The plain target in a batch, and transformers' prompt lookup, are judged on the same prompts by the same rule."""
+    record = result("divergence")
+    prompts = sum(record["prompts"].values())
+    assert record["methods"].keys() == {"plain_batched", "prompt_lookup", "dspark", "dspark_batched"}
+    for method, counts in record["methods"].items():
+        assert counts["rows"] == prompts
+        assert counts["identical"] + counts["diverged"] == prompts
+        assert counts["diverged"] == sum(one["method"] == method for one in record["divergences"])
+
+
+def test_every_fp32_text_is_identical() -> None:
+    """In fp32 no method parts from plain `generate` anywhere."""
+    record = result("divergence")
+    assert record["fp32"]["dtype"] == "float32"
+    assert record["fp32"]["divergences"] == []
+    assert record["fp32_identical"] is True
+    assert all(counts["identical"] == counts["rows"] for counts in record["fp32"]["methods"].values())
