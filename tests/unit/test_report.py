@@ -211,7 +211,7 @@ def test_the_recipe_table(folder):
     assert facts["block"] == "7 tokens; mask token `<gh_stars>` (id 7)"
     assert facts["size"] == "11.7 M parameters, 23.5 MB"
     assert facts["responses for training"] == "6,117 (1,274,798 tokens)"
-    assert facts["responses by kind"] == "gsm8k 1,716 (T=0); self-chat 525 (T=0) + 405 (T=1)"
+    assert facts["all responses by kind, before that choice and the held-out part"] == "gsm8k 1,716 (T=0); self-chat 525 (T=0) + 405 (T=1)"
     assert facts["run"] == "1,400 steps, 62 minutes, 716,800 anchors, 0.92 passes over the data"
     assert facts["kept"] == "step 700; held out, teacher-forced: tau 2.20 at T = 0, tau 1.75 at T = 1"
     assert text.endswith("Trained on Some CPU, 2 cores, 2 torch threads; python 3.11.7, torch 2.13.0+cpu, transformers 5.23.0. Seed 0.")
