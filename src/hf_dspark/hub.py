@@ -84,7 +84,7 @@ def load_target(
         revision: branch, tag or commit on the Hub.
         model_options: passed to `AutoModelForCausalLM.from_pretrained`.
     Returns:
-        the model in evaluation mode and its tokenizer, which has a pad token (the end-of-text token where it brought
+        the model in evaluation mode and its tokenizer, which pads on the left and has a pad token (the end-of-text token where it brought
         none).
     Raises:
         CheckpointError: if there is no such model, or it cannot be read.
@@ -99,6 +99,7 @@ def load_target(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **hub_options, **model_options)
     except OSError as error:
         raise _unreadable("target", name, revision, error) from error
+    tokenizer.padding_side = "left"  # A batch is continued at its right end.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if device is not None:
