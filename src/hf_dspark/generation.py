@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .adapters import active_adapters
 from .constraints import RowProcessors, RowStopping, Sequences
 from .decoding import PREFILL_TOKENS, Context, DecodingLoop, Recorder
 from .errors import UnsupportedOptionError, UnsupportedTargetError
@@ -25,11 +26,12 @@ from .row_cache import RowCache
 from .scheduling import Budget, make_budget
 from .statistics import DecodingStats
 from .target import Target, check_length, input_device
+from .versions import CACHE, CACHE_NAMES, cache_in
 
 logger = logging.getLogger(__name__)
 
 # Prepared arguments that say nothing this loop does not already know.
-_KNOWN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep"}
+_KNOWN_KWARGS = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "cache_position", "logits_to_keep"}
 
 
 @dataclass
@@ -51,6 +53,7 @@ class CallOptions:
     budget: str | Budget | None = None
     generator: torch.Generator | None = None
     block_size: int | None = None
+    adapter: str | None = None
 
 
 _OPTIONS: ContextVar[CallOptions | None] = ContextVar("hf_dspark_call_options", default=None)
@@ -117,7 +120,7 @@ def generate_batch(
     max_length = stopping.max_length if stopping.max_length is not None else generation_config.max_length
     check_length(model, max_length)
 
-    user_cache = model_kwargs.get("past_key_values")
+    user_cache = cache_in(model_kwargs)
     covers_text = batch == 1 and len(prompts[0]) == input_ids.shape[1]
     if not covers_text and user_cache is not None and user_cache.get_seq_length() > 0:
         raise UnsupportedOptionError("DSpark decoding does not support past_key_values with a padded prompt; leave the padding out.")
@@ -162,8 +165,8 @@ def generate_batch(
         sequences=output_ids,
         scores=_stacked(recorder.scores),
         logits=_stacked(recorder.logits),
-        past_key_values=user_cache if covers_text else None,
         stats=loop.stats,
+        **{CACHE: user_cache if covers_text else None},
     )
 
 
@@ -173,7 +176,7 @@ def generate_batch(
 def _check_options(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool) -> None:
     if not kwargs.get("use_cache", True):
         raise ValueError("assisted generate requires `use_cache=True`")
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     static = config.cache_implementation in (
         "static",
         "hybrid",
@@ -306,9 +309,10 @@ class _TurnState:
     ids: torch.Tensor
     context: Context
     drafter: weakref.ref[Any]
+    adapters: tuple[str, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _TurnState:
-        return _TurnState(self.ids.clone(), copy.deepcopy(self.context, memo), self.drafter)
+        return _TurnState(self.ids.clone(), copy.deepcopy(self.context, memo), self.drafter, self.adapters)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # A pickled cache comes back without it, and the next call reads the whole prompt.
@@ -325,6 +329,7 @@ def _resume(cache: Any, drafter: Any, prompts: list[torch.Tensor]) -> tuple[Cont
     fits = (
         isinstance(state, _TurnState)
         and state.drafter() is drafter
+        and state.adapters == active_adapters(drafter)
         and cached <= len(state.ids)
         and cached <= len(prompt)
         and torch.equal(state.ids[:cached].to(prompt.device), prompt[:cached])
@@ -332,7 +337,7 @@ def _resume(cache: Any, drafter: Any, prompts: list[torch.Tensor]) -> tuple[Cont
     if state is None or not fits:
         logger.warning(
             "past_key_values holds %d tokens without the drafter's context for them (it comes from another call, "
-            "another drafter or another text); the whole prompt is read again, and the cache is filled anew. The result "
+            "another drafter, another adapter or another text); the whole prompt is read again, and the cache is filled anew. The result "
             "is the same.",
             cached,
         )
@@ -372,4 +377,4 @@ def _hand_over(cache: DynamicCache, context: Context, drafter: Any, ids: torch.T
             layer.cumulative_length = length
             keys, values = keys[:, :, -layer.sliding_window + 1 :], values[:, :, -layer.sliding_window + 1 :]
         layer.keys, layer.values = keys, values
-    cache._dspark_state = _TurnState(ids.clone(), context, weakref.ref(drafter)) if drafted else None
+    cache._dspark_state = _TurnState(ids.clone(), context, weakref.ref(drafter), active_adapters(drafter)) if drafted else None

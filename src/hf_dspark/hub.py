@@ -148,7 +148,8 @@ def _folder_or_repo(name: str | os.PathLike[str], role: str, other_role_name: st
         raise CheckpointError(f"{text!r} cannot be the {role}: the embedded target is {TARGET_NAME!r}, its drafter {DRAFTER_NAME!r}")
     folder = Path(text).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        known = ("config.json", "adapter_config.json") if role == "drafter" else ("config.json",)
+        if not any((folder / one).is_file() for one in known):
             raise CheckpointError(f"the {role} folder {folder} holds no config.json; name the folder that save_pretrained wrote")
         return str(folder)
     try:

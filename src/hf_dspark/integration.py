@@ -16,11 +16,13 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerationMixin
 
+from .adapters import adapter_for_call, check_choice, plain_drafter
 from .candidates import stock_loop
 from .errors import UnsupportedOptionError, UnsupportedTargetError
 from .generation import CallOptions, GenerateDSparkOutput, call_options, current_options, generate_batch
 from .scheduling import Budget
 from .target import input_device
+from .versions import CACHE, cache_in, with_cache_renamed
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,16 @@ def install() -> None:
         drafter = kwargs.get("assistant_model")
         if not getattr(drafter, "is_dspark_drafter", False):
             return original(self, *args, **kwargs)
+        drafter = plain_drafter(drafter)
+        options = current_options()
+        with adapter_for_call(drafter, options.adapter):
+            return decode(self, drafter, options, *args, **kwargs)
+
+    def decode(self: Any, drafter: Any, options: CallOptions, *args: Any, **kwargs: Any) -> Any:
         mine = {k: v for k, v in kwargs.items() if k not in ("assistant_model", "inputs_tensor", "assistant_tokenizer", "tokenizer")}
         try:
             return generate_batch(self, drafter, *args, **mine)
         except UnsupportedTargetError as refused:
-            options = current_options()
             ids = args[0] if args else kwargs["input_ids"]
             if not refused.one_row_works or ids.shape[0] > 1:
                 raise
@@ -56,10 +63,11 @@ def install() -> None:
                     f"{refused} That loop draws from torch's own generator: call torch.manual_seed instead of seed= or generator=."
                 ) from refused
             _log_once(f"{refused} Doing so for this batch of one.")
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             if cache is not None and cache.get_seq_length() > 0:
                 # transformers' assisted loop (seen in 5.23) reads the whole text on top of what a cache holds already.
-                kwargs["past_key_values"] = DynamicCache(config=self.config.get_text_config(decoder=True))
+                kwargs[CACHE] = DynamicCache(config=self.config.get_text_config(decoder=True))
+            kwargs["assistant_model"] = drafter
             with stock_loop(self, drafter, options.budget, options.block_size):
                 return original(self, *args, **kwargs)
 
@@ -82,6 +90,7 @@ def generate(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     block_size: int | None = None,
+    adapter: str | None = None,
     num_return_sequences: int = 1,
     **kwargs: Any,
 ) -> GenerateDSparkOutput | torch.Tensor:
@@ -90,12 +99,14 @@ def generate(
 
     Args:
         target (`PreTrainedModel` or a PEFT wrapper): the causal language model whose distribution is kept exactly.
-        drafter (`DSparkDrafter`): bound to the target by this call if it is not yet.
+        drafter (`DSparkDrafter` or a PEFT wrapper of one): bound to the target by this call if it is not yet.
         budget (`str` or `Budget`, *optional*): `full`, `static:N`, `threshold:P` or an object; `drafter.budget` where
             None.
         seed (`int`, *optional*): seeds a generator of this call's own; the same seed gives the same output.
         generator (`torch.Generator`, *optional*): instead of a seed; on the target's device.
         block_size (`int`, *optional*): draft fewer tokens than the checkpoint's gamma.
+        adapter (`str`, *optional*): draft with this one of the drafter's adapters in this call, `"base"` for none of them; as
+            the drafter stands where None.
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
         kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping
             criteria, streamer ..
@@ -107,6 +118,8 @@ def generate(
     """
     if not getattr(drafter, "is_dspark_drafter", False):
         raise UnsupportedOptionError(f"hf_dspark.generate needs a DSparkDrafter; got {type(drafter).__name__}.")
+    drafter = plain_drafter(drafter)
+    check_choice(drafter, adapter)
     if seed is not None and generator is not None:
         raise UnsupportedOptionError("Give either seed or generator, not both.")
     if seed is not None:
@@ -125,8 +138,8 @@ def generate(
     patched = getattr(GenerationMixin._assisted_decoding, "_hf_dspark_original", None) is not None
     install()
     try:
-        with call_options(CallOptions(budget, generator, block_size)):
-            return target.generate(**kwargs, assistant_model=drafter)
+        with call_options(CallOptions(budget, generator, block_size, adapter)):
+            return target.generate(**with_cache_renamed(kwargs), assistant_model=drafter)
     finally:
         if not patched:
             uninstall()

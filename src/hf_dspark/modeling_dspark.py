@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from hf_dspark.adapter_files import LoadedAdapter, adapter_base, config_of, install_adapter, load_adapter, save_adapter
+from hf_dspark.adapters import adapter_names, unload
 from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
 from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
 from hf_dspark.configuration_dspark import DSparkConfig
@@ -161,7 +163,8 @@ class DSparkDrafter(PreTrainedModel):
         """Load a drafter, strictly, in this package's own format or DeepSpec's (`Qwen3DSparkModel`, DSpark and DFlash).
 
         Copies of embedding and head that DeepSpec's files carry are not loaded; `bind` compares them with the target's.
-        The drafter comes unbound: `generate` binds it, or `bind(target)` does.
+        The drafter comes unbound: `generate` binds it, or `bind(target)` does. An adapter's folder gives the drafter that
+        it names as its base, with the adapter on it, not merged.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): folder or Hub repository.
@@ -179,6 +182,14 @@ class DSparkDrafter(PreTrainedModel):
                 check_tensors(cls._expected_tensors(config), {k: TensorRecord.of(k, v) for k, v in state.items()}, "state_dict")
             return super().from_pretrained(None, *model_args, **kwargs)
         source = str(pretrained_model_name_or_path)
+        base = adapter_base(source, kwargs)
+        if base is not None:
+            of_adapter = {key: kwargs.pop(key) for key in ("revision", "subfolder", "adapter_name") if key in kwargs}
+            loaded = cls.from_pretrained(base, *model_args, **kwargs)
+            drafter = loaded[0] if isinstance(loaded, tuple) else loaded
+            shared = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            drafter.load_adapter(source, **of_adapter, **shared)
+            return loaded
         stored = open_drafter(source, kwargs, cls._expected_tensors)
         if stored.kind == "dspark":
             return super().from_pretrained(source, *model_args, config=stored.config, **{**kwargs, "use_safetensors": True})
@@ -189,6 +200,94 @@ class DSparkDrafter(PreTrainedModel):
         drafter._carried = stored.carried
         drafter.config.name_or_path = drafter.name_or_path = source
         return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the drafter, or, where it holds an adapter, that adapter alone: a few megabytes, without the drafter.
+
+        An adapter's folder is for `load_adapter` on the drafter that it was trained on, or for `from_pretrained`, which
+        finds that drafter by its name. For an ordinary checkpoint call `hf_dspark.adapters.merge_adapter` first.
+
+        Args:
+            save_directory (`str` or `Path`): made where it is missing.
+            state_dict, is_main_process, push_to_hub, kwargs: as in `PreTrainedModel.save_pretrained`.
+        Raises:
+            RuntimeError: if several adapters are active, or none (`save_adapter` takes a name).
+        """
+        if not adapter_names(self):
+            arguments = {"state_dict": state_dict, "is_main_process": is_main_process, "push_to_hub": push_to_hub, **kwargs}
+            super().save_pretrained(save_directory, **arguments)
+            return
+        if is_main_process:
+            save_adapter(self, save_directory, state_dict=state_dict)
+        if push_to_hub:
+            known = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+            repo_id = kwargs.get("repo_id") or Path(save_directory).name
+            self.push_to_hub(repo_id, **{key: kwargs[key] for key in known if key in kwargs})
+
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        adapter_state_dict: dict[str, torch.Tensor] | None = None,
+        *,
+        is_trainable: bool = False,
+        hotswap: bool | str = "auto",
+        load_config: Any = None,
+        adapter_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LoadedAdapter:
+        """Load an adapter, after checking that it was trained on this drafter and that no tensor is missing or too many.
+
+        The adapter becomes the active one, beside those loaded before.
+
+        Args:
+            peft_model_id (`str`): folder or Hub repository.
+            adapter_name (`str`, *optional*): `"default"` where None.
+            peft_config (`peft.PeftConfig` or `dict`), adapter_state_dict: an adapter in memory instead; which drafter it
+                was trained on is not known then.
+            is_trainable (`bool`): whether it gets gradients.
+            hotswap: only `False` and `"auto"`.
+            load_config, adapter_kwargs: as `from_pretrained` passes them.
+            kwargs: `check_base=False` to load onto another drafter on purpose; `revision`, `token`, .. for the Hub.
+        Returns:
+            `LoadedAdapter`: what transformers' method returns; everything fits, so its lists are empty.
+        Raises:
+            CheckpointError: for an adapter of another drafter, or tensors that do not fit. Nothing has changed.
+            ValueError: for a name that is taken or cannot be, and for a hotswap.
+        """
+        name = adapter_name or "default"
+        if hotswap is True:
+            raise ValueError(f"A drafter's adapters are not swapped in place; call delete_adapter({name!r}), then load_adapter.")
+        if peft_model_id is None and peft_config is not None and adapter_state_dict is not None:
+            config = config_of(peft_config)
+            install_adapter(self, config, adapter_state_dict, name, trainable=is_trainable)
+        else:
+            source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+            if source is None:
+                raise ValueError("load_adapter needs a folder or repository, or peft_config together with adapter_state_dict.")
+            load_adapter(self, source, name, trainable=is_trainable, **{**(adapter_kwargs or {}), **kwargs})
+        return LoadedAdapter()
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """Drop adapters; without the last one this is a plain drafter again, all of it trainable.
+
+        Args:
+            adapter_names (`list[str]` or `str`): loaded ones.
+        Raises:
+            ValueError: for one that is not loaded.
+        """
+        super().delete_adapter(adapter_names)
+        if not self._hf_peft_config_loaded:
+            unload(self)
 
     @classmethod
     def _expected_tensors(cls, config: DSparkConfig) -> dict[str, torch.Tensor]:

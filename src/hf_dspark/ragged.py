@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from .errors import UnsupportedTargetError
 from .row_cache import RowCache, RowLayout
+from .versions import CACHE_NAMES
 
 PREFIX = "dspark_ragged_"
 # Above this many new tokens in a row, rows attend one by one: no padding, and no mask at the start of a prompt.
@@ -33,7 +34,7 @@ ROW_BY_ROW_TOKENS = 32
 # Keyword arguments of attention functions that change nothing here.
 _HARMLESS = {
     "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
-    "past_key_values", "past_key_value", "position_embeddings", "head_mask", "layer_idx", "output_router_logits",
+    *CACHE_NAMES, "past_key_value", "position_embeddings", "head_mask", "layer_idx", "output_router_logits",
     "logits_to_keep", "return_dict", "token_type_ids", "num_items_in_batch",
 }  # fmt: skip
 

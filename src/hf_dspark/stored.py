@@ -69,7 +69,7 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
     if raw is None:
         raise CheckpointError(
             f"{source!r} holds no config.json. Give the folder or repository of a drafter; adapters are loaded "
-            "onto one with PeftModel.from_pretrained(drafter, adapter)."
+            "onto one with drafter.load_adapter(adapter)."
         )
     kind = recognise_format(raw, source)
     if kind == "dspark":

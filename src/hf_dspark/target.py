@@ -19,6 +19,7 @@ from torch import nn
 from .errors import UnsupportedTargetError
 from .ragged import PREFIX, RaggedCache, RaggedPass, active_pass, ragged_attention
 from .row_cache import RowCache, RowLayout
+from .versions import CACHE
 
 # Layers whose state cannot be rolled back, or whose attention pattern the ragged pass does not reproduce.
 _REFUSED_LAYERS = ("linear", "conv", "mamba", "recurrent", "chunked", "state_space", "rwkv")
@@ -168,7 +169,7 @@ def _ragged_forward(model: Any, ids: torch.Tensor, layout: RowLayout, store: Row
     cache.layout = layout
     extra = {"logits_to_keep": layout.last} if only_last and trims else {}
     with active_pass(RaggedPass(layout)) as ragged:
-        out = model(input_ids=ids[None], position_ids=layout.positions[None], past_key_values=cache, use_cache=True, **extra)
+        out = model(input_ids=ids[None], position_ids=layout.positions[None], use_cache=True, **{CACHE: cache}, **extra)
     ragged.check_windows(type(model).__name__)
     if ragged.attended == 0:
         raise UnsupportedTargetError(

@@ -336,6 +336,7 @@ def test_the_exception_tree():
         "BindingError": value,
         "CheckpointError": value,
         "DataError": value,
+        "OutputError": ("DSparkError", "OSError"),
         "UnboundDrafterError": state,
     }
     assert all(name in errors.__doc__ for name in tree)

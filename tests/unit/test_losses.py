@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dspark.training.losses import LossWeights, TargetHead, TargetProbabilities, dspark_loss, position_weights
+from hf_dspark.training.losses import (
+    LossWeights,
+    TargetHead,
+    TargetProbabilities,
+    dspark_loss,
+    position_weights,
+    weight_totals,
+)
 
 DRAFT = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
 TARGET = torch.tensor([[0.25, 0.25, 0.5], [0.1, 0.3, 0.6]])
@@ -250,3 +257,78 @@ def test_decay_must_be_positive():
     """Zero would divide, a negative decay would weigh the end of the block most."""
     with pytest.raises(ValueError, match="decay is 0"):
         position_weights(3, 0)
+
+
+def test_soft_labels_equal_plain_autograd_of_the_cross_entropy_against_the_target():
+    """Half of the cross entropy against p_t on a reduced vocabulary: value and gradient are those of the formula written out."""
+    torch.manual_seed(1)
+    draft, target = torch.rand(4, 5).softmax(-1), (3 * torch.rand(4, 8)).softmax(-1)
+    ids = torch.tensor([0, 2, 3, 5, 7])
+    index = torch.full((8,), -1)
+    index[ids] = torch.arange(5)
+    labels = [2, 1, 7, 5]  # the second is outside
+    weights = LossWeights(cross_entropy=0.8, total_variation=0.3, decay=2.0, soft_labels=0.5)
+    result, hidden = call(draft, given(target, ids), labels, weights=weights, index=index, chunk_positions=3)
+    result.loss.backward()
+
+    plain = draft.log().clone().requires_grad_(True)
+    w = torch.exp(-torch.arange(4.0) / 2.0)
+    known = index[labels] >= 0
+    log_p = plain.log_softmax(-1)
+    hard = -log_p.gather(1, index[labels].clamp(min=0)[:, None])[:, 0]
+    soft = -(target[:, ids] * log_p).sum(-1)
+    l1 = (plain.softmax(-1) - target[:, ids]).abs().sum(-1) + 1 - target[:, ids].sum(-1)
+    loss = 0.4 * (hard * w * known).sum() / (w * known).sum() + 0.4 * (soft * w).sum() / w.sum() + 0.3 * (l1 * w).sum() / w.sum()
+    loss.backward()
+    torch.testing.assert_close(result.loss, loss)
+    torch.testing.assert_close(hidden.grad.view(4, 5), plain.grad)
+
+
+def test_losses_of_parts_add_up_to_the_loss_of_the_whole():
+    """Divided by the whole step's weights, the losses and gradients of two rows run apart sum to those of both run together."""
+    torch.manual_seed(2)
+    hidden = torch.rand(2, 1, 3, 6)
+    labels = torch.randint(0, 6, (2, 1, 3))
+    mask = torch.tensor([[[True, True, True]], [[True, False, False]]])
+    weights = LossWeights(decay=2.0)
+    target = (3 * torch.rand(3, 6)).softmax(-1)
+
+    def run(rows: slice, totals):
+        h = hidden[rows].clone().requires_grad_(True)
+        count = len(h)
+        result = dspark_loss(
+            hidden=h,
+            latent=None,
+            confidence_logits=h.sum(-1),
+            target_ids=labels[rows],
+            target_index=torch.arange(3).expand(count, 1, 3),
+            position_mask=mask[rows],
+            target_hidden=torch.arange(3).view(1, 3, 1).float().expand(count, 3, 1),
+            draft_logits=lambda h, latent: h * 1.0,
+            target=given(target),
+            weights=weights,
+            totals=totals,
+        )
+        result.loss.backward()
+        return result.loss.detach(), h.grad
+
+    totals = weight_totals(labels, mask, weights)
+    whole, whole_grad = run(slice(0, 2), None)
+    parts = [run(slice(0, 1), totals), run(slice(1, 2), totals)]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), whole_grad)
+
+
+def test_a_part_without_supervised_positions_weighs_nothing():
+    """An empty share of a step has loss zero and a gradient of zeros, so that its process can take part in the reduction."""
+    result, hidden = call(
+        DRAFT,
+        given(TARGET),
+        [2, 2],
+        mask=torch.zeros(1, 1, 2, dtype=torch.bool),
+        confidence=torch.zeros(1, 1, 2),
+        totals=(torch.tensor(1.0), torch.tensor(1.0)),
+    )
+    result.loss.backward()
+    assert float(result.loss.detach()) == 0
+    assert not hidden.grad.any()

@@ -11,6 +11,7 @@ import pytest
 
 from hf_dspark.errors import DataError
 from hf_dspark.evaluation.report import TABLES, in_sync, main, plots, render, sections, updated
+from hf_dspark.evaluation.training_tables import plot_matched
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,35 +93,57 @@ DIVERGENCE = {
     "machine": MACHINE,
 }
 _POINT = {"step": 700, "minutes": 30.0, "T=0": {"tau_greedy": 2.2}, "T=1": {"tau_sampled": 1.75}}
+SETTINGS = {
+    "batch_size": 4,
+    "accumulation": 1,
+    "num_anchors": 128,
+    "learning_rate": 0.0015,
+    "weight_decay": 0.0,
+    "ce_start": 1.0,
+    "ce_end": 0.1,
+    "ce_anneal": 0.3,
+    "soft_labels": 0.5,
+    "total_variation": 0.9,
+    "confidence": 1.0,
+    "decay": 4.0,
+}
+DATA = {
+    "rows": {"train": 6117, "held_out": 171},
+    "response_tokens": {"train": 1274798, "held_out": 36240},
+    "held_out_share": 0.03,
+    "left_out": {},
+    "by_source": {"gsm8k": 1716, "self-chat": 4401},
+    "by_temperature": {"0": 3000, "1": 3117},
+    "folders": [{"target": "some/target", "thinking": False}],
+}
 RECIPE: dict[str, Any] = {
     "arguments": {
-        "layers": 2,
-        "block_size": 7,
-        "rank": 48,
-        "head": "vanilla",
-        "taps": [1, 8, 14],
-        "mask_token": "<gh_stars>",
-        "draft_vocab": 12288,
-        "no_init_from_target": False,
-        "anchors": 128,
-        "batch_size": 4,
-        "lr": 0.0015,
-        "weight_decay": 0.0,
-        "dtype": "bfloat16",
+        "shape": {
+            "layers": 2,
+            "block_size": 7,
+            "rank": 48,
+            "head": "vanilla",
+            "mask_token": "<gh_stars>",
+            "draft_vocab": 12288,
+            "start": "target",
+            "head_start": "target",
+        },
+        "training": SETTINGS,
+        "options": {"target": "some/target"},
     },
     "parameters": 11690225,
+    "trainable_parameters": 11690225,
     "weight_bytes": 23479010,
     "mask_token_id": 7,
+    "taps": [1, 8, 14],
     "draft_vocabulary": {"held_out_tokens_inside": 9, "held_out_tokens": 10, "share": 0.9},
-    "data": {
-        "rows": 6288,
-        "training_rows": 6117,
-        "held_out_rows": 171,
-        "training_response_tokens": 1274798,
-        "by_source_and_temperature": {"self-chat T=1": 405, "gsm8k T=0": 1716, "self-chat T=0": 525},
+    "data": DATA,
+    "machine": {
+        "cpu": "Some CPU",
+        "cpu_count": 2,
+        "torch_threads": 2,
+        "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
     },
-    "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
-    "machine": {"cpu": "Some CPU", "cpu_capability": "AVX512", "cores": 2, "threads": 2, "gpu": None},
     "seed": 0,
     "result": {
         "steps": 1400,
@@ -133,7 +156,90 @@ RECIPE: dict[str, Any] = {
     },
     "curve": [{**_POINT, "step": 350, "minutes": 15.0}, _POINT],
 }
-RECORDS = {"eval": EVAL, "passes": PASSES, "divergence": DIVERGENCE, "recipe": RECIPE, "machine": EVAL}
+FINETUNED: dict[str, Any] = {
+    **RECIPE,
+    "arguments": {"training": SETTINGS, "options": {"target": "some/target"}},
+    "base": "some/drafter",
+    "base_fingerprint": "0123456789abcdef0123",
+    "lora": {"rank": 16, "targets": ["q_proj", "markov_w2"]},
+    "trainable_parameters": 116902,
+}
+_MACHINE = RECIPE["machine"]
+DECODED: dict[str, Any] = {
+    "settings": {"sets": ["a", "b"], "limit": 4, "max_new_tokens": 32, "batch_size": 8, "dtype": "bfloat16"},
+    "decoded": {
+        "tau": 1.9,
+        "prompts": 8,
+        "T=0": {"tau": 2.1, "acceptance": [0.6, None], "by_source": {"a": 2.2, "b": 2.0}},
+        "T=1": {"tau": 1.7, "acceptance": [0.5, 0.25], "by_source": {"a": 1.8, "b": 1.5}},
+    },
+    "machine": _MACHINE,
+    "seed": 0,
+}
+
+
+def _matched(tau: float, acceptance: list[float | None]) -> dict[str, Any]:
+    part = {"by_set": {"a": tau, "b": tau + 0.5}, "macro": tau + 0.25, "acceptance": acceptance}
+    return {"parameters": 11_700_000, "decoded": {"T=0": part, "T=1": {**part, "macro": tau}}}
+
+
+MATCHED: dict[str, Any] = {
+    "settings": {
+        "sets": ["a", "b"],
+        "prompts": 4,
+        "max_new_tokens": 32,
+        "temperatures": ["T=0", "T=1"],
+        "training": {"steps": 100, "batch_size": 4, "num_anchors": 128, "seed": 0},
+    },
+    "drafters": {"dspark, 2 layers": _matched(2.0, [0.5, 0.5]), "dflash, 2 layers": _matched(1.6, [0.5, None])},
+    "machine": _MACHINE,
+    "seed": 0,
+}
+SHIFT: dict[str, Any] = {
+    "settings": {"sets": ["json", "a"], "prompts": 4, "max_new_tokens": 32, "temperatures": ["T=0", "T=1"]},
+    "drafters": {
+        "before": {
+            "trained_parameters": None,
+            "minutes": None,
+            "stored_bytes": 23_500_000,
+            "decoded": {key: {"by_source": {"json": 1.5, "a": 2.0}} for key in ("T=0", "T=1")},
+        },
+        "LoRA": {
+            "trained_parameters": 1_375_504,
+            "minutes": 3.25,
+            "stored_bytes": 2_760_000,
+            "decoded": {key: {"by_source": {"json": 2.5, "a": 1.9}} for key in ("T=0", "T=1")},
+        },
+    },
+    "machine": _MACHINE,
+    "seed": 0,
+}
+TRAINING: dict[str, Any] = {
+    "shape": {"batch_size": 4, "length_tokens": 330, "num_anchors": 128, "num_hidden_layers": 2, "block_size": 7, "markov_rank": 48},
+    "ours": {"full": {"anchors_per_s": 200.4, "anchors_per_s_without_target": 300.2, "peak_rss_bytes": 2 * 2**30}},
+    "others": [
+        {
+            "what": "another program",
+            "anchors_per_s": {"median": 100.1},
+            "peak_rss_bytes": 4 * 2**30,
+            "ratios": {"full": {"anchors_per_s": 2.0, "anchors_per_s_without_target": 3.0}},
+        }
+    ],
+    "machine": _MACHINE,
+    "seed": 0,
+}
+RECORDS = {
+    "eval": EVAL,
+    "passes": PASSES,
+    "divergence": DIVERGENCE,
+    "recipe": RECIPE,
+    "machine": EVAL,
+    "decoded": DECODED,
+    "matched": MATCHED,
+    "positions": MATCHED,
+    "shift": SHIFT,
+    "training": TRAINING,
+}
 
 
 @pytest.fixture
@@ -210,11 +316,74 @@ def test_the_recipe_table(folder):
     facts = dict(rows(text)[2:])
     assert facts["block"] == "7 tokens; mask token `<gh_stars>` (id 7)"
     assert facts["size"] == "11.7 M parameters, 23.5 MB"
-    assert facts["responses for training"] == "6,117 (1,274,798 tokens)"
-    assert facts["all responses by kind, before that choice and the held-out part"] == "gsm8k 1,716 (T=0); self-chat 525 (T=0) + 405 (T=1)"
+    assert facts["rows for training"] == "6,117 (1,274,798 response tokens): 3,000 at T = 0, 3,117 at T = 1"
+    assert facts["by kind"] == "self-chat 4,401, gsm8k 1,716"
+    assert facts["backbone"] == "2 layers, started from the target's last layers; taps 1, 8, 14"
+    assert facts["sequential head"] == "vanilla, rank 48, started from the target"
+    assert facts["loss"] == "CE (50.0% of it against p_t) 1 falling to 0.1 over 30.0% of the run, L1 0.9, confidence 1, decay 4"
+    assert facts["thinking mode of the data"].startswith("off")
     assert facts["run"] == "1,400 steps, 62 minutes, 716,800 anchors, 0.92 passes over the data"
     assert facts["kept"] == "step 700; held out, teacher-forced: tau 2.20 at T = 0, tau 1.75 at T = 1"
     assert text.endswith("Trained on Some CPU, 2 cores, 2 torch threads; python 3.11.7, torch 2.13.0+cpu, transformers 5.23.0. Seed 0.")
+
+
+def test_the_recipe_table_of_a_finetuned_drafter(folder):
+    """Base with its fingerprint, what was trained, and how much of it."""
+    (folder / "recipe.json").write_text(json.dumps(FINETUNED), encoding="utf-8")
+    facts = dict(rows(render("recipe", folder / "recipe.json"))[2:])
+    assert facts["base"] == "some/drafter, fingerprint `0123456789abcdef`"
+    assert facts["trained"] == "LoRA of rank 16 on q_proj, markov_w2: 0.12 M of 11.7 M parameters (1.0%)"
+
+
+def test_a_recipe_tells_what_was_decoded(folder):
+    """Where an evaluation decoded for real, the kept checkpoint's figures are told beside the estimate."""
+    decoded = {"tau": 1.9, "prompts": 16, "T=0": {"tau": 2.1}, "T=1": {"tau": 1.7}}
+    record = {**RECIPE, "curve": [{**_POINT, "decoded": decoded}]}
+    (folder / "recipe.json").write_text(json.dumps(record), encoding="utf-8")
+    assert dict(rows(render("recipe", folder / "recipe.json"))[2:])["kept"].endswith(
+        "decoded on 16 held-out prompts: tau 2.10 at T = 0, 1.70 at T = 1"
+    )
+
+
+def test_the_table_of_decoded_tau(folder):
+    """Tau of each set, the mean of sets, and acceptance by position, at each temperature."""
+    body = rows(render("decoded", folder / "decoded.json"))
+    assert body[0] == ["", "a", "b", "mean of sets", "c1", "c2"]
+    assert body[2:] == [["T = 0", "2.20", "2.00", "2.10", "0.60", "-"], ["T = 1", "1.80", "1.50", "1.65", "0.50", "0.25"]]
+
+
+def test_the_table_of_matched_drafters_tells_the_gain_over_dflash(folder):
+    """2.25 over 1.85 is 21.6% more, and 2.0 over 1.6 is 25%."""
+    text = render("matched", folder / "matched.json")
+    assert rows(text)[2] == ["dspark, 2 layers", "11.7 M", "2.00", "2.50", "2.25", "2.00", "2.50", "2.00"]
+    assert "DSpark over DFlash, mean of sets, 2 layers: 21.6% at T = 0 and 25.0% at T = 1." in text
+    assert rows(render("positions", folder / "positions.json"))[3:5] == [
+        ["dspark, 2 layers, T = 1", "0.50", "0.50"],
+        ["dflash, 2 layers, T = 0", "0.50", "-"],
+    ]
+
+
+def test_matched_drafters_are_drawn(tmp_path):
+    """Acceptance along the block, and tau by depth."""
+    images = plot_matched(MATCHED, tmp_path / "plots")
+    assert [image.name for image in images] == ["matched_acceptance.png", "matched_layers.png"]
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+
+
+def test_the_table_of_a_domain_shift(folder):
+    """What was trained, how much of it is stored, how long it took, and tau on both domains."""
+    body = rows(render("shift", folder / "shift.json"))[2:]
+    assert body[0] == ["before", "-", "23.5 MB", "-", "1.50", "2.00", "1.50", "2.00"]
+    assert body[1][:5] == ["LoRA", "1.38 M", "2.8 MB", "3.2", "2.50"]
+
+
+def test_the_table_of_training_steps(folder):
+    """Speed with and without the target's pass, memory, and the ratios to another program."""
+    body = rows(render("training", folder / "training.json"))[2:]
+    assert body == [
+        ["hf_dspark, whole vocabulary", "200", "300", "2.00", "", ""],
+        ["another program", "-", "100", "4.00", "2.00", "3.00"],
+    ]
 
 
 def test_a_recipe_of_a_run_under_way(folder):

@@ -15,6 +15,7 @@ import hf_dspark
 from hf_dspark import decoding
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.modeling_dspark import DSparkRotaryEmbedding
+from hf_dspark.versions import CACHE
 from tests.tiny import PAD, tiny_drafter, tiny_llama, tiny_target
 from tests.unit.test_modeling import HEADS, reference_of
 
@@ -151,12 +152,12 @@ def test_the_targets_cache_keeps_committed_tokens_only(family: str) -> None:
         drafter,
         input_ids=torch.tensor([PROMPTS[1]]),
         max_new_tokens=12,
-        past_key_values=cache,
+        **{CACHE: cache},
         return_dict_in_generate=True,
     )
     row = out.stats.rows[0]
     assert row.verified > row.accepted  # something was rejected
-    plain = target(input_ids=out.sequences[:, :-1], use_cache=True).past_key_values
+    plain = target(input_ids=out.sequences[:, :-1], use_cache=True)[CACHE]
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
     for mine, theirs in zip(cache.layers, plain.layers, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-5, atol=1e-5)

@@ -124,7 +124,7 @@ def test_line_separators_inside_strings_do_not_end_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (record(response_ids=[]), "line 2: response_ids holds no tokens"),
+        (record(prompt_ids=[]), "line 2: prompt_ids holds no tokens"),
         (record(response_ids=[7, 10]), r"line 2: response_ids holds id 10; allowed: 0 to 9"),
         (record(prompt_ids=[-1]), "line 2: prompt_ids holds id -1"),
         (record(response_ids="7 8"), "line 2: response_ids is str"),

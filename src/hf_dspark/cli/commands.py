@@ -161,13 +161,20 @@ def load_pair(
     target_name: str, drafter_name: str, *, dtype: str, device: torch.device
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, Any]:
     """Loads a target with its tokenizer and its drafter, without the loader's own progress bars."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # else every retry of an unreachable Hub is a line
-    with Console(stderr=True).status(f"loading {target_name} and {drafter_name}"):
+    with load_quietly(f"{target_name} and {drafter_name}"):
         drafter = load_drafter(drafter_name, dtype=dtype, device=device)  # first: it is small, and often the mistaken one
         target, tokenizer = load_target(target_name, dtype=dtype, device=device)
     return target, tokenizer, drafter
+
+
+@contextmanager
+def load_quietly(what: str) -> Iterator[None]:
+    """Shows one line while something loads, instead of the loaders' own progress bars and warnings."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # else every retry of an unreachable Hub is a line
+    with Console(stderr=True).status(f"loading {what}"):
+        yield
 
 
 def pick_device(name: str) -> torch.device:

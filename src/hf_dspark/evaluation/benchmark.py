@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from hf_dspark.modeling_dspark import DSparkDrafter
     from hf_dspark.scheduling import Budget
-    from hf_dspark.statistics import DecodingStats
+    from hf_dspark.statistics import DecodingStats, RowStats
 
 METHODS = ("plain", "dspark", "prompt_lookup")
 _WARM_UP_TOKENS = 16
@@ -400,9 +400,12 @@ def find_parting(bench: Bench, inputs: BatchEncoding, plain: Sequence[int], othe
 
 def acceptance_of(stats: DecodingStats) -> AcceptanceCounts:
     """Returns the loop's statistics, all rows added up."""
-    return AcceptanceCounts.sum(
-        AcceptanceCounts(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at)) for row in stats.rows
-    )
+    return AcceptanceCounts.sum(acceptance_of_row(row) for row in stats.rows)
+
+
+def acceptance_of_row(row: RowStats) -> AcceptanceCounts:
+    """Returns one row's statistics."""
+    return AcceptanceCounts(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at))
 
 
 def time_of(stats: DecodingStats) -> RoundTime:

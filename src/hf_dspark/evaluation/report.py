@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_dspark.errors import DataError
+from hf_dspark.evaluation.recipes import plot_curve, render_recipe
+from hf_dspark.evaluation.tables import empty_plot, machine_line, markdown_table, number, percent, save_plot
+from hf_dspark.evaluation.training_tables import render_decoded, render_matched, render_positions, render_shift, render_training
 
 _MARKER = re.compile(r"^<!-- (begin|end): (.+?) -->[ \t]*$", re.MULTILINE)
 _FENCE = re.compile(r"^(`{3,}|~{3,}).*?^\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -51,13 +54,13 @@ def render_eval(record: Mapping[str, Any]) -> str:
         [
             name,
             str(part["rows"]),
-            _number(part["tau"], 2),
-            _number(part["speedup"], 2),
-            _number(part["plain_tokens_per_s"], 1),
-            _number(part["dspark_tokens_per_s"], 1),
-            _number(part["prompt_lookup_tokens_per_s"], 1),
-            _number(part["prompt_lookup_speedup"], 2),
-            *(_number(value, 2) for value in _filled(part["conditional_acceptance"], gamma)),
+            number(part["tau"], 2),
+            number(part["speedup"], 2),
+            number(part["plain_tokens_per_s"], 1),
+            number(part["dspark_tokens_per_s"], 1),
+            number(part["prompt_lookup_tokens_per_s"], 1),
+            number(part["prompt_lookup_speedup"], 2),
+            *(number(value, 2) for value in _filled(part["conditional_acceptance"], gamma)),
         ]
         for name, part in _with_total(record)
     ]
@@ -70,12 +73,12 @@ def render_eval(record: Mapping[str, Any]) -> str:
         f"{settings['batch_size']}, budget `{settings['budget']}`, target {settings['target_dtype']}, "
         f"seed {settings['seed']}."
     )
-    return f"{_table(heading, rows)}\n\n{note}"
+    return f"{markdown_table(heading, rows)}\n\n{note}"
 
 
 def render_passes(record: Mapping[str, Any]) -> str:
     """Cost of ragged verification passes and of rounds, from `hf_dspark.evaluation.passes`."""
-    passes = _table(
+    passes = markdown_table(
         [
             "rows",
             "tokens",
@@ -90,19 +93,19 @@ def render_passes(record: Mapping[str, Any]) -> str:
                 str(one["rows"]),
                 f"{one['tokens']} ({one['padded_tokens']} padded)",
                 *(_spread(one["times"][case]) for case in ("ragged", "equal", "padded")),
-                _number(one["ragged_over_equal"], 2),
-                _number(one["ragged_over_padded"], 2),
+                number(one["ragged_over_equal"], 2),
+                number(one["ragged_over_padded"], 2),
             ]
             for one in record["verify_pass"]
         ],
     )
-    rounds = _table(
+    rounds = markdown_table(
         ["live rows", "round, ms", "draft", "verify", "outside both"],
         [
             [
                 str(one["rows"]),
-                _number(one["median_ms"], 1),
-                *(_percent(one[share]) for share in ("draft_share", "verify_share", "overhead_share")),
+                number(one["median_ms"], 1),
+                *(percent(one[share]) for share in ("draft_share", "verify_share", "overhead_share")),
             ]
             for one in record["round"]
         ],
@@ -110,7 +113,7 @@ def render_passes(record: Mapping[str, Any]) -> str:
     sizes = [one["rows"] for one in record["round"]]
     return (
         f"{passes}\n\nMedian, in brackets 20th to 80th percentile. {record['dtype']}, seed {record['seed']}.\n\n"
-        f"{rounds}\n\nA round of {sizes[-1]} rows costs {_number(record['round_b8_over_b1'], 2)} times a round of "
+        f"{rounds}\n\nA round of {sizes[-1]} rows costs {number(record['round_b8_over_b1'], 2)} times a round of "
         f"{sizes[0]}."
     )
 
@@ -137,7 +140,7 @@ def render_divergence(record: Mapping[str, Any]) -> str:
             f"{counts['identical']} of {counts['rows']}",
             f"{counts['explained']} of {counts['diverged']}",
             f"{counts['explained_by_plain_passes']} of {counts['diverged']}",
-            _number(widest[method], 4),
+            number(widest[method], 4),
         ]
         for method, counts in record["methods"].items()
     ]
@@ -154,55 +157,7 @@ def render_divergence(record: Mapping[str, Any]) -> str:
         "moves when passes of other shapes score the same prefix. "
         f"At most {settings['max_new_tokens']} new tokens, greedy, budget `{settings['budget']}`."
     )
-    return f"{_table(heading, rows)}\n\n{note}"
-
-
-def render_recipe(record: Mapping[str, Any]) -> str:
-    """Facts of a training run, from the `recipe.json` of scripts/train_smollm2_drafter.py."""
-    asked, data = record["arguments"], record["data"]
-    head = f"{asked['head']}, rank {asked['rank']}" if asked["rank"] else "none (DFlash)"
-    start = "random" if asked["no_init_from_target"] else "the target's last layers"
-    if asked.get("start_from"):
-        start = f"step {record['started_from_step']} of an earlier run"
-    chosen = f"; of those sampled at T > 0 a share of {asked['sampled_share']:g}" if asked.get("sampled_share", 1) < 1 else ""
-    facts = [
-        ("backbone", f"{asked['layers']} layers, started from {start}; taps {', '.join(map(str, asked['taps']))}"),
-        ("block", f"{asked['block_size']} tokens; mask token `{asked['mask_token']}` (id {record['mask_token_id']})"),
-        ("sequential head", head),
-        ("draft vocabulary", _draft_vocabulary(record)),
-        ("size", f"{record['parameters'] / 1e6:.1f} M parameters, {record['weight_bytes'] / 1e6:.1f} MB"),
-        ("responses for training", f"{data['training_rows']:,} ({data['training_response_tokens']:,} tokens){chosen}"),
-        ("responses held out", f"{data['held_out_rows']:,}"),
-        ("all responses by kind, before that choice and the held-out part", _by_kind(data["by_source_and_temperature"])),
-        ("optimizer", f"AdamW, peak rate {asked['lr']:g}, weight decay {asked['weight_decay']:g}, {asked['dtype']}"),
-        ("a step", f"{asked['batch_size']} sequences x {asked['anchors']} anchors"),
-    ]
-    if "result" in record:
-        result = record["result"]
-        length = f"{result['steps']:,} steps, {result['minutes']:.0f} minutes, {result['anchors']:,} anchors"
-        facts.append(("run", f"{length}, {result['epochs']:.2f} passes over the data"))
-        best = next((point for point in record.get("curve", []) if point["step"] == result["best_step"]), None)
-        if best is not None:
-            facts.append(("kept", f"step {best['step']:,}; held out, teacher-forced: {_held_out(best) or 'no temperatures'}"))
-    else:
-        facts.append(("run", "not finished"))
-    table = _table(["", ""], [list(fact) for fact in facts], right=False)
-    return f"{table}\n\nTrained on {machine_line(record)} Seed {record['seed']}."
-
-
-def machine_line(record: Mapping[str, Any]) -> str:
-    """The machine and versions of any result file, in one line."""
-    machine = record["machine"]
-    versions = machine.get("versions") or record["versions"]
-    cores = machine["cpu_count"] if "cpu_count" in machine else machine["cores"]
-    threads = machine["torch_threads"] if "torch_threads" in machine else machine["threads"]
-    parts = [f"{machine['cpu']}, {cores} cores", f"{threads} torch thread{'' if threads == 1 else 's'}"]
-    if machine.get("gpu"):
-        parts.insert(0, machine["gpu"])
-    if machine.get("memory_gib"):
-        parts.append(f"{machine['memory_gib']:.0f} GiB")
-    names = [name for name in ("python", "torch", "transformers") if name in versions]
-    return f"{', '.join(parts)}; {', '.join(f'{name} {versions[name]}' for name in names)}."
+    return f"{markdown_table(heading, rows)}\n\n{note}"
 
 
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -210,6 +165,11 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "passes": render_passes,
     "divergence": render_divergence,
     "recipe": render_recipe,
+    "decoded": render_decoded,
+    "matched": render_matched,
+    "positions": render_positions,
+    "shift": render_shift,
+    "training": render_training,
     "machine": machine_line,
 }
 
@@ -316,7 +276,7 @@ def plot_acceptance(record: Mapping[str, Any], path: Path) -> None:
     Raises:
         DataError: if matplotlib is not installed.
     """
-    figure, axes = _figure()
+    figure, axes = empty_plot()
     for name, part in _with_total(record):
         values = [float("nan") if value is None else value for value in part["conditional_acceptance"]]
         total = name == _TOTAL
@@ -330,30 +290,7 @@ def plot_acceptance(record: Mapping[str, Any], path: Path) -> None:
             label=name,
         )
     axes.set(xlabel="block position", ylabel="conditional acceptance", ylim=(0, 1))
-    _save(figure, axes, path)
-
-
-def plot_curve(record: Mapping[str, Any], path: Path) -> None:
-    """Draws a training run's held-out tau over its minutes into a PNG.
-
-    Raises:
-        DataError: if matplotlib is not installed, or the run has no curve yet.
-    """
-    curve = record.get("curve") or []
-    if not curve:
-        raise DataError("the recipe has no training curve; it is written when the run ends")
-    figure, axes = _figure()
-    for key in sorted({key for point in curve for key in point if key.startswith("T=")}):
-        metric = _metric(key)
-        axes.plot(
-            [point["minutes"] for point in curve if key in point],
-            [point[key][metric] for point in curve if key in point],
-            marker="o",
-            markersize=3,
-            label=f"T = {key[2:]}",
-        )
-    axes.set(xlabel="minutes", ylabel="tau, held out, teacher-forced")
-    _save(figure, axes, path)
+    save_plot(figure, axes, path)
 
 
 _PLOTS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {
@@ -398,55 +335,12 @@ def _with_total(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
         yield _TOTAL, record
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
-    """A markdown table; all columns but the first are aligned to the right where asked."""
-    rule = ["---"] + ["---:" if right else "---"] * (len(heading) - 1)
-    lines = [heading, rule, *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"
-
-
 def _spread(times: Mapping[str, float]) -> str:
     return f"{times['median_ms']:.0f} ({times['p20_ms']:.0f}-{times['p80_ms']:.0f})"
 
 
 def _filled(values: Sequence[float | None], length: int) -> list[float | None]:
     return [*values, *[None] * (length - len(values))]
-
-
-def _draft_vocabulary(record: Mapping[str, Any]) -> str:
-    covered = record["draft_vocabulary"]
-    if covered is None:
-        return "the target's"
-    return f"{record['arguments']['draft_vocab']:,} tokens, {_percent(covered['share'])} of held-out response tokens"
-
-
-def _by_kind(counts: Mapping[str, int]) -> str:
-    """Sources with their counts at each temperature, the largest source first."""
-    sources: dict[str, dict[str, int]] = {}
-    for key, count in counts.items():
-        source, _, temperature = key.rpartition(" ")
-        sources.setdefault(source, {})[temperature] = count
-    ordered = sorted(sources.items(), key=lambda item: (-sum(item[1].values()), item[0]))
-    return "; ".join(
-        f"{source} {' + '.join(f'{count:,} ({temperature})' for temperature, count in sorted(by.items()))}" for source, by in ordered
-    )
-
-
-def _metric(key: str) -> str:
-    return "tau_greedy" if key == "T=0" else "tau_sampled"
-
-
-def _held_out(point: Mapping[str, Any]) -> str:
-    keys = sorted(key for key in point if key.startswith("T="))
-    return ", ".join(f"tau {_number(point[key][_metric(key)], 2)} at T = {key[2:]}" for key in keys)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -465,23 +359,6 @@ def _text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
         raise DataError(f"cannot read {path}: {reason}") from error
-
-
-def _figure() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("plots need matplotlib, which is not installed; run: pip install 'hf-dspark[plots]'") from error
-    figure = Figure(figsize=(5, 3.2))  # not pyplot: it keeps global state and may want a display
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

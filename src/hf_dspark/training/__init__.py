@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_dspark.training.blocks import BlockTargets, block_targets, sample_anchors
+from hf_dspark.training.configuration import TrainingConfig
 from hf_dspark.training.data import (
     Batch,
     ResponseRow,
@@ -22,12 +23,18 @@ from hf_dspark.training.losses import (
     TargetProbabilities,
     dspark_loss,
     position_weights,
+    weight_totals,
 )
-from hf_dspark.training.trainer import MasterAdamW, Progress, TargetStates, Trainer, TrainingConfig, load_weights
+from hf_dspark.training.objective import BlockObjective, Blocks
+from hf_dspark.training.optimizer import MasterAdamW
+from hf_dspark.training.states import TargetStates
+from hf_dspark.training.trainer import Progress, Trainer, load_weights
 
 __all__ = [
     "Batch",
+    "BlockObjective",
     "BlockTargets",
+    "Blocks",
     "LossResult",
     "LossWeights",
     "MasterAdamW",
@@ -51,4 +58,5 @@ __all__ = [
     "read_responses",
     "sample_anchors",
     "split_rows",
+    "weight_totals",
 ]

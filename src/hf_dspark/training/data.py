@@ -1,13 +1,13 @@
-"""Reads response rows and turns them into padded batches. Does not know models, blocks or losses."""
+"""Turns response rows into training sets and padded batches. Does not know models, blocks or losses."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,18 @@ import torch
 from torch import Tensor
 
 from hf_dspark.errors import DataError
+from hf_dspark.training.manifest import check_target, read_manifest, shards, target_fingerprint
+from hf_dspark.training.rows import ResponseRow, read_responses
+
+__all__ = [
+    "Batch", "DataSet", "ResponseRow", "can_train", "collate", "coverage", "epoch_batches", "frequent_tokens", "load_data",
+    "load_responses", "ordered_batches", "prompt_hash", "read_responses", "split_rows",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 _POOL_BATCHES = 32  # batches whose rows are sorted by length together: little padding, still a shuffle
-
-
-@dataclass(frozen=True)
-class ResponseRow:
-    """One prompt and the target's own response to it, as token ids of the target's tokenizer.
-
-    Args:
-        source (`str`): the prompt's domain, used to group the held-out metrics.
-        prompt_ids (`tuple[int, ...]`): the chat-templated prompt.
-        response_ids (`tuple[int, ...]`): what the target answered; never empty.
-        temperature (`float`): the temperature the response was drawn at (0 is greedy).
-        ended (`bool`): True where the response stopped by itself rather than at a length cap.
-    """
-
-    source: str
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    temperature: float
-    ended: bool
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+HELD_OUT_SHARE = 0.04  # of prompts, where no manifest says otherwise
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ class Batch:
     """Rows padded on the right.
 
     Args:
-        input_ids (`torch.Tensor` of shape `(batch, sequence)`): prompt then response, padded with 0.
+        input_ids (`torch.Tensor` of shape `(batch, sequence)`): whole rows, padded with 0.
         loss_mask (`torch.Tensor` of shape `(batch, sequence)`): bool, True on response tokens.
         lengths (`torch.Tensor` of shape `(batch,)`): tokens of each row without padding.
         rows (`tuple[ResponseRow, ...]`): where they came from.
@@ -61,75 +49,120 @@ class Batch:
         return Batch(self.input_ids.to(device), self.loss_mask.to(device), self.lengths.to(device), self.rows)
 
 
-def _token_ids(record: dict[str, Any], field: str, vocab_size: int | None, where: str) -> tuple[int, ...]:
-    ids = record.get(field)
-    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise DataError(f"{where}: {field} is {type(ids).__name__}; allowed: a list of integers. Regenerate this row.")
-    if not ids:
-        raise DataError(f"{where}: {field} holds no tokens; allowed: one or more. Remove the row or regenerate it.")
-    low, high = min(ids), max(ids)
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        limit = "" if vocab_size is None else f" to {vocab_size - 1}"
-        raise DataError(
-            f"{where}: {field} holds id {low if low < 0 else high}; allowed: 0{limit}, the target's vocabulary. "
-            "The responses must come from this target's own tokenizer."
-        )
-    return tuple(ids)
-
-
-def read_responses(paths: Iterable[str | Path], *, vocab_size: int | None = None) -> list[ResponseRow]:
-    """Read response rows from JSONL files, plain or gzipped, one line at a time.
+@dataclass(frozen=True)
+class DataSet:
+    """Rows of one target, split.
 
     Args:
-        paths: files named `*.jsonl` or `*.jsonl.gz`; each line an object with `prompt_ids`, `response_ids` and,
-            where known, `source`, `temperature`, `ended`.
+        manifests (`list[dict]`): of the folders, in the order given; files without one have none.
+        train_rows (`list[ResponseRow]`): to learn from.
+        held_out_rows (`list[ResponseRow]`): never to be learnt from, in the order of their prompts' hashes.
+        held_out_share (`float`): expected share of held-out prompts.
+        left_out (`dict[str, int]`): rows that are on neither side, by reason.
+    """
+
+    manifests: list[dict[str, Any]]
+    train_rows: list[ResponseRow]
+    held_out_rows: list[ResponseRow]
+    held_out_share: float
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and what the manifests say, as JSON takes it."""
+        kept = ("target", "sampling", "seed", "thinking", "prompts", "self_prompting", "exclude")
+        return {
+            "rows": {"train": len(self.train_rows), "held_out": len(self.held_out_rows)},
+            "response_tokens": {"train": _response_tokens(self.train_rows), "held_out": _response_tokens(self.held_out_rows)},
+            "held_out_share": self.held_out_share,
+            "left_out": dict(self.left_out),
+            "by_source": _count(row.source for row in self.train_rows),
+            "by_temperature": _count(f"{row.temperature:g}" for row in self.train_rows),
+            "folders": [{name: manifest[name] for name in kept if name in manifest} for manifest in self.manifests],
+        }
+
+
+def load_data(
+    paths: str | Path | Iterable[str | Path], target: Any = None, *, held_out_share: float | None = None, max_tokens: int | None = None
+) -> DataSet:
+    """Read what `hf-dspark data` wrote, and files of response rows, and split them.
+
+    Args:
+        paths: folders with a manifest, or files `*.jsonl`, `*.jsonl.gz`, `*.parquet`; one or several.
+        target (`PreTrainedModel`, *optional*): the model to train for; manifests of another one are refused, as are ids outside its
+            vocabulary.
+        held_out_share (`float`, *optional*): share of held-out prompts; default the largest that the manifests name, else 0.04.
+        max_tokens (`int`, *optional*): longer rows are left out.
+    Returns:
+        `DataSet`: rows too short to train on are left out and counted, as are those beyond `max_tokens`.
+    Raises:
+        DataError: for a manifest of another target, a corrupt file (naming file and line), or nothing to train on.
+    """
+    fingerprint = None if target is None else target_fingerprint(target)
+    vocab_size = None if target is None else target.config.get_text_config(decoder=True).vocab_size
+    rows, manifests = load_responses(paths, target_fingerprint=fingerprint, vocab_size=vocab_size)
+    if held_out_share is None:
+        held_out_share = max((manifest["held_out"] for manifest in manifests), default=HELD_OUT_SHARE)
+    left_out = {
+        "one response token": sum(not can_train(row) for row in rows),
+        f"over {max_tokens} tokens": sum(can_train(row) and max_tokens is not None and len(row) > max_tokens for row in rows),
+    }
+    left_out = {reason: count for reason, count in left_out.items() if count}
+    for reason, count in left_out.items():
+        logger.warning("%d of %d rows are left out: %s.", count, len(rows), reason)
+    kept = [row for row in rows if can_train(row) and (max_tokens is None or len(row) <= max_tokens)]
+    train, held_out = split_rows(kept, held_out_fraction=held_out_share)
+    if not train:
+        raise DataError(f"no rows to train on: {len(rows)} read, left out {left_out}, held out {len(held_out)}. Generate more rows.")
+    return DataSet(manifests, train, held_out, held_out_share, left_out)
+
+
+def load_responses(
+    paths: str | Path | Iterable[str | Path], *, target_fingerprint: str | None = None, vocab_size: int | None = None
+) -> tuple[list[ResponseRow], list[dict[str, Any]]]:
+    """Read rows from folders and files, and check that the folders' manifests name the target.
+
+    Args:
+        paths: folders with a manifest, or files of rows; one or several.
+        target_fingerprint (`str`, *optional*): from `manifest.target_fingerprint`.
         vocab_size (`int`, *optional*): ids at or above it are refused.
     Returns:
-        `list[ResponseRow]`: in file order; a row that an earlier file or line already holds is kept once.
+        `tuple[list[ResponseRow], list[dict]]`: rows in the order of their ids, each once, and the folders' manifests.
     Raises:
-        DataError: naming file and line where a row is no JSON object, has no response tokens, or holds ids outside
-            the vocabulary; also when there is no row at all.
+        DataError: for a manifest of another target, or a corrupt file, naming file and line.
     """
-    rows: dict[ResponseRow, None] = {}
-    names = [Path(path) for path in paths]
-    for path in names:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: not JSON ({error}); allowed: one JSON object a line. Cut a half-written line off.") from None
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: a {type(record).__name__}; allowed: a JSON object with prompt_ids and response_ids.")
-                temperature = record.get("temperature", 0.0)
-                if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
-                    raise DataError(f"{where}: temperature is {temperature!r}; allowed: a number of 0 or more. Correct this row.")
-                row = ResponseRow(
-                    source=str(record.get("source", "unknown")),
-                    prompt_ids=_token_ids(record, "prompt_ids", vocab_size, where),
-                    response_ids=_token_ids(record, "response_ids", vocab_size, where),
-                    temperature=float(temperature),
-                    ended=bool(record.get("ended", False)),
-                )
-                rows[row] = None
-    if not rows:
-        raise DataError(
-            f"no response rows in {[str(name) for name in names]}; allowed: one or more. Generate responses with the target first."
-        )
-    return list(rows)
+    manifests: list[dict[str, Any]] = []
+    files: list[Path] = []
+    for path in [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]:
+        if path.is_dir():
+            manifest = read_manifest(path)
+            if manifest is None:
+                raise DataError(f"{path} holds no manifest.json; allowed: a folder that `hf-dspark data` wrote, or files of response rows.")
+            check_target(manifest, path, target_fingerprint)
+            manifests.append(manifest)
+            files += shards(path)
+        else:
+            files.append(path)
+    return read_responses(files, vocab_size=vocab_size), manifests
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _response_tokens(rows: Iterable[ResponseRow]) -> int:
+    return sum(end - begin for row in rows for begin, end in row.spans)
 
 
 def can_train(row: ResponseRow) -> bool:
-    """Whether a row holds at least one anchor: a response token followed by another."""
-    return len(row.response_ids) >= 2
+    """Whether a row holds at least one anchor: a response token followed by another of the same response."""
+    return any(end - begin >= 2 for begin, end in row.spans)
 
 
 def prompt_hash(row: ResponseRow) -> int:
-    """A 64-bit hash of the prompt's ids, the same on every machine and in every run."""
+    """A 64-bit hash of the ids up to the first response, the same on every machine and in every run."""
     return int.from_bytes(hashlib.sha256(repr(row.prompt_ids).encode()).digest()[:8], "big")
 
 
@@ -199,8 +232,9 @@ def collate(rows: Sequence[ResponseRow]) -> Batch:
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
-        loss_mask[i, len(row.prompt_ids) : len(row)] = True
+        input_ids[i, : len(row)] = torch.tensor(row.ids)
+        for begin, end in row.spans:
+            loss_mask[i, begin:end] = True
     return Batch(input_ids, loss_mask, lengths, tuple(rows))
 
 
@@ -226,7 +260,7 @@ def frequent_tokens(rows: Iterable[ResponseRow], size: int, *, always: Iterable[
         )
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for row in rows:
-        ids = torch.tensor(row.response_ids)
+        ids = torch.tensor(list(chain.from_iterable(row.responses)))
         counts.index_add_(0, ids, torch.ones_like(ids))
     counts[forced] = torch.iinfo(torch.long).max
     return counts.argsort(descending=True, stable=True)[:size].sort().values
@@ -237,6 +271,6 @@ def coverage(rows: Iterable[ResponseRow], token_ids: Tensor) -> tuple[int, int]:
     known = set(token_ids.tolist())
     inside = total = 0
     for row in rows:
-        inside += sum(token in known for token in row.response_ids)
-        total += len(row.response_ids)
+        inside += sum(token in known for response in row.responses for token in response)
+        total += _response_tokens([row])
     return inside, total

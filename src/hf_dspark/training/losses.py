@@ -13,15 +13,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Coefficients of the three terms and the decay along the block.
+    """Coefficients of the three terms, the decay along the block, and what the cross entropy is taken against.
 
-    Source: paper Eqs. 8-12 and the released recipe (0.1, 0.9, 1.0; decay 4.0 at block 7). Differs: no.
+    Source: paper Eqs. 8-12 and the released recipe (0.1, 0.9, 1.0; decay 4.0 at block 7). Differs: `soft_labels` is ours.
+
+    Args:
+        cross_entropy, total_variation, confidence (`float`): coefficients.
+        decay (`float`): tokens after which a position's weight has fallen to 1/e.
+        soft_labels (`float`): share, in [0, 1], of the cross entropy taken against the target's whole distribution p_t instead of
+            against the one token of the data (the paper's form, 0).
     """
 
     cross_entropy: float = 0.1
     total_variation: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
+    soft_labels: float = 0.0
 
 
 def position_weights(block_size: int, decay: float) -> Tensor:
@@ -211,18 +218,20 @@ class _Positions:
     target_hidden: Tensor  # (u, d) one row for each distinct target position
     target_rows: Tensor  # (n,) non-decreasing, into target_hidden
     ce_scale: Tensor  # (n,) coefficient of the cross entropy at each position, normalised; 0 for labels outside
+    soft_scale: Tensor  # (n,) coefficient of the cross entropy against p_t at each position, normalised
     tv_scale: Tensor  # (n,) coefficient of the L1 distance at each position, normalised
     draft_logits: Callable[[Tensor, Tensor | None], Tensor]
     target: Callable[[Tensor], TargetProbabilities]
     chunk: int
     needs_grad: bool
+    soft: bool  # whether any of the cross entropy is taken against p_t
 
 
 class _BlockObjective(torch.autograd.Function):
-    """sum_i ce_scale_i CE_i + tv_scale_i L1_i with its gradient taken chunk by chunk in the forward pass.
+    """sum_i ce_scale_i CE_i + soft_scale_i SCE_i + tv_scale_i L1_i with its gradient taken chunk by chunk in the forward pass.
 
-    The gradient with respect to the draft logits z, with p = softmax(z) and s = sign(p - p_t), is
-    ce_scale (p - onehot) + tv_scale p (s - <p, s>); it meets autograd again at `draft_logits`.
+    The gradient with respect to the draft logits z, with p = softmax(z), s = sign(p - p_t) and m the mass of p_t on the draft vocabulary,
+    is ce_scale (p - onehot) + soft_scale (m p - p_t) + tv_scale p (s - <p, s>); it meets autograd again at `draft_logits`.
     """
 
     @staticmethod
@@ -230,6 +239,7 @@ class _BlockObjective(torch.autograd.Function):
         count = hidden.shape[0]
         device = hidden.device
         cross_entropy = torch.zeros(count, device=device)
+        soft_cross_entropy = torch.zeros(count, device=device)
         distance = torch.zeros(count, device=device)
         agreement = torch.zeros(count, dtype=torch.bool, device=device)
         grads: list[Tensor | None] = []
@@ -253,15 +263,21 @@ class _BlockObjective(torch.autograd.Function):
             labels = positions.labels[part].clamp(min=0).unsqueeze(1)
             known = positions.labels[part] >= 0
             cross_entropy[part] = (log_total - z.gather(1, labels)).squeeze(1) * known
+            inside, outside = p_t.inside[rows], p_t.outside[rows]
+            if positions.soft:
+                soft_cross_entropy[part] = log_total.squeeze(1) * (1 - outside) - (z * inside).sum(dim=-1)
             p_d = z.sub_(log_total).exp_()
-            difference = p_d - p_t.inside[rows]
-            distance[part] = difference.abs().sum(dim=-1) + p_t.outside[rows]
+            difference = p_d - inside
+            distance[part] = difference.abs().sum(dim=-1) + outside
             if not positions.needs_grad:
                 continue
             sign = difference.sign_()
             mean_sign = (p_d * sign).sum(dim=-1, keepdim=True)
             ce, tv = positions.ce_scale[part].unsqueeze(1), positions.tv_scale[part].unsqueeze(1)
-            slope = sign.mul_(tv).add_(ce - tv * mean_sign).mul_(p_d)
+            soft = positions.soft_scale[part].unsqueeze(1)
+            slope = sign.mul_(tv).add_(ce - tv * mean_sign + soft * (1 - outside).unsqueeze(1)).mul_(p_d)
+            if positions.soft:
+                slope.sub_(inside.mul_(soft))
             slope.scatter_add_(1, labels, -ce)
             wanted = [*inputs, *parameters]
             found = torch.autograd.grad(logits, wanted, slope.to(logits.dtype), allow_unused=True)
@@ -274,6 +290,7 @@ class _BlockObjective(torch.autograd.Function):
         ctx.dtypes = [hidden.dtype, None if latent is None else latent.dtype, *(p.dtype for p in parameters)]
         ctx.save_for_backward(*grads)
         total_loss = (positions.ce_scale * cross_entropy).sum() + (positions.tv_scale * distance).sum()
+        total_loss = total_loss + (positions.soft_scale * soft_cross_entropy).sum()
         ctx.mark_non_differentiable(cross_entropy, distance, agreement)
         return total_loss, cross_entropy, distance, agreement
 
@@ -283,6 +300,24 @@ class _BlockObjective(torch.autograd.Function):
             None if grad is None else (grad * grad_outputs[0]).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return None, *scaled
+
+
+def weight_totals(
+    target_ids: Tensor, position_mask: Tensor, weights: LossWeights, label_index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the terms of a step are divided by: sums of w_k over all supervised positions of all its parts.
+
+    Args:
+        target_ids (`torch.Tensor` of shape `(batch, anchors, block_size)`): labels, target ids.
+        position_mask (`torch.Tensor` of shape `(batch, anchors, block_size)`): bool, supervised positions.
+        weights (`LossWeights`): whose decay gives w_k.
+        label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): as in `dspark_loss`.
+    Returns:
+        `tuple` of scalars: over positions whose label is in the draft vocabulary (for the CE), and over all.
+    """
+    w = position_weights(position_mask.shape[-1], weights.decay).to(position_mask.device) * position_mask
+    known = torch.ones_like(position_mask) if label_index is None else label_index.to(target_ids.device)[target_ids] >= 0
+    return (w * known).sum(), w.sum()
 
 
 def dspark_loss(
@@ -300,12 +335,13 @@ def dspark_loss(
     parameters: Sequence[Tensor] = (),
     label_index: Tensor | None = None,
     chunk_positions: int = 256,
+    totals: tuple[Tensor, Tensor] | None = None,
 ) -> LossResult:
     """a_ce CE + a_tv sum_k w_k ||p_d - p_t||_1 + a_conf BCE(c_k, 1 - 0.5 ||p_d - p_t||_1), teacher-forced.
 
     Every term is a mean over supervised positions with the weights w_k (CE: over those whose label is in the draft
     vocabulary). With a reduced draft vocabulary p_t keeps its full normalisation and its mass outside counts as L1
-    distance that no draft can remove.
+    distance that no draft can remove. With soft labels that share of the CE is taken against p_t on the draft vocabulary.
 
     Source: paper Eqs. 8-12. Differs: the weights are normalised by their sum.
 
@@ -331,14 +367,17 @@ def dspark_loss(
         label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): draft index of each target id, -1 where it has
             none.
         chunk_positions (`int`): n above.
+        totals (`tuple[torch.Tensor, torch.Tensor]`, *optional*): from `weight_totals` of the whole step, where this call
+            sees a part of it; the losses of all parts then add up to that of the whole. A part may be without a
+            supervised position. By default this call's own positions are the whole.
     Returns:
         `LossResult`: the loss, its terms, and per-position acceptance and agreement.
     Raises:
-        ValueError: if no position is supervised or chunk_positions is below 1.
+        ValueError: if no position is supervised in a whole step, or chunk_positions is below 1.
     """
     if chunk_positions < 1:
         raise ValueError(f"chunk_positions is {chunk_positions}; allowed: 1 or more. Use 128 to 512.")
-    if not bool(position_mask.any()):
+    if totals is None and not bool(position_mask.any()):
         raise ValueError("no supervised position in this batch; allowed: one or more. Drop rows with fewer than two response tokens.")
     shape, device = position_mask.shape, hidden.device
     batch_rows = torch.arange(shape[0], device=device).view(-1, 1, 1)
@@ -351,8 +390,9 @@ def dspark_loss(
     labels = labels if label_index is None else label_index.to(device)[labels]
     w = position_weights(shape[-1], weights.decay).to(device).expand(shape).reshape(-1)[kept]
     known = labels >= 0
-    ce_share = w * known / (w * known).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    tv_share = w / w.sum()
+    known_total, total = ((w * known).sum(), w.sum()) if totals is None else (t.to(device) for t in totals)
+    ce_share = w * known / known_total.clamp(min=torch.finfo(torch.float32).tiny)
+    tv_share = w / total
 
     needs_grad = torch.is_grad_enabled() and (
         hidden.requires_grad or (latent is not None and latent.requires_grad) or any(p.requires_grad for p in parameters)
@@ -361,7 +401,9 @@ def dspark_loss(
         labels=labels,
         target_hidden=target_hidden.reshape(-1, target_hidden.shape[-1])[distinct],
         target_rows=target_rows,
-        ce_scale=weights.cross_entropy * ce_share,
+        ce_scale=weights.cross_entropy * (1 - weights.soft_labels) * ce_share,
+        soft_scale=weights.cross_entropy * weights.soft_labels * tv_share,
+        soft=weights.soft_labels > 0,
         tv_scale=weights.total_variation * tv_share,
         draft_logits=draft_logits,
         target=target,

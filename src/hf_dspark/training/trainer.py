@@ -1,29 +1,32 @@
-"""The training loop: frozen target in, trained drafter out, resumable. Does not know decoding, the Hub, or recipes."""
+"""The training loop: frozen target in, trained drafter out, resumable, over one process or several. Does not know decoding, the Hub, or
+recipes."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import itertools
-import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from hf_dspark.adapters import adapter_names
 from hf_dspark.errors import CheckpointError
-from hf_dspark.target import Taps
 from hf_dspark.training.blocks import block_targets, sample_anchors
+from hf_dspark.training.configuration import TrainingConfig
 from hf_dspark.training.data import Batch, ResponseRow, can_train, collate, epoch_batches, ordered_batches
-from hf_dspark.training.losses import LossResult, LossWeights, Tally, TargetHead, dspark_loss
+from hf_dspark.training.files import RunFolder, newest_state
+from hf_dspark.training.losses import LossResult, LossWeights, Tally, weight_totals
+from hf_dspark.training.objective import BlockObjective, Blocks, shard, whole
+from hf_dspark.training.optimizer import MasterAdamW
 
-_KEPT_CHECKPOINTS = 2
 _SKIPS_IN_A_ROW = 10
 _CADENCE = {
     "checkpoint_minutes",
@@ -32,191 +35,10 @@ _CADENCE = {
     "evaluation_anchors",
     "log_every",
     "chunk_positions",
+    "states_memory_gib",
 }
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Hyper-parameters of one run; exactly one of `steps` and `minutes` sets its length and its schedule.
-
-    Source: paper section 3.2 (warm-up 4%, clip 1.0, loss weights), with the start of the cross entropy raised: its
-    initial value is 15 to 56 nats here and the L1 gradient nearly vanishes there.
-
-    With `steps` a resumed run repeats the uninterrupted one exactly (same machine, same thread count). With `minutes`
-    the schedule follows the elapsed share of that wall-clock time, and no two runs are the same.
-
-    Args:
-        steps (`int`, *optional*): optimizer steps of the whole run.
-        minutes (`float`, *optional*): minutes of training, evaluation and checkpoints included, over all resumes.
-        batch_size (`int`): rows a step.
-        num_anchors (`int`): at most this many blocks a row.
-        learning_rate (`float`): peak, after the warm-up.
-        warmup (`float`): share of the run with a linearly rising learning rate; a cosine to 0 follows.
-        clip (`float`): largest gradient norm.
-        weight_decay (`float`): of AdamW.
-        ce_start, ce_end, ce_anneal (`float`): CE weight falls linearly from start to end over that first share of the
-            run.
-        total_variation, confidence, decay (`float`): see `LossWeights`.
-        chunk_positions (`int`): block positions whose logits exist at one time.
-        checkpoint_minutes, evaluation_minutes (`float`): cadence.
-        evaluation_rows (`int`): held-out rows of the evaluations on the way; the last evaluation takes all.
-        evaluation_anchors (`int`): blocks a held-out row.
-        log_every (`int`): steps a log line.
-        seed (`int`): of batches, anchors and evaluation.
-    """
-
-    steps: int | None = None
-    minutes: float | None = None
-    batch_size: int = 8
-    num_anchors: int = 64
-    learning_rate: float = 1.5e-3
-    warmup: float = 0.04
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    ce_start: float = 1.0
-    ce_end: float = 0.1
-    ce_anneal: float = 0.3
-    total_variation: float = 0.9
-    confidence: float = 1.0
-    decay: float = 4.0
-    chunk_positions: int = 256
-    checkpoint_minutes: float = 5.0
-    evaluation_minutes: float = 10.0
-    evaluation_rows: int = 64
-    evaluation_anchors: int = 32
-    log_every: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.minutes is None):
-            raise ValueError(f"steps is {self.steps} and minutes is {self.minutes}; allowed: exactly one of them. Set the other to None.")
-        for name in (
-            "steps",
-            "minutes",
-            "batch_size",
-            "num_anchors",
-            "learning_rate",
-            "clip",
-            "decay",
-            "chunk_positions",
-            "checkpoint_minutes",
-            "evaluation_minutes",
-            "evaluation_rows",
-            "evaluation_anchors",
-            "log_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; allowed: above 0. Correct the training configuration.")
-        for name in ("warmup", "ce_anneal"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 up to, not including, 1. It is a share of the run.")
-
-    def learning_rate_at(self, fraction: float) -> float:
-        """Learning rate at an elapsed share of the run in [0, 1]: linear warm-up, then cosine to 0."""
-        if fraction < self.warmup:
-            return self.learning_rate * fraction / self.warmup
-        done = min(1.0, (fraction - self.warmup) / (1 - self.warmup))
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-    def loss_weights_at(self, fraction: float) -> LossWeights:
-        """Loss coefficients at an elapsed share of the run in [0, 1]."""
-        share = min(1.0, fraction / self.ce_anneal) if self.ce_anneal else 1.0
-        ce = self.ce_start + (self.ce_end - self.ce_start) * share
-        return LossWeights(cross_entropy=ce, total_variation=self.total_variation, confidence=self.confidence, decay=self.decay)
-
-
-class MasterAdamW:
-    """AdamW on float32 copies of the parameters, which themselves stay in the dtype they compute in.
-
-    Args:
-        parameters: trainable tensors of the drafter, any float dtype.
-        weight_decay (`float`): decoupled.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float = 0.0) -> None:
-        self.parameters = list(parameters)
-        self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay, fused=True)
-
-    @torch.no_grad()
-    def step(self, learning_rate: float, clip: float) -> float:
-        """Clip, step, copy back and drop the gradients.
-
-        Returns:
-            `float`: gradient norm before clipping. When it is not finite no parameter changes.
-        """
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.to(torch.float32)
-            parameter.grad = None
-        norm = float(nn.utils.clip_grad_norm_(self.masters, clip))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-            self.copy_back()
-        self.optimizer.zero_grad()
-        return norm
-
-    @torch.no_grad()
-    def copy_back(self) -> None:
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            parameter.copy_(master)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"masters": self.masters, "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        saved = state["masters"]
-        if [tuple(t.shape) for t in saved] != [tuple(t.shape) for t in self.masters]:
-            raise CheckpointError(
-                f"the checkpoint holds {len(saved)} tensors that do not fit this drafter's {len(self.masters)}; "
-                f"allowed: the same "
-                "architecture. Start in another output folder."
-            )
-        with torch.no_grad():
-            for master, value in zip(self.masters, saved, strict=True):
-                master.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.copy_back()
-
-
-class TargetStates:
-    """Taps and last hidden states of a frozen target, by one pass of its decoder and never of its lm_head.
-
-    The rows are padded on the right and the decoder is causal, so no padding mask is passed: padding cannot reach a
-    real token, and attention takes its fast causal path.
-
-    Args:
-        target (`transformers.PreTrainedModel`): a causal LM; its weights are read only.
-        layer_ids: tap ids, i = output of decoder layer i, -1 = the embeddings.
-    """
-
-    def __init__(self, target: Any, layer_ids: Sequence[int]) -> None:
-        self.target = target
-        self.decoder = target.get_decoder()
-        self._taps = Taps(target, layer_ids)
-        self.device = next(self.decoder.parameters()).device
-
-    def __call__(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(batch, sequence)`): padded on the right.
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: taps `(batch, sequence, taps * hidden)`, and last hidden states after
-                the
-            final norm `(batch, sequence, hidden)`. Ordinary tensors without gradient history.
-        """
-        was_training = self.target.training
-        self.target.eval()
-        try:
-            with torch.inference_mode(), self._taps.open():
-                last = self.decoder(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
-        finally:
-            self.target.train(was_training)
-        # Outside inference mode: the concatenation and the copy are ordinary tensors that backward may keep.
-        return self._taps.take(), last.clone()
+# How a step's rows are shared out changes rounding, not the run.
+_SHARING = {"accumulation"}
 
 
 @dataclass
@@ -244,13 +66,13 @@ def load_weights(drafter: nn.Module, run: Path) -> int:
     Raises:
         CheckpointError: if there is none, or its tensors have other shapes.
     """
-    found = sorted((run / "checkpoints").glob("step-*/state.pt"))
-    if not found:
+    found = newest_state(run)
+    if found is None:
         raise CheckpointError(f"{run} holds no checkpoint; expected {run}/checkpoints/step-*/state.pt, as a run writes them.")
-    state = torch.load(found[-1], map_location="cpu", weights_only=True)
+    path, state = found
     masters, parameters = state["optimizer"]["masters"], [p for p in drafter.parameters() if p.requires_grad]
     if [m.shape for m in masters] != [p.shape for p in parameters]:
-        raise CheckpointError(f"{found[-1]} holds tensors of other shapes than this drafter's; use the same layers, rank and vocabulary.")
+        raise CheckpointError(f"{path} holds tensors of other shapes than this drafter's; use the same layers, rank and vocabulary.")
     with torch.no_grad():
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.copy_(master)
@@ -263,7 +85,11 @@ class Trainer:
     MTP-1 (block_size 1) and DFlash (markov_rank 0) are configurations of the drafter, not other code. Batches, anchors
     and schedule are functions of (seed, step), so a checkpoint needs no data state beyond the step.
 
-    Files under `output`: `log.jsonl` (one event a line), `checkpoints/step-*` (the last two, resumable after a kill at
+    Several processes (`accelerate launch`) share the rows of each step. Every process cuts the blocks of the whole step and divides its
+    share by the whole step's weights, so that the gradients add up to those of one process, whatever the number of processes and
+    accumulated parts.
+
+    Files under `output`: `log.jsonl` (one event a line), `tensorboard/`, `checkpoints/step-*` (the last two, resumable after a kill at
     any moment), `best` and `final` (drafters for `from_pretrained`).
 
     Args:
@@ -273,8 +99,13 @@ class Trainer:
         config (`TrainingConfig`): hyper-parameters.
         output (`Path`): folder; created when missing. A checkpoint found in it is resumed.
         announce (`Callable`): receives each event as a dictionary, besides the log file.
+        decode (`Callable`, *optional*): called at every evaluation with the drafter; returns figures of real decoding as
+            a dictionary, of which `tau` decides which weights are the best. Without it the teacher-forced estimate does.
+        accelerator (`accelerate.Accelerator`, *optional*): default: one of the launched processes.
+        fsdp (`bool`): shard the drafter's weights, gradients and optimizer state over the processes; also on where
+            `accelerate launch --use_fsdp` says so.
     Raises:
-        ValueError: if no training row holds an anchor.
+        ValueError: if no training row holds an anchor, or an adapter is to be sharded.
         RuntimeError: if the target's head does not reproduce the target's own logits.
         CheckpointError: if the folder holds a checkpoint of another configuration or other data.
     """
@@ -289,8 +120,11 @@ class Trainer:
         output: Path | str,
         *,
         announce: Callable[[dict[str, Any]], None] | None = None,
+        decode: Callable[[Any], dict[str, Any]] | None = None,
+        accelerator: Accelerator | None = None,
+        fsdp: bool = False,
     ) -> None:
-        self.drafter, self.config, self.output, self.announce = drafter, config, Path(output), announce
+        self.drafter, self.config, self.output, self.announce, self.decode = drafter, config, Path(output), announce, decode
         self.rows = [row for row in train_rows if can_train(row)]
         self.held_out = [row for row in held_out_rows if can_train(row)]
         if not self.rows:
@@ -302,87 +136,44 @@ class Trainer:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
         self.device = next(drafter.parameters()).device
-        self.states = TargetStates(target, drafter.config.target_layer_ids)
-        d2t = getattr(drafter, "d2t", None)
-        ids = None if d2t is None else torch.arange(d2t.numel(), device=d2t.device) + d2t
-        text_config = target.config.get_text_config(decoder=True)
-        softcap = getattr(text_config, "final_logit_softcapping", None)
-        self.head = TargetHead(target.get_output_embeddings(), ids, softcap=softcap)
-        self._label_index: Tensor | None = None
-        if ids is not None:
-            self._label_index = torch.full((text_config.vocab_size,), -1, dtype=torch.long, device=self.device)
-            self._label_index[ids] = torch.arange(ids.numel(), device=self.device)
-        self._check_head(target)
-
-        self.optimizer = MasterAdamW([p for p in drafter.parameters() if p.requires_grad], weight_decay=config.weight_decay)
-        markov = drafter.markov_head
-        self._head_weights = [] if markov is None else [p for p in markov.markov_w2.parameters() if p.requires_grad]
+        self.accelerator = accelerator or Accelerator(cpu=self.device.type == "cpu")
+        self.files = RunFolder(self.output, writes=self.accelerator.is_main_process)
+        self.objective = BlockObjective(drafter, target, chunk_positions=config.chunk_positions, states_memory_gib=config.states_memory_gib)
+        self.states = self.objective.states
+        self.objective.check_head(torch.tensor([self.rows[0].prompt_ids[:8] + self.rows[0].response_ids[:8]]))
+        self.processes = self.accelerator.num_processes
+        self.sharded = fsdp or getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        if self.sharded:
+            if adapter_names(drafter):
+                raise ValueError("an adapter is too small to be sharded; leave FSDP out, and let every process hold it whole.")
+            shard(self.objective)
+        self.optimizer = MasterAdamW(
+            [p for p in self.objective.parameters() if p.requires_grad],
+            weight_decay=config.weight_decay,
+            reduce=torch.distributed.all_reduce if self.processes > 1 and not self.sharded else None,
+        )
         self.progress = Progress()
-        self.output.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
+        self._skipped = 0
 
-    # -- one batch ------------------------------------------------------------------------------------------------
+    # -- one step -------------------------------------------------------------------------------------------------
 
-    def _check_head(self, target: Any) -> None:
-        ids = torch.tensor([self.rows[0].prompt_ids[:8] + self.rows[0].response_ids[:8]])
-        _, last = self.states(ids)
-        with torch.inference_mode():
-            was_training = target.training
-            target.eval()
-            expected = target(input_ids=ids.to(self.states.device), use_cache=False).logits[0].float().softmax(dim=-1)
-            target.train(was_training)
-        found = self.head(last[0])
-        draft = expected if self.head._ids is None else expected[:, self.head._ids.to(expected.device)]
-        error = float((draft - found.inside).abs().max())
-        if not error < 0.02:
-            raise RuntimeError(
-                f"the target's lm_head on its last hidden states differs from its own logits by {error:.3g} in "
-                f"probability; allowed: "
-                "below 0.02. This target changes its logits after the head in a way the trainer does not know: "
-                "extend TargetHead."
-            )
-
-    def _draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
-        base = self.drafter.base_logits(hidden)
-        return base if latent is None else base + self.drafter.markov_head.project(latent)
+    def blocks(self, batch: Batch, *, num_anchors: int, generator: torch.Generator) -> Blocks:
+        """Draw a batch's anchors and cut its blocks."""
+        positions, valid = sample_anchors(batch.loss_mask, batch.lengths, num_anchors, generator)
+        size = self.drafter.config.block_size
+        targets = block_targets(batch.input_ids, batch.loss_mask, batch.lengths, positions, valid, size)
+        return Blocks(batch, positions, valid, targets)
 
     def batch_loss(self, batch: Batch, *, num_anchors: int, generator: torch.Generator, weights: LossWeights) -> LossResult:
-        """Taps, anchors, drafter and loss of one batch; `.loss` carries the gradient."""
-        marks = [time.perf_counter()]
-        batch = batch.to(self.device)
-        taps, last = self.states(batch.input_ids)
-        marks.append(time.perf_counter())
-        positions, valid = sample_anchors(batch.loss_mask, batch.lengths, num_anchors, generator)
-        targets = block_targets(batch.input_ids, batch.loss_mask, batch.lengths, positions, valid, self.drafter.config.block_size)
-        hidden = self.drafter.training_hidden(taps.to(self.device), batch.input_ids.gather(1, positions), positions)
-        head = self.drafter.markov_head
-        latent = None if head is None else head.block(targets.prev_ids, hidden)
-        confidence = self.drafter.confidence(hidden, targets.prev_ids)
-        marks.append(time.perf_counter())
-        result = dspark_loss(
-            hidden=hidden,
-            latent=latent,
-            confidence_logits=confidence,
-            target_ids=targets.target_ids,
-            target_index=targets.target_index,
-            position_mask=targets.position_mask,
-            target_hidden=last,
-            draft_logits=self._draft_logits,
-            target=self._target_probabilities,
-            weights=weights,
-            parameters=self._head_weights,
-            label_index=self._label_index,
-            chunk_positions=self.config.chunk_positions,
-        )
-        marks.append(time.perf_counter())
-        self.seconds_of = dict(zip(("target_s", "backbone_s", "loss_s"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
-        return result
+        """Anchors, taps, drafter and loss of one whole batch; `.loss` carries the gradient."""
+        self.objective.seconds_of = {}
+        return self.objective(self.blocks(batch, num_anchors=num_anchors, generator=generator), weights)[1]
 
-    def _target_probabilities(self, hidden: Tensor) -> Any:
-        found = self.head(hidden.to(self.states.device))
-        if self.states.device == self.device:
-            return found
-        return type(found)(found.inside.to(self.device), found.outside.to(self.device), found.best.to(self.device))
+    @property
+    def seconds_of(self) -> dict[str, float]:
+        """Seconds of the last batch or step, by stage."""
+        return self.objective.seconds_of
 
     def _generator(self, *parts: object) -> torch.Generator:
         digest = hashlib.sha256("/".join(map(str, (self.config.seed, *parts))).encode()).digest()
@@ -396,6 +187,97 @@ class Trainer:
             self._epoch = (epoch, order)
         return collate([self.rows[i] for i in self._epoch[1][index]])
 
+    def parts(self, rows: int) -> list[slice]:
+        """This process's share of a step's rows, one slice for each accumulated part; a short step leaves some of them empty."""
+        count = self.processes * self.config.accumulation
+        each = math.ceil(rows / count)
+        first = self.accelerator.process_index * self.config.accumulation
+        starts = [min(rows, (first + i) * each) for i in range(self.config.accumulation)]
+        return [slice(start, min(rows, start + each)) for start in starts]
+
+    def step(self, fraction: float) -> dict[str, Any]:
+        """One optimizer step; returns what the log wants to know of it.
+
+        Args:
+            fraction (`float`): elapsed share of the run, from which the schedules follow.
+        """
+        config, step = self.config, self.progress.step
+        clock = time.perf_counter()
+        self.objective.seconds_of = {}
+        batch = self.batch_at(step)
+        blocks = self.blocks(batch, num_anchors=config.num_anchors, generator=self._generator("anchors", step))
+        weights = config.loss_weights_at(fraction)
+        targets = blocks.targets
+        totals = weight_totals(targets.target_ids, targets.position_mask, weights, self.objective.label_index)
+        loss, backward_s, tally = 0.0, 0.0, Tally()
+        terms: dict[str, float] = {}
+        wants_log = step % config.log_every == 0
+        for rows in self.parts(len(batch.rows)):
+            part_loss, result = self.objective(blocks.part(rows), weights, totals)
+            mark = time.perf_counter()
+            # Shards take means over processes of what has to be added up.
+            (part_loss * self.processes if self.sharded else part_loss).backward()
+            self.optimizer.accumulate()
+            backward_s += time.perf_counter() - mark
+            if wants_log:
+                loss += float(result.loss.detach())
+                tally.merge(result.tally())
+                terms = {name: terms.get(name, 0.0) + float(value) for name, value in result.terms.items()}
+        # A step's learning rate is that of its end: the first of a run is not 0, the last is.
+        learning_rate = config.learning_rate_at(fraction if config.steps is None else (step + 0.5) / config.steps)
+        norm = self.optimizer.step(learning_rate, config.clip)
+        self.progress.step += 1
+        self.progress.tokens += int(batch.lengths.sum())
+        anchors = int(targets.position_mask[:, :, 0].sum())
+        self.progress.anchors += anchors
+        self._count_skips(norm)
+        if not wants_log:
+            return {}
+        seconds = time.perf_counter() - clock
+        sums = self._sum([loss, *terms.values()])
+        return {
+            "epoch": step // self.batches_an_epoch,
+            "learning_rate": learning_rate,
+            "loss": sums[0],
+            "norm": norm,
+            "anchors": anchors,
+            "anchors_per_s": round(anchors / seconds, 1),
+            "positions": int(targets.position_mask.sum()),
+            "width": batch.input_ids.shape[1],
+            "terms": {name: round(value, 5) for name, value in zip(terms, sums[1:], strict=True)},
+            "metrics": self._merge(tally).values(),
+            **{name: round(value, 4) for name, value in {**self.seconds_of, "backward_s": backward_s, "step_s": seconds}.items()},
+        }
+
+    def _sum(self, values: list[float]) -> list[float]:
+        """Sums of these numbers over all processes."""
+        if self.processes == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        return self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum").tolist()
+
+    def _merge(self, tally: Tally) -> Tally:
+        """The tally of all processes."""
+        if self.processes == 1:
+            return tally
+        total = Tally()
+        for name, pair in tally.sums.items():
+            top, bottom = (self.accelerator.reduce(t.to(self.accelerator.device), reduction="sum").cpu() for t in pair)
+            total.add(name, top, bottom)
+        return total
+
+    def _count_skips(self, norm: float) -> None:
+        if math.isfinite(norm):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        self._log("skipped", norm=str(norm))
+        if self._skipped == _SKIPS_IN_A_ROW:
+            raise RuntimeError(
+                f"the gradient was not finite in {self._skipped} steps in a row at step {self.progress.step}; allowed: finite. Lower the "
+                f"learning rate, or start from an earlier checkpoint in {self.files.checkpoints}."
+            )
+
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def seconds(self) -> float:
@@ -403,10 +285,16 @@ class Trainer:
         return self.progress.seconds + time.monotonic() - self._started
 
     def fraction(self) -> float:
-        """Elapsed share of the run, in [0, 1]."""
+        """Elapsed share of the run, in [0, 1], the same in every process."""
         if self.config.steps is not None:
             return self.progress.step / self.config.steps
-        return min(1.0, self.seconds() / (60 * self.config.minutes))  # type: ignore[operator]
+        return self._agree(min(1.0, self.seconds() / (60 * self.config.minutes)))  # type: ignore[operator]
+
+    def _agree(self, value: Any) -> Any:
+        """The first process's value in all processes: their clocks differ."""
+        if self.processes == 1:
+            return value
+        return broadcast_object_list([value])[0]
 
     def train(self, *, stop_after: int | None = None) -> Progress:
         """Resume where the output folder stands, train to the end, evaluate, and save `best` and `final`.
@@ -427,69 +315,34 @@ class Trainer:
             held_out_rows=len(self.held_out),
             batches_an_epoch=self.batches_an_epoch,
             parameters=sum(p.numel() for p in self.optimizer.parameters),
+            processes=self.processes,
             config=asdict(config),
         )
         last_checkpoint = self.seconds()
-        skipped = 0
         self.drafter.train()
         while (fraction := self.fraction()) < 1:
             if stop_after is not None and self.progress.step - begin >= stop_after:
                 self.checkpoint()
                 return self.progress
-            clock = time.perf_counter()
-            step = self.progress.step
-            batch = self.batch_at(step)
-            result = self.batch_loss(
-                batch,
-                num_anchors=config.num_anchors,
-                generator=self._generator("anchors", step),
-                weights=config.loss_weights_at(fraction),
-            )
-            mark = time.perf_counter()
-            result.loss.backward()
-            backward_s = time.perf_counter() - mark
-            # A step's learning rate is that of its end: the first of a run is not 0, the last is.
-            learning_rate = config.learning_rate_at(fraction if config.steps is None else (step + 0.5) / config.steps)
-            norm = self.optimizer.step(learning_rate, config.clip)
-            self.progress.step += 1
-            self.progress.tokens += int(batch.lengths.sum())
-            self.progress.anchors += int(result.position_mask[:, :, 0].sum())
-            if math.isfinite(norm):
-                skipped = 0
-            else:
-                skipped += 1
-                self._log("skipped", norm=str(norm))
-                if skipped == _SKIPS_IN_A_ROW:
-                    raise RuntimeError(
-                        f"the gradient was not finite in {skipped} steps in a row at step {step}; allowed: finite. "
-                        f"Lower the learning rate, "
-                        f"or start from an earlier checkpoint in {self.output / 'checkpoints'}."
-                    )
-            if step % config.log_every == 0:
-                wall = time.perf_counter() - clock
-                times = {**self.seconds_of, "backward_s": backward_s, "step_s": wall}
-                self._log(
-                    "step",
-                    epoch=step // self.batches_an_epoch,
-                    learning_rate=learning_rate,
-                    loss=float(result.loss.detach()),
-                    norm=norm,
-                    positions=int(result.position_mask.sum()),
-                    width=batch.input_ids.shape[1],
-                    labels_outside=int(result.labels_outside),
-                    terms={k: round(float(v), 5) for k, v in result.terms.items()},
-                    metrics=result.tally().values(),
-                    **{k: round(v, 4) for k, v in times.items()},
+            record = self.step(fraction)
+            if record:
+                self._log_step(record)
+            due = self._agree(
+                (
+                    self.seconds() - self.progress.last_evaluation >= 60 * config.evaluation_minutes,
+                    self.seconds() - last_checkpoint >= 60 * config.checkpoint_minutes,
                 )
-            if self.seconds() - self.progress.last_evaluation >= 60 * config.evaluation_minutes and self.fraction() < 1:
+            )
+            if due[0] and self.fraction() < 1:
                 self._evaluate_and_keep(config.evaluation_rows)
-            if self.seconds() - last_checkpoint >= 60 * config.checkpoint_minutes:
+            if due[1]:
                 self.checkpoint()
                 last_checkpoint = self.seconds()
         self._evaluate_and_keep(len(self.held_out), closing=True)
-        self._save_drafter("final")
+        self._save("final")
         self.checkpoint()
         self._log("end", best_step=self.progress.best_step, best_score=self.progress.best_score)
+        self.files.close()
         return self.progress
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -511,22 +364,38 @@ class Trainer:
             for key in sorted({name for names in keys for name in names}):
                 mine = torch.tensor([key in names for names in keys])
                 tallies.setdefault(key, Tally()).merge(result.tally(mine))
+        if self.sharded:
+            cast(Any, self.objective).reshard()
         self.drafter.train()
         return {key: tally.values() for key, tally in sorted(tallies.items())}
 
     @staticmethod
     def score(metrics: dict[str, Any]) -> float | None:
-        """What `best` maximises: the mean over temperatures of tau_greedy (T = 0) or tau_sampled (T > 0)."""
+        """What `best` maximises without real decoding: the mean over temperatures of tau_greedy (T = 0) or tau_sampled (T > 0)."""
         taus = [values["tau_greedy" if key == "T=0" else "tau_sampled"] for key, values in metrics.items() if key.startswith("T=")]
         known = [tau for tau in taus if tau is not None]
         return sum(known) / len(known) if known else None
 
+    def _decoded(self) -> dict[str, Any] | None:
+        """Figures of real decoding, made by the first process and known to all."""
+        if self.decode is None:
+            return None
+        figures = None
+        weights = self._whole_weights()
+        if self.accelerator.is_main_process:
+            drafter = self.drafter if weights is None else self._copy_with(weights)
+            drafter.eval()
+            figures = self.decode(drafter)
+            drafter.train()
+        return self._agree(figures)
+
     def _evaluate_and_keep(self, count: int, *, closing: bool = False) -> None:
-        if not self.held_out:
+        decoded = self._decoded()
+        if not self.held_out and decoded is None:
             if closing:
-                self._save_drafter("best")
+                self._save("best")
             return
-        metrics = self.evaluate(self.held_out[:count])
+        metrics = self.evaluate(self.held_out[:count]) if self.held_out else {}
         score = self.score(metrics)
         point = {
             "step": self.progress.step,
@@ -534,82 +403,108 @@ class Trainer:
             "anchors": self.progress.anchors,
             "rows": min(count, len(self.held_out)),
             "score": score,
+            **({} if decoded is None else {"decoded": decoded}),
         }
-        self.progress.curve.append({**point, "all": metrics["all"], **{k: v for k, v in metrics.items() if k.startswith("T=")}})
+        kept = {key: values for key, values in metrics.items() if key == "all" or key.startswith("T=")}
+        self.progress.curve.append({**point, **kept})
         self._log("evaluation", **point, closing=closing, metrics=metrics)
-        # The closing evaluation sees more rows, so its score is compared on the rows that the others saw.
-        if closing and count > self.config.evaluation_rows:
+        self._log_evaluation(metrics, decoded)
+        if decoded is not None:
+            score = decoded["tau"]
+        elif closing and count > self.config.evaluation_rows:
+            # The closing evaluation sees more rows, so its score is compared on the rows that the others saw.
             score = self.score(self.evaluate(self.held_out[: self.config.evaluation_rows]))
         best = self.progress.best_score
         if best is None or (score is not None and score >= best):
             self.progress.best_score, self.progress.best_step = score, self.progress.step
-            self._save_drafter("best")
+            self._save("best")
         self.progress.last_evaluation = self.seconds()
 
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _log(self, event: str, **fields: Any) -> None:
         record = {"event": event, "step": self.progress.step, "seconds": round(self.seconds(), 2), **fields}
-        with (self.output / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
-        if self.announce is not None:
+        self.files.log(record)
+        if self.announce is not None and self.accelerator.is_main_process:
             self.announce(record)
 
-    def _save_drafter(self, name: str) -> None:
-        waiting = self.output / f".tmp-{name}"
-        shutil.rmtree(waiting, ignore_errors=True)
-        self.drafter.save_pretrained(waiting)
-        shutil.rmtree(self.output / name, ignore_errors=True)
-        os.replace(waiting, self.output / name)
+    def _log_step(self, record: dict[str, Any]) -> None:
+        self._log("step", **record)
+        names = ("loss", "norm", "learning_rate", "anchors_per_s")
+        scalars = {f"train/{name}": record[name] for name in names} | {f"loss/{name}": value for name, value in record["terms"].items()}
+        self.files.scalars(scalars | flat_metrics("train", record["metrics"]), self.progress.step)
+
+    def _log_evaluation(self, metrics: dict[str, Any], decoded: dict[str, Any] | None) -> None:
+        scalars: dict[str, float] = {}
+        for key, values in metrics.items():
+            if key == "all" or key.startswith("T="):
+                scalars |= flat_metrics(f"held_out/{key}", values)
+        if decoded is not None:
+            scalars |= flat_metrics("decoded", decoded)
+        self.files.scalars(scalars, self.progress.step)
+
+    def _whole_weights(self) -> dict[str, Tensor] | None:
+        """The drafter's state put together from its shards, in every process; None where it is whole anyway."""
+        if not self.sharded:
+            return None
+        return {name: whole(tensor.detach()) for name, tensor in self.drafter.state_dict().items()}
+
+    def _copy_with(self, weights: dict[str, Tensor]) -> Any:
+        """An unsharded drafter with these weights, bound to the same target."""
+        copied = type(self.drafter)(copy.deepcopy(self.drafter.config)).to(self.device, self.drafter.config.dtype)
+        copied.load_state_dict(weights)
+        return copied.bind(self.states.target)
+
+    def _save(self, name: str) -> None:
+        """Write the drafter as the subfolder `name`."""
+        self.files.save_drafter(self.drafter, name, self._whole_weights())
+        self.accelerator.wait_for_everyone()
 
     def _fingerprint(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(repr((row.prompt_ids, row.response_ids)).encode())
-        config = {name: value for name, value in asdict(self.config).items() if name not in _CADENCE}
+        config = {name: value for name, value in asdict(self.config).items() if name not in _CADENCE | _SHARING}
         return {**config, "rows": len(self.rows), "data": digest.hexdigest()}
 
     def checkpoint(self) -> Path:
-        """Write `checkpoints/step-*` whole or not at all: a temporary folder, flushed to disk, then renamed."""
-        folder = self.output / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        name = f"step-{self.progress.step:08d}"
-        waiting = folder / f".tmp-{name}"
-        shutil.rmtree(waiting, ignore_errors=True)
-        waiting.mkdir()
-        progress = {**asdict(self.progress), "seconds": self.seconds()}
+        """Write `checkpoints/step-*` whole or not at all."""
         state = {
-            "progress": progress,
+            "progress": {**asdict(self.progress), "seconds": self.seconds()},
             "fingerprint": self._fingerprint(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        with (waiting / "state.pt").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(waiting, folder / name)
-        for old in sorted(folder.glob("step-*"))[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
-        return folder / name
+        path = self.files.save_checkpoint(self.progress.step, state)
+        self.accelerator.wait_for_everyone()
+        return path
 
     def resume(self) -> bool:
         """Load the newest whole checkpoint of the output folder; False where there is none."""
-        folder = self.output / "checkpoints"
-        for half_written in folder.glob(".tmp-*"):
-            shutil.rmtree(half_written)
-        found = sorted(folder.glob("step-*/state.pt"))
-        if not found:
+        found = self.files.newest_checkpoint()
+        if found is None:
             return False
-        state = torch.load(found[-1], map_location="cpu", weights_only=True)
+        path, state = found
         mine, theirs = self._fingerprint(), state["fingerprint"]
         differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         if differing:
             listed = ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in differing)
-            raise CheckpointError(f"{found[-1]} belongs to another run ({listed}); allowed: the same. Use another output folder.")
+            raise CheckpointError(f"{path} belongs to another run ({listed}); allowed: the same. Use another output folder.")
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         self.progress = Progress(**state["progress"])
         self._started = time.monotonic()
         return True
+
+
+def flat_metrics(prefix: str, values: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a nested record under slash-separated names; lists by position from 1; what is not a number is left out."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flat_metrics(f"{prefix}/{name}", value)
+        elif isinstance(value, list):
+            flat |= {f"{prefix}/{name}_{k}": float(v) for k, v in enumerate(value, start=1) if isinstance(v, int | float)}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{prefix}/{name}"] = float(value)
+    return flat

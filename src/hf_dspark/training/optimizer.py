@@ -1,0 +1,117 @@
+"""AdamW on float32 masters of low-precision weights, over one process or several. Does not know models, losses or files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dspark.errors import CheckpointError
+from hf_dspark.training.objective import like, whole
+
+
+class MasterAdamW:
+    """AdamW on float32 copies of the parameters, which themselves stay in the dtype they compute in.
+
+    Gradients of the parts of a step are added up in float32, and over processes where there are several.
+
+    Args:
+        parameters: trainable tensors of the drafter, any float dtype.
+        weight_decay (`float`): decoupled.
+        reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where the
+            gradients arrive reduced (one process, or FSDP).
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        weight_decay: float = 0.0,
+        reduce: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay, fused=True)
+        self._reduce = reduce
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Move the parameters' gradients onto those of the masters."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.to(torch.float32, copy=True)
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, clip: float) -> float:
+        """Accumulate, reduce, clip, step, copy back and drop the gradients.
+
+        Returns:
+            `float`: gradient norm before clipping, the same in every process. When it is not finite no parameter
+                changes.
+        """
+        self.accumulate()
+        self._reduce_gradients()
+        norm = float(whole(nn.utils.clip_grad_norm_(self.masters, clip)))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.copy_back()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _reduce_gradients(self) -> None:
+        if self._reduce is None:
+            return
+        flat = torch.cat([torch.zeros_like(m).flatten() if m.grad is None else m.grad.flatten() for m in self.masters])
+        self._reduce(flat)
+        for master, piece in zip(self.masters, flat.split([m.numel() for m in self.masters]), strict=True):
+            master.grad = piece.view_as(master)
+
+    @torch.no_grad()
+    def copy_back(self) -> None:
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            parameter.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters and AdamW's state, put together from their shards where there are several; all processes must call it."""
+        state = self.optimizer.state_dict()
+        moments = {
+            index: {name: whole(value) if torch.is_tensor(value) else value for name, value in of_one.items()}
+            for index, of_one in state["state"].items()
+        }
+        return {"masters": [whole(master) for master in self.masters], "optimizer": {**state, "state": moments}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, whatever the number of processes was.
+
+        Raises:
+            CheckpointError: if the tensors have other shapes than this drafter's.
+        """
+        saved = state["masters"]
+        if [tuple(t.shape) for t in saved] != [tuple(t.shape) for t in self.masters]:
+            raise CheckpointError(
+                f"the checkpoint holds {len(saved)} tensors that do not fit this drafter's {len(self.masters)}; allowed: the same "
+                "architecture. Start in another output folder."
+            )
+        with torch.no_grad():
+            for master, value in zip(self.masters, saved, strict=True):
+                master.copy_(like(value, master))
+        stored = state["optimizer"]
+        moments = {
+            index: {
+                name: like(value, self.masters[index]) if torch.is_tensor(value) and value.dim() else value
+                for name, value in of_one.items()
+            }
+            for index, of_one in stored["state"].items()
+        }
+        self.optimizer.load_state_dict({**stored, "state": moments})
+        self.copy_back()
