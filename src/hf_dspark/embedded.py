@@ -100,7 +100,7 @@ def embedded_drafter_path() -> Path:
     raise CheckpointError(
         f"the embedded drafter {DRAFTER_NAME!r} is missing: no config.json in {places[0]} (a wheel's copy) "
         f"nor in {places[1]} (a checkout's); "
-        "reinstall hf-dspark, or train one with scripts/train_smollm2_drafter.py and name its folder"
+        "reinstall hf-dspark, or train one with scripts/smollm2_dspark.sh and name its folder"
     )
 
 

@@ -29,6 +29,7 @@ import torch
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.modeling_dspark import DSparkDrafter
 from hf_dspark.training import ResponseRow, Trainer, TrainingConfig
+from hf_dspark.training.memory import keep_freed_memory
 
 STAGES = ("target_s", "backbone_s", "loss_s", "backward_s", "optimizer_s")
 _RESERVED_IDS = 8  # the first ids of a vocabulary are special tokens more often than not
@@ -404,6 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.worker:
         from hf_dspark.hub import load_target
 
+        keep_freed_memory()  # as `hf-dspark train` does
         target, tokenizer = load_target(args.target, dtype=args.dtype)
         drafter = {"draft_vocab_size": args.draft_vocab_size, "mask_token_id": args.mask_token_id}
         figures = time_steps(target, shape, tokenizer=tokenizer, **drafter, **counts)

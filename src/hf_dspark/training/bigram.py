@@ -59,11 +59,11 @@ def start_sequential_head(drafter: Any, target: Any, rows: Sequence[ResponseRow]
             break
         ids = torch.tensor(row.prompt_ids + row.response_ids)
         _, last = states.of_batch(ids[None], torch.tensor([len(ids)]))
-        begin = len(row.prompt_ids) - 1
-        here = ids[begin:]
-        sums.index_add_(0, here, last[0, begin:].float().cpu())
-        counts.index_add_(0, here, torch.ones(len(here)))
-        following.index_add_(0, here[1:], torch.ones(len(here) - 1))
+        for begin, end in row.spans:
+            here = ids[begin - 1 : end]
+            sums.index_add_(0, here, last[0, begin - 1 : end].float().cpu())
+            counts.index_add_(0, here, torch.ones(len(here)))
+            following.index_add_(0, here[1:], torch.ones(len(here) - 1))
         read += len(ids)
     seen = sums / counts.clamp(min=1)[:, None]
     means = (sums + _PRIOR_COUNT * _predicted_states(target, seen, counts)) / (counts + _PRIOR_COUNT)[:, None]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_CACHED_NUMBERS = 2**20  # of float32: 4 MiB
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,20 @@ class TargetProbabilities:
     best: Tensor
 
 
+def row_blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows that elementwise work goes through one after the other: as many as a CPU's cache holds a few copies of; all at once on
+    an accelerator.
+
+    Args:
+        count (`int`): rows.
+        width (`int`): float32 numbers of a row.
+        device (`torch.device`): where they are.
+    """
+    size = max(1, _CACHED_NUMBERS // width) if device.type == "cpu" else max(1, count)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
 class TargetHead:
     """p_t from the target's last hidden states, for as few positions at a time as the caller asks for.
 
@@ -96,10 +112,8 @@ class TargetHead:
             self._weight, self._bias = weight[order], None if bias is None else bias.detach()[order]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `(m, vocab)`; the draft columns come first where the head is a plain linear one."""
-        logits = self._head(hidden) if self._weight is None else F.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
-        logits = logits.float()
-        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+        """Logits `(m, vocab)` before the soft-cap, in the head's dtype; draft columns come first where it is a plain linear layer."""
+        return self._head(hidden) if self._weight is None else F.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> TargetProbabilities:
@@ -111,20 +125,26 @@ class TargetHead:
             `TargetProbabilities`: float32.
         """
         logits = self.logits(hidden)
-        top, best = logits.max(dim=-1)
-        exponentials = logits.sub_(top.unsqueeze(1)).exp_()
-        total = exponentials.sum(dim=-1, keepdim=True)
+        count, vocab = logits.shape
+        size = vocab if self._ids is None else self._ids.numel()
+        ids = None if self._ids is None or self._weight is not None else self._ids.to(logits.device)
+        inside = torch.empty(count, size, device=logits.device)
+        best = torch.empty(count, dtype=torch.long, device=logits.device)
+        for block in row_blocks(count, vocab, logits.device):
+            z = logits[block].float()
+            if self._softcap is not None:
+                z = torch.tanh(z / self._softcap) * self._softcap
+            best[block] = z.argmax(dim=-1)
+            p = z.softmax(dim=-1)
+            inside[block] = p[:, :size] if ids is None else p[:, ids]
         if self._ids is None:
-            return TargetProbabilities(exponentials.div_(total), torch.zeros_like(top), best)
-        size = self._ids.numel()
-        if self._weight is None:
-            ids = self._ids.to(logits.device)
-            index = torch.full((logits.shape[1],), -1, dtype=torch.long, device=logits.device)
-            index[ids] = torch.arange(size, device=logits.device)
-            inside, best = exponentials[:, ids], index[best]
+            return TargetProbabilities(inside, torch.zeros_like(inside[:, 0]), best)
+        if ids is None:
+            best = best.masked_fill(best >= size, -1)
         else:
-            inside, best = exponentials[:, :size], best.masked_fill(best >= size, -1)
-        inside = inside / total
+            index = torch.full((vocab,), -1, dtype=torch.long, device=logits.device)
+            index[ids] = torch.arange(size, device=logits.device)
+            best = index[best]
         return TargetProbabilities(inside, (1 - inside.sum(dim=-1)).clamp_(min=0), best)
 
 
@@ -253,34 +273,38 @@ class _BlockObjective(torch.autograd.Function):
                 if latent is not None:
                     inputs.append(latent[part].detach().requires_grad_(positions.needs_grad))
                 logits = positions.draft_logits(inputs[0], inputs[1] if latent is not None else None)
-            z = logits.detach().to(torch.float32, copy=True)
+            raw = logits.detach()
+            slopes = torch.empty_like(raw) if positions.needs_grad else None
             rows = positions.target_rows[part]
             first = int(rows[0])
             p_t = positions.target(positions.target_hidden[first : int(rows[-1]) + 1])
-            rows = rows - first
-            agreement[part] = z.argmax(dim=-1) == p_t.best[rows]
-            log_total = z.logsumexp(dim=-1, keepdim=True)
-            labels = positions.labels[part].clamp(min=0).unsqueeze(1)
-            known = positions.labels[part] >= 0
-            cross_entropy[part] = (log_total - z.gather(1, labels)).squeeze(1) * known
-            inside, outside = p_t.inside[rows], p_t.outside[rows]
-            if positions.soft:
-                soft_cross_entropy[part] = log_total.squeeze(1) * (1 - outside) - (z * inside).sum(dim=-1)
-            p_d = z.sub_(log_total).exp_()
-            difference = p_d - inside
-            distance[part] = difference.abs().sum(dim=-1) + outside
-            if not positions.needs_grad:
+            for block in row_blocks(*raw.shape, device):
+                here = slice(start + block.start, start + block.stop)
+                index = rows[block] - first
+                inside, outside = p_t.inside[index], p_t.outside[index]
+                z = raw[block].float()
+                agreement[here] = z.argmax(dim=-1) == p_t.best[index]
+                labels = positions.labels[here].clamp(min=0).unsqueeze(1)
+                p_d = z.log_softmax(dim=-1)
+                cross_entropy[here] = -p_d.gather(1, labels).squeeze(1) * (positions.labels[here] >= 0)
+                if positions.soft:
+                    soft_cross_entropy[here] = -(p_d * inside).sum(dim=-1)
+                p_d.exp_()
+                difference = p_d - inside
+                distance[here] = torch.linalg.vector_norm(difference, ord=1, dim=-1) + outside
+                if slopes is None:
+                    continue
+                ce, tv, soft = (scale[here].unsqueeze(1) for scale in (positions.ce_scale, positions.tv_scale, positions.soft_scale))
+                signed = difference.sign_().mul_(p_d)
+                mean_sign = signed.sum(dim=-1, keepdim=True)
+                slope = signed.mul_(tv).addcmul_(p_d, ce - tv * mean_sign + soft * (1 - outside).unsqueeze(1))
+                if positions.soft:
+                    slope.sub_(inside.mul_(soft))
+                slopes[block] = slope.scatter_add_(1, labels, -ce)
+            if slopes is None:
                 continue
-            sign = difference.sign_()
-            mean_sign = (p_d * sign).sum(dim=-1, keepdim=True)
-            ce, tv = positions.ce_scale[part].unsqueeze(1), positions.tv_scale[part].unsqueeze(1)
-            soft = positions.soft_scale[part].unsqueeze(1)
-            slope = sign.mul_(tv).add_(ce - tv * mean_sign + soft * (1 - outside).unsqueeze(1)).mul_(p_d)
-            if positions.soft:
-                slope.sub_(inside.mul_(soft))
-            slope.scatter_add_(1, labels, -ce)
             wanted = [*inputs, *parameters]
-            found = torch.autograd.grad(logits, wanted, slope.to(logits.dtype), allow_unused=True)
+            found = torch.autograd.grad(logits, wanted, slopes, allow_unused=True)
             grads[0][part] = found[0]  # type: ignore[index]
             if latent is not None:
                 grads[1][part] = found[1]  # type: ignore[index]
@@ -346,10 +370,9 @@ def dspark_loss(
     Source: paper Eqs. 8-12. Differs: the weights are normalised by their sum.
 
     Memory: logits exist for one chunk of n positions at a time, and p_t once for each distinct target position in it
-    (m <= n). Peak, in bytes: n V_d (2 in bf16 + 4 z, p_d + 4 p_t + 4 difference, slope + 4 a product + 2 slope in
-    bf16) +
-    m (2 V + 4 V + 4 V_d), about 20 n V_d + 10 m V; for n = 256, m = 128, V = 49,152, V_d = 12,288: 126 MB. Nothing of
-    vocabulary size survives the call but gradients of the head's own weights.
+    (m <= n). Peak, in bytes: n V_d (2 logits in bf16 + 2 their gradient) + m (2 V + 4 V_d), and on a CPU a few blocks of
+    4 MiB besides (on an accelerator 16 n V_d + 8 m V: all rows at once); for n = 256, m = 128, V = 49,152,
+    V_d = 12,288: 31 MB. Nothing of vocabulary size survives the call but gradients of the head's own weights.
 
     Args:
         hidden (`torch.Tensor` of shape `(batch, anchors, block_size, hidden)`): h from the drafter.

@@ -463,7 +463,7 @@ class Trainer:
     def _fingerprint(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(repr((row.prompt_ids, row.response_ids)).encode())
+            digest.update(repr((row.prompt_ids, row.response_ids, row.spans)).encode())
         config = {name: value for name, value in asdict(self.config).items() if name not in _CADENCE | _SHARING}
         return {**config, "rows": len(self.rows), "data": digest.hexdigest()}
 
