@@ -151,6 +151,18 @@ def test_a_killed_and_resumed_training_equals_the_uninterrupted_one(target: Path
 
 
 @pytest.mark.parametrize("name", ["data", "train", "finetune"])
+def test_every_option_has_words_of_its_own(name: str) -> None:
+    """No option is declared without help."""
+    from typer.main import get_command
+
+    from hf_dspark.cli.app import app
+
+    parameters = get_command(app).commands[name].params  # type: ignore[attr-defined]
+    assert len(parameters) > 10
+    assert [p.name for p in parameters if not p.help and p.name != "help"] == []
+
+
+@pytest.mark.parametrize("name", ["data", "train", "finetune"])
 def test_help_explains_every_option(name: str) -> None:
     """--help names each option with words behind it, and answers without importing torch."""
     code = (
@@ -178,7 +190,7 @@ def test_data_of_another_target_is_refused(data: Path, tmp_path: Path) -> None:
     done = run(*training(other, data, tmp_path / "run", "--steps", 2), fails=True)
     assert done.returncode == 2
     assert str(data) in done.stderr
-    assert "target" in done.stderr
+    assert "fingerprint" in done.stderr
 
 
 def test_a_drafter_of_another_target_is_refused(target: Path, data: Path, tmp_path: Path) -> None:
@@ -202,6 +214,52 @@ def test_a_corrupt_shard_is_named(target: Path, data: Path, tmp_path: Path) -> N
     shard.write_text("\n".join(lines), encoding="utf-8")
     done = run(*training(target, folder, tmp_path / "run", "--steps", 2), fails=True)
     assert f"{shard}, line 2" in done.stderr
+
+
+def test_a_trained_drafter_is_trained_further_and_its_card_says_so(target: Path, data: Path, trained: Path, tmp_path: Path) -> None:
+    """train --drafter starts from that drafter's weights; the card names it and claims no shape of its own."""
+    step = ("--batch-size", 4, "--anchors", 8, "--decode-prompts", 0, "--dtype", "fp32", "--steps", 3)
+    run("train", "--target", target, "--data", data, "--drafter", trained / "best", "--output", tmp_path, *step)
+    card = (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
+    assert "| base | best, fingerprint" in card
+    assert "rank 256" not in card
+    assert str(tmp_path) not in card
+    assert json.loads((tmp_path / "best" / "config.json").read_text(encoding="utf-8"))["markov_rank"] == 4
+
+
+def test_a_finished_run_is_left_alone(target: Path, data: Path, trained: Path) -> None:
+    """The same command once more changes no weight and adds nothing to the curve."""
+
+    def standing() -> tuple[int, int]:
+        curve = json.loads((trained / "recipe.json").read_text(encoding="utf-8"))["curve"]
+        return (trained / "final" / "model.safetensors").stat().st_mtime_ns, len(curve)
+
+    before = standing()
+    run(*training(target, data, trained, "--steps", 12, "--json"))
+    assert standing() == before
+
+
+@pytest.mark.parametrize("changed", [("--block-size", 2), ("--mask-token", 4), ("--dtype", "bf16")])
+def test_a_run_is_not_resumed_as_another_kind_of_drafter(target: Path, data: Path, trained: Path, changed: tuple[object, ...]) -> None:
+    """Shapes may agree where block, mask token or dtype do not; the difference is named."""
+    done = run(*training(target, data, trained, "--steps", 12, *changed), fails=True)
+    assert done.returncode == 2
+    assert "belongs to another run" in done.stderr
+
+
+@pytest.mark.parametrize("given", [("--layers", 3), ("--start", "random")])
+def test_options_without_effect_are_refused(target: Path, data: Path, tmp_path: Path, given: tuple[object, ...]) -> None:
+    """An option that a given drafter decides is an error, not a silence."""
+    done = run("train", "--target", target, "--data", data, "--output", tmp_path, "--steps", 2, "--drafter", "x", *given, fails=True)
+    assert f"{given[0]} would have no effect" in " ".join(done.stderr.split())
+
+
+def test_an_output_that_cannot_be_written_is_found_first(target: Path, data: Path, tmp_path: Path) -> None:
+    """A file stands where the folder should be: one line, before anything is loaded."""
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    done = run(*training(target, data, tmp_path / "file" / "run", "--steps", 2), fails=True)
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr
 
 
 def test_lengths_exclude_each_other(target: Path, data: Path, tmp_path: Path) -> None:

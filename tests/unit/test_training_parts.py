@@ -17,7 +17,7 @@ from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
 from hf_dspark.training import ResponseRow, TargetStates, Trainer, collate
 from hf_dspark.training.files import RunFolder
 from hf_dspark.training.making import DrafterShape, make_drafter, mask_id_of
-from hf_dspark.training.trainer import flat_metrics
+from hf_dspark.training.trainer import flat_metrics, load_weights
 from tests.unit.test_report import FINETUNED, RECIPE
 from tests.unit.test_training import tiny_config, tiny_drafter, tiny_rows, tiny_target
 
@@ -58,17 +58,18 @@ def test_kept_states_stay_within_their_memory():
 
 
 def test_a_run_with_kept_states_is_the_run_without(tmp_path):
-    """Two epochs with and without kept states end with the same weights, within float noise, and nothing on disk but the run's files."""
+    """Two epochs with and without kept states have the same losses, within float noise, and nothing on disk but the run's files."""
     target = tiny_target()
     runs = {}
     for memory in (0.0, 0.01):
         folder = tmp_path / str(memory)
         trainer = Trainer(tiny_drafter(target), target, tiny_rows(), [], tiny_config(steps=8, states_memory_gib=memory), folder)
         trainer.train()
-        runs[memory] = trainer.drafter
+        with (folder / "log.jsonl").open(encoding="utf-8") as lines:
+            runs[memory] = [event["loss"] for event in map(json.loads, lines) if event["event"] == "step"]
         assert {path.name for path in folder.iterdir()} == {"log.jsonl", "checkpoints", "best", "final", "tensorboard"}
-    for (name, mine), other in zip(runs[0.01].named_parameters(), runs[0.0].parameters(), strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3, msg=name)
+    assert len(runs[0.0]) == 8
+    assert runs[0.01] == pytest.approx(runs[0.0], rel=1e-3)
 
 
 # -- what a run leaves ---------------------------------------------------------------------------------------------
@@ -280,3 +281,33 @@ def test_decoded_tau_is_that_of_generate(tmp_path):
     assert set(found["T=0"]["by_source"]) == {"chat", "code"}
     assert found["tau"] == pytest.approx((found["T=0"]["tau"] + found["T=1"]["tau"]) / 2)
     assert all(torch.equal(value, before[name]) for name, value in drafter.state_dict().items())
+
+
+# -- what a run is ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_run_come_with_their_draft_vocabulary(tmp_path):
+    """Row j of W2 belongs to draft id j of the run it comes from, whatever ids the new drafter was made with."""
+    target = tiny_target()
+    first = tiny_drafter(target, draft_token_ids=torch.arange(0, 50, 2))
+    Trainer(first, target, tiny_rows(), [], tiny_config(), tmp_path).train()
+    second = tiny_drafter(target, draft_token_ids=torch.arange(1, 51, 2))
+    assert load_weights(second, tmp_path) == 6
+    assert torch.equal(second.draft_token_ids, first.draft_token_ids)
+    hidden = torch.randn(4, 32)
+    assert torch.equal(second.base_logits(hidden), first.base_logits(hidden))
+
+
+def test_weights_of_another_kind_of_drafter_are_refused(tmp_path):
+    """Shapes agree, taps do not."""
+    target = tiny_target()
+    Trainer(tiny_drafter(target), target, tiny_rows(), [], tiny_config(), tmp_path).train(stop_after=1)
+    with pytest.raises(CheckpointError, match=r"another kind of drafter \(target_layer_ids \[0, 2\] there, \[1, 2\] here\)"):
+        load_weights(tiny_drafter(target, target_layer_ids=[1, 2]), tmp_path)
+
+
+def test_a_float16_drafter_is_not_trained(tmp_path):
+    """Gradients would underflow without a word."""
+    target = tiny_target().half()
+    with pytest.raises(ValueError, match="float16"):
+        Trainer(tiny_drafter(target), target, tiny_rows(), [], tiny_config(), tmp_path)

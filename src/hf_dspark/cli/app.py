@@ -288,6 +288,7 @@ TargetName = Annotated[str | None, typer.Option(help="The target's name for conf
 
 @app.command()
 def train(
+    context: typer.Context,
     data: DataPaths,
     output: RunFolder,
     target: Target = "smollm2",
@@ -338,6 +339,9 @@ def train(
     scalars, resumable checkpoints, and the drafters `best` and `final` with a card. Run the same command again after an interruption.
     Several processes: `accelerate launch -m hf_dspark train ..`.
     """
+    if drafter is not None:
+        _refuse_given(context, "--drafter brings them along", "layers", "block_size", "head", "rank", "taps", "mask_token", "draft_vocab")
+        _refuse_given(context, "--drafter brings its weights along", "start", "head_start", "start_from", "target_name")
     from hf_dspark.cli.train import RunOptions, run_train
     from hf_dspark.training.making import DrafterShape
 
@@ -391,6 +395,14 @@ def train(
     run_train(options, config, shape, start_from=start_from, drafter_name=drafter)
 
 
+def _refuse_given(context: typer.Context, why: str, *names: str) -> None:
+    """Refuse options that would have no effect."""
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        listed = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise typer.BadParameter(f"{listed} would have no effect: {why}. Leave one of them out.")
+
+
 def _length(steps: int | None, minutes: float | None, epochs: float | None) -> float | None:
     """The epochs, once exactly one of the three lengths is given."""
     if sum(length is not None for length in (steps, minutes, epochs)) != 1:
@@ -400,6 +412,7 @@ def _length(steps: int | None, minutes: float | None, epochs: float | None) -> f
 
 @app.command()
 def finetune(
+    context: typer.Context,
     data: DataPaths,
     output: RunFolder,
     target: Target = "smollm2",
@@ -437,6 +450,8 @@ def finetune(
     Make the data with `hf-dspark data` from prompts of the domain. The target is never changed, and neither is its output's distribution.
     Use the adapter with drafter.load_adapter(FOLDER), or merge it with hf_dspark.adapters.merge_adapter(drafter).
     """
+    if lora_rank == 0:
+        _refuse_given(context, "there is no adapter with --lora-rank 0", "lora_alpha", "lora_target", "lora_dropout", "adapter_name")
     from hf_dspark.cli.train import LoraOptions, RunOptions, run_finetune
 
     options = RunOptions(

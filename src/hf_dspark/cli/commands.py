@@ -7,6 +7,7 @@ Progress goes to stderr, results to stdout; a JSON object is one line and the la
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +185,12 @@ def pick_device(name: str) -> torch.device:
         ValueError: if torch does not know the name, or the machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Of several launched processes each has its own.
+        local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -192,6 +198,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
+
+
+def plain_name(target: str) -> str:
+    """A target's name without folders, which differ from machine to machine."""
+    return Path(target).expanduser().resolve().name if Path(target).expanduser().is_dir() else target
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hf_dspark.cli.commands import load_quietly, pick_device, print_json
+from hf_dspark.cli.commands import load_quietly, pick_device, plain_name, print_json
 from hf_dspark.errors import DataError
 from hf_dspark.hub import load_target, parse_dtype
 from hf_dspark.training.conversations import ChatTemplate, Opening, Prompt, prompt_key, read_openings, read_prompts
@@ -84,7 +84,7 @@ def run_data(options: DataOptions, settings: DataSettings) -> None:
     with load_quietly(options.target):
         target, tokenizer = load_target(options.target, dtype=options.dtype, device=place, revision=options.revision)
     template = ChatTemplate(tokenizer, thinking=settings.thinking)
-    folder = make_folder(options.output, target, template, settings, name=_plain_name(options.target))
+    folder = make_folder(options.output, target, template, settings, name=plain_name(options.target))
     with folder.open():
         maker = ResponseMaker(target, template, settings, folder, batch_size=options.batch_size)
         folder.save(_facts(options, settings, prompts, excluded))
@@ -106,11 +106,6 @@ def _check(options: DataOptions, settings: DataSettings) -> None:
         raise DataError(f"unknown format {options.format!r}; allowed: {', '.join(FORMATS)}.")
     if options.format == "parquet":
         parquet()
-
-
-def _plain_name(target: str) -> str:
-    """A target's name without folders, which differ from machine to machine."""
-    return Path(target).expanduser().resolve().name if Path(target).expanduser().is_dir() else target
 
 
 def _facts(options: DataOptions, settings: DataSettings, prompts: list[Prompt], excluded: frozenset[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_dspark.adapter_files import fingerprint
-from hf_dspark.adapters import DEFAULT_TARGETS, add_lora
-from hf_dspark.cli.commands import figure, load_quietly, pick_device, print_json
+from hf_dspark.adapters import DEFAULT_TARGETS, adapter_names, add_lora, merge_adapter
+from hf_dspark.cli.commands import figure, load_quietly, pick_device, plain_name, print_json
+from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.evaluation.card import write_training_card
 from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.hub import load_drafter, load_target, parse_dtype
+from hf_dspark.target import check_target
 from hf_dspark.training.configuration import TrainingConfig
-from hf_dspark.training.data import DataSet, load_data
+from hf_dspark.training.data import DataSet, load_data, load_responses
+from hf_dspark.training.files import writing
 from hf_dspark.training.making import DrafterShape, make_drafter, size_of
 from hf_dspark.training.memory import keep_freed_memory
 from hf_dspark.training.trainer import Trainer, load_weights
@@ -82,49 +86,53 @@ def run_train(
     options: RunOptions, config: dict[str, Any], shape: DrafterShape, *, start_from: Path | None, drafter_name: str | None
 ) -> None:
     """Trains a fresh drafter, or an existing one further."""
-    place = pick_device(options.device)
-    if place.type == "cpu":
-        keep_freed_memory()
-    target, tokenizer, rows = _load(options, place)
+    place, target, tokenizer, rows = _prepare(options)
     dtype = parse_dtype(options.dtype)
     torch.manual_seed(config["seed"])  # a fresh drafter's weights, where nothing of the target's takes their place
     if drafter_name is None:
+        if isinstance(dtype, str):
+            dtype = torch.bfloat16 if target.dtype == torch.float16 else target.dtype
         drafter, facts = make_drafter(
             target,
             tokenizer,
             rows.train_rows,
             rows.held_out_rows,
             shape,
-            dtype=target.dtype if isinstance(dtype, str) else dtype,
+            dtype=dtype,
             device=place,
-            target_name=options.target_name,
+            target_name=options.target_name or plain_name(options.target),
         )
+        facts["arguments"] = {"shape": asdict(shape)}
     else:
-        drafter = load_drafter(drafter_name, dtype=dtype, device=place).bind(target)
-        drafter.requires_grad_(True)
-        drafter.config.confidence_temperatures = None  # They were those of the weights that are about to change.
-        facts = {**size_of(drafter), "mask_token_id": drafter.config.mask_token_id, "started_from": drafter_name}
+        drafter, facts = _whole_drafter(drafter_name, target, options, place)
     if start_from is not None:
         facts["started_from_step"] = load_weights(drafter, start_from)
-    train(options, config, drafter, target, rows, {"arguments": {"shape": asdict(shape)}, **facts})
+    train(options, config, drafter, target, rows, facts)
 
 
 def run_finetune(options: RunOptions, config: dict[str, Any], *, drafter_name: str, lora: LoraOptions | None) -> None:
     """Trains an existing drafter on a domain: an adapter beside its frozen weights, or all of its weights."""
-    place = pick_device(options.device)
-    if place.type == "cpu":
-        keep_freed_memory()
-    target, _, rows = _load(options, place)
-    drafter = load_drafter(drafter_name, dtype=parse_dtype(options.dtype), device=place).bind(target)
-    facts: dict[str, Any] = {"base": drafter_name, "base_fingerprint": fingerprint(drafter)}
+    place, target, _, rows = _prepare(options)
     if lora is None:
-        drafter.requires_grad_(True)
-        drafter.config.confidence_temperatures = None  # They were those of the weights that are about to change.
+        drafter, facts = _whole_drafter(drafter_name, target, options, place)
     else:
+        drafter = load_drafter(drafter_name, dtype=parse_dtype(options.dtype), device=place).bind(target)
+        facts = {"base": plain_name(drafter_name), "base_fingerprint": fingerprint(drafter)}
         torch.manual_seed(config["seed"])
         add_lora(drafter, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, adapter_name=lora.name)
-        facts["lora"] = asdict(lora)
-    train(options, config, drafter, target, rows, {**facts, **size_of(drafter), "mask_token_id": drafter.config.mask_token_id})
+        facts |= {"lora": asdict(lora), **size_of(drafter), "mask_token_id": drafter.config.mask_token_id}
+    train(options, config, drafter, target, rows, facts)
+
+
+def _whole_drafter(name: str, target: Any, options: RunOptions, place: torch.device) -> tuple[Any, dict[str, Any]]:
+    """An existing drafter, all of whose weights are to be trained, and facts about it; an adapter on it becomes part of it."""
+    drafter = load_drafter(name, dtype=parse_dtype(options.dtype), device=place).bind(target)
+    if adapter_names(drafter):
+        merge_adapter(drafter)
+    facts: dict[str, Any] = {"base": plain_name(name), "base_fingerprint": fingerprint(drafter)}
+    drafter.requires_grad_(True)
+    drafter.config.confidence_temperatures = None  # They were those of the weights that are about to change.
+    return drafter, {**facts, **size_of(drafter), "mask_token_id": drafter.config.mask_token_id}
 
 
 def train(options: RunOptions, config: dict[str, Any], drafter: Any, target: Any, rows: DataSet, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -138,9 +146,19 @@ def train(options: RunOptions, config: dict[str, Any], drafter: Any, target: Any
     if options.decode_prompts and rows.held_out_rows:
         prompts = spread_prompts(rows.held_out_rows, options.decode_prompts)
         decode = DecodedTau(target, prompts, max_new_tokens=options.decode_tokens)
-    options.output.mkdir(parents=True, exist_ok=True)
     announcer = _Announcer(settings, rows=len(rows.train_rows))
-    trainer = Trainer(drafter, target, rows.train_rows, rows.held_out_rows, settings, options.output, announce=announcer, decode=decode)
+    identity = {name: recipe[name] for name in ("base_fingerprint",) if name in recipe}
+    trainer = Trainer(
+        drafter,
+        target,
+        rows.train_rows,
+        rows.held_out_rows,
+        settings,
+        options.output,
+        announce=announcer,
+        decode=decode,
+        identity=identity,
+    )
     leads = trainer.accelerator.is_main_process
     recipe = {
         **recipe,
@@ -153,7 +171,7 @@ def train(options: RunOptions, config: dict[str, Any], drafter: Any, target: Any
     }
     if leads:
         _save(options.output / "recipe.json", recipe)
-    with announcer:
+    with announcer if leads else nullcontext():
         progress = trainer.train()
     recipe["result"] = {
         "steps": progress.step,
@@ -170,25 +188,34 @@ def train(options: RunOptions, config: dict[str, Any], drafter: Any, target: Any
     if leads:
         _save(options.output / "recipe.json", recipe)
         for name in ("best", "final"):
-            write_training_card(options.output / name, recipe, drafter)
+            with writing(options.output / name / "README.md"):
+                write_training_card(options.output / name, recipe, drafter)
         _tell(recipe, options)
     return recipe
 
 
-def _load(options: RunOptions, place: torch.device) -> tuple[Any, Any, DataSet]:
-    """Target, tokenizer and rows; the rows first where that can be, since a mistake there is cheap to find."""
+def _prepare(options: RunOptions) -> tuple[torch.device, Any, Any, DataSet]:
+    """Device, target, tokenizer and rows. What can be wrong with the data by itself is found before the target is loaded."""
     parse_dtype(options.dtype)
+    place = pick_device(options.device)
+    if place.type == "cpu":
+        keep_freed_memory()
+    with writing(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    load_responses(options.data)
     with load_quietly(options.target):
         target, tokenizer = load_target(options.target, dtype=options.dtype, device=place)
     target.requires_grad_(False)
-    rows = load_data(options.data, target=target, max_tokens=options.max_tokens)
-    return target, tokenizer, rows
+    if options.decode_prompts:
+        try:
+            check_target(target)
+        except UnsupportedTargetError as refused:
+            raise ValueError(f"{refused} Training itself goes without decoding: give --decode-prompts 0.") from refused
+    return place, target, tokenizer, load_data(options.data, target=target, max_tokens=options.max_tokens)
 
 
 def _configuration(config: dict[str, Any], options: RunOptions, rows: int) -> TrainingConfig:
     if options.epochs is not None:
-        if config.get("steps") is not None or config.get("minutes") is not None:
-            raise ValueError("give one of --steps, --minutes and --epochs, not several")
         if not options.epochs > 0:
             raise ValueError(f"epochs is {options.epochs}; allowed: above 0")
         steps = round(options.epochs * -(-rows // config["batch_size"]))
@@ -202,6 +229,8 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     def one(value: Any) -> Any:
         if isinstance(value, Path):
             return value.name
+        if isinstance(value, str):
+            return plain_name(value)
         return [one(v) for v in value] if isinstance(value, list | tuple) else value
 
     return {name: one(value) for name, value in fields.items()}
@@ -209,8 +238,9 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _save(path: Path, recipe: dict[str, Any]) -> None:
     waiting = path.with_suffix(".tmp")
-    waiting.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    os.replace(waiting, path)
+    with writing(path):
+        waiting.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+        os.replace(waiting, path)
 
 
 def _tell(recipe: dict[str, Any], options: RunOptions) -> None:

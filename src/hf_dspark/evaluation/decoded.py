@@ -97,7 +97,10 @@ class DecodedTau:
         return {"tau": sum(taus) / len(taus) if taus else None, "prompts": len(self.prompts), **found}
 
     def _run(self, drafter: Any, temperature: float) -> dict[str, AcceptanceCounts]:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        # Temperature alone: what the target's own generation config adds (top-k, a repetition penalty) is left out.
+        sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+        if temperature:
+            sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
         counts: dict[str, AcceptanceCounts] = {}
         pad = self.target.generation_config.pad_token_id or 0
         for first in range(0, len(self.prompts), self.batch_size):

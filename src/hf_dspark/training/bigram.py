@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # A token seen n times weighs its mean state n : 2 against the state that its embedding predicts.
 _PRIOR_COUNT = 2.0
+_ROWS = 8192
 _OPEN_GATE = 3.0  # sigmoid(3) = 0.95
 _TANH_RANGE = 0.25  # where tanh is all but linear
 
@@ -105,16 +106,26 @@ def low_rank_bigram(states: Tensor, head: Tensor, weights: Tensor, following: Te
     """
     p, q = (weights / weights.sum())[:, None], (following / following.sum())[:, None]
     h, e = states - (p * states).sum(0), head - (q * head).sum(0)
-    # With A = sqrt(p) h and B = sqrt(q) e: A B^T = U S V^T from the d x d product of their triangular factors.
-    root_h, root_e = (torch.linalg.qr(x.double(), mode="r")[1] for x in (p.sqrt() * h, q.sqrt() * e))
+    # With A = sqrt(p) h = Q_h R_h and B = sqrt(q) e = Q_e R_e: A B^T = U S V^T from the d x d product R_h R_e^T.
+    root_h, root_e = _root(h, p), _root(e, q)
     u, s, vh = torch.linalg.svd(root_h @ root_e.T)
-    kept = min(rank, int((s > s[0] * 1e-9).sum()))
+    kept = min(rank, int((s > s[0] * 1e-6).sum()))
     u, s, v = u[:, :kept], s[:kept], vh[:kept].T
     # A B^T V = U S, so w1 = h (B^T V) S^-1/2; likewise w2 = e (A^T U) S^-1/2, with B^T V = R_e^T v and A^T U = R_h^T u.
-    w1 = h.double() @ (root_e.T @ v) / s.sqrt()
-    w2 = e.double() @ (root_h.T @ u) / s.sqrt()
+    w1 = h @ ((root_e.T @ v) / s.sqrt()).float()
+    w2 = e @ ((root_h.T @ u) / s.sqrt()).float()
     pad = (0, rank - kept)
-    return nn.functional.pad(w1, pad).float(), nn.functional.pad(w2, pad).float()
+    return nn.functional.pad(w1, pad), nn.functional.pad(w2, pad)
+
+
+def _root(x: Tensor, weights: Tensor) -> Tensor:
+    """R `(d, d)` float64 with R^T R = x^T diag(weights) x, from blocks of rows."""
+    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for rows, w in zip(x.split(_ROWS), weights.split(_ROWS), strict=True):
+        block = rows.double()
+        gram += (w.double() * block).T @ block
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 def _write(head: Any, w1: Tensor, w2: Tensor) -> None:

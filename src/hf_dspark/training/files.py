@@ -55,7 +55,8 @@ class RunFolder:
         self.writes = writes
         self._scalars: Any = None
         if writes:
-            path.mkdir(parents=True, exist_ok=True)
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -97,8 +98,13 @@ class RunFolder:
             shutil.rmtree(waiting, ignore_errors=True)
             with writing(self.path / name):
                 drafter.save_pretrained(waiting, **({} if weights is None else {"state_dict": weights}))
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            # The one before is moved aside first: a kill in between leaves it there, whole.
+            aside = self.path / f".old-{name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            if (self.path / name).exists():
+                os.replace(self.path / name, aside)
             os.replace(waiting, self.path / name)
+            shutil.rmtree(aside, ignore_errors=True)
         return self.path / name
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> Path:

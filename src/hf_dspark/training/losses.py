@@ -278,7 +278,7 @@ class _BlockObjective(torch.autograd.Function):
             rows = positions.target_rows[part]
             first = int(rows[0])
             p_t = positions.target(positions.target_hidden[first : int(rows[-1]) + 1])
-            for block in row_blocks(*raw.shape, device):
+            for block in row_blocks(raw.shape[0], raw.shape[1], device):
                 here = slice(start + block.start, start + block.stop)
                 index = rows[block] - first
                 inside, outside = p_t.inside[index], p_t.outside[index]

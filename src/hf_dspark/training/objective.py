@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.training.blocks import BlockTargets
 from hf_dspark.training.data import Batch
 from hf_dspark.training.losses import LossResult, LossWeights, TargetHead, TargetProbabilities, dspark_loss
@@ -134,7 +135,7 @@ class BlockObjective(nn.Module):
         Args:
             ids (`torch.LongTensor` of shape `(1, n)`): any tokens.
         Raises:
-            RuntimeError: telling by how much they differ.
+            UnsupportedTargetError: telling by how much they differ.
         """
         _, last = self.states(ids)
         target = self.states.target
@@ -148,36 +149,7 @@ class BlockObjective(nn.Module):
         draft = expected if draft_ids is None else expected[:, draft_ids.to(expected.device)]
         error = float((draft - found.inside).abs().max())
         if not error < 0.02:
-            raise RuntimeError(
+            raise UnsupportedTargetError(
                 f"the target's lm_head on its last hidden states differs from its own logits by {error:.3g} in probability; allowed: "
                 "below 0.02. This target changes its logits after the head in a way the trainer does not know: extend TargetHead."
             )
-
-
-def shard(objective: BlockObjective) -> None:
-    """Shard a drafter's weights, gradients and so its optimizer's state over all processes (FSDP2), layer by layer.
-
-    Gradients are reduced in float32, as means over processes.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(objective.device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for layer in objective.drafter.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(objective, mesh=mesh, mp_policy=policy)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together (all processes must call it); any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def like(value: Tensor, shards: Any) -> Tensor:
-    """A whole tensor cut the way another one is sharded, or as it is where that one is whole."""
-    if not hasattr(shards, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(shards.device), shards.device_mesh, shards.placements)

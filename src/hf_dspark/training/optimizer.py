@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.training.objective import like, whole
+from hf_dspark.training.sharding import gathered, like, whole
 
 
 class MasterAdamW:
@@ -81,14 +81,18 @@ class MasterAdamW:
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             parameter.copy_(master)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masters and AdamW's state, put together from their shards where there are several; all processes must call it."""
+    def state_dict(self, keep: bool = True) -> dict[str, Any]:
+        """Masters and AdamW's state, put together from their shards where there are several; all processes must call it.
+
+        Args:
+            keep (`bool`): False in processes that will not write them; sharded tensors are None there.
+        """
         state = self.optimizer.state_dict()
         moments = {
-            index: {name: whole(value) if torch.is_tensor(value) else value for name, value in of_one.items()}
+            index: {name: gathered(value, keep) if torch.is_tensor(value) else value for name, value in of_one.items()}
             for index, of_one in state["state"].items()
         }
-        return {"masters": [whole(master) for master in self.masters], "optimizer": {**state, "state": moments}}
+        return {"masters": [gathered(master, keep) for master in self.masters], "optimizer": {**state, "state": moments}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, whatever the number of processes was.

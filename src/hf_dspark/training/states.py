@@ -19,7 +19,7 @@ class TargetStates:
     The rows are padded on the right and the decoder is causal, so no padding mask is passed: padding cannot reach a
     real token, and attention takes its fast causal path.
 
-    With memory to spare, the states of rows that have been seen are kept there for the next pass over the data. Then
+    With memory of the host to spare, the states of rows that have been seen are kept there for the next pass over the data. Then
     every row goes through the target alone, so that what is kept does not depend on the batch in which a row came up
     first, and a resumed run sees the states of the uninterrupted one. What does not fit is computed again; what is kept
     stays, since a pass over the data visits every row once and would push out just what it needs next.
@@ -86,10 +86,10 @@ class TargetStates:
         key = tuple(ids.tolist())
         found = self._kept.get(key)
         if found is not None:
-            return found
+            return found[0].to(self.device, non_blocking=True), found[1].to(self.device, non_blocking=True)
         taps, last = (t[0] for t in self(ids[None]))
         size = sum(t.numel() * t.element_size() for t in (taps, last))
         if size <= self._room_bytes:
             self._room_bytes -= size
-            self._kept[key] = (taps, last)
+            self._kept[key] = (taps.cpu(), last.cpu())
         return taps, last

@@ -24,8 +24,9 @@ from hf_dspark.training.configuration import TrainingConfig
 from hf_dspark.training.data import Batch, ResponseRow, can_train, collate, epoch_batches, ordered_batches
 from hf_dspark.training.files import RunFolder, newest_state
 from hf_dspark.training.losses import LossResult, LossWeights, Tally, weight_totals
-from hf_dspark.training.objective import BlockObjective, Blocks, shard, whole
+from hf_dspark.training.objective import BlockObjective, Blocks
 from hf_dspark.training.optimizer import MasterAdamW
+from hf_dspark.training.sharding import gathered, shard
 
 _SKIPS_IN_A_ROW = 10
 _CADENCE = {
@@ -55,16 +56,33 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
+def drafter_identity(drafter: Any) -> dict[str, Any]:
+    """What makes a drafter another one to train, beside the shapes of its tensors, as JSON takes it."""
+    config = drafter.config
+    names = ("block_size", "target_layer_ids", "mask_token_id", "markov_rank", "markov_head_type", "num_hidden_layers")
+    found: dict[str, Any] = {name: getattr(config, name) for name in names}
+    found["target_layer_ids"] = list(found["target_layer_ids"])
+    found["dtype"] = str(drafter.dtype).removeprefix("torch.")
+    ids = drafter.draft_token_ids
+    found["draft_ids"] = None if ids is None else hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+    for name in adapter_names(drafter):
+        settings = drafter.peft_config[name]
+        found[f"adapter {name}"] = [getattr(settings, key, None) for key in ("r", "lora_alpha", "lora_dropout")]
+    return found
+
+
 def load_weights(drafter: nn.Module, run: Path) -> int:
     """Start `drafter` from the newest checkpoint of another run: its weights, nothing of its optimizer or schedule.
 
     Args:
         drafter (`DSparkDrafter`): of the same shapes.
         run (`Path`): that run's output folder.
+    The draft vocabulary comes along: row j of the head's second matrix belongs to its draft id j.
+
     Returns:
         `int`: the step of the checkpoint.
     Raises:
-        CheckpointError: if there is none, or its tensors have other shapes.
+        CheckpointError: if there is none, its tensors have other shapes, or block, taps or mask token are others.
     """
     found = newest_state(run)
     if found is None:
@@ -73,9 +91,17 @@ def load_weights(drafter: nn.Module, run: Path) -> int:
     masters, parameters = state["optimizer"]["masters"], [p for p in drafter.parameters() if p.requires_grad]
     if [m.shape for m in masters] != [p.shape for p in parameters]:
         raise CheckpointError(f"{path} holds tensors of other shapes than this drafter's; use the same layers, rank and vocabulary.")
+    there = state["fingerprint"]
+    mine = drafter_identity(drafter)
+    differing = [name for name in ("block_size", "target_layer_ids", "mask_token_id", "markov_head_type") if there.get(name) != mine[name]]
+    if differing:
+        listed = ", ".join(f"{name} {there.get(name)!r} there, {mine[name]!r} here" for name in differing)
+        raise CheckpointError(f"{path} is of another kind of drafter ({listed}); allowed: the same. Give the options of that run.")
     with torch.no_grad():
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.copy_(master)
+        for name, buffer in state["buffers"].items():
+            drafter.get_buffer(name).copy_(buffer)
     return state["progress"]["step"]
 
 
@@ -104,9 +130,11 @@ class Trainer:
         accelerator (`accelerate.Accelerator`, *optional*): default: one of the launched processes.
         fsdp (`bool`): shard the drafter's weights, gradients and optimizer state over the processes; also on where
             `accelerate launch --use_fsdp` says so.
+        identity (`dict`, *optional*): what else must be the same when a checkpoint is resumed, as JSON takes it.
     Raises:
-        ValueError: if no training row holds an anchor, or an adapter is to be sharded.
-        RuntimeError: if the target's head does not reproduce the target's own logits.
+        ValueError: if no training row holds an anchor, the drafter is float16, an adapter is to be sharded, or drafter
+            and process have different devices.
+        UnsupportedTargetError: if the target's head does not reproduce the target's own logits.
         CheckpointError: if the folder holds a checkpoint of another configuration or other data.
     """
 
@@ -123,7 +151,10 @@ class Trainer:
         decode: Callable[[Any], dict[str, Any]] | None = None,
         accelerator: Accelerator | None = None,
         fsdp: bool = False,
+        identity: dict[str, Any] | None = None,
     ) -> None:
+        if drafter.dtype == torch.float16:
+            raise ValueError("the drafter is float16, where gradients underflow; allowed: bfloat16 or float32. Give dtype bf16 or fp32.")
         self.drafter, self.config, self.output, self.announce, self.decode = drafter, config, Path(output), announce, decode
         self.rows = [row for row in train_rows if can_train(row)]
         self.held_out = [row for row in held_out_rows if can_train(row)]
@@ -142,6 +173,9 @@ class Trainer:
         self.states = self.objective.states
         self.objective.check_head(torch.tensor([self.rows[0].prompt_ids[:8] + self.rows[0].response_ids[:8]]))
         self.processes = self.accelerator.num_processes
+        self._identity = {**drafter_identity(drafter), "decodes": decode is not None, **(identity or {})}
+        if self.processes > 1:
+            self._join_processes()
         self.sharded = fsdp or getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         if self.sharded:
             if adapter_names(drafter):
@@ -155,6 +189,16 @@ class Trainer:
         self.progress = Progress()
         self._started = time.monotonic()
         self._skipped = 0
+
+    def _join_processes(self) -> None:
+        """Start every process from the first one's weights; refuse one that is not on its own device."""
+        if self.device.type != self.accelerator.device.type or (self.device.index or 0) != (self.accelerator.device.index or 0):
+            raise ValueError(
+                f"the drafter is on {self.device}, its process's own device is {self.accelerator.device}; allowed: the same. Leave "
+                "--device at auto under accelerate launch."
+            )
+        for tensor in self.drafter.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -204,6 +248,8 @@ class Trainer:
         config, step = self.config, self.progress.step
         clock = time.perf_counter()
         self.objective.seconds_of = {}
+        # Dropout, where there is any, is a function of the step too.
+        torch.manual_seed(self._generator("dropout", step, self.accelerator.process_index).initial_seed())
         batch = self.batch_at(step)
         blocks = self.blocks(batch, num_anchors=config.num_anchors, generator=self._generator("anchors", step))
         weights = config.loss_weights_at(fraction)
@@ -223,7 +269,7 @@ class Trainer:
                 loss += float(result.loss.detach())
                 tally.merge(result.tally())
                 terms = {name: terms.get(name, 0.0) + float(value) for name, value in result.terms.items()}
-        # A step's learning rate is that of its end: the first of a run is not 0, the last is.
+        # A step's learning rate is that of its middle: neither the first nor the last is 0.
         learning_rate = config.learning_rate_at(fraction if config.steps is None else (step + 0.5) / config.steps)
         norm = self.optimizer.step(learning_rate, config.clip)
         self.progress.step += 1
@@ -318,6 +364,8 @@ class Trainer:
             processes=self.processes,
             config=asdict(config),
         )
+        if self._finished():
+            return self.progress
         last_checkpoint = self.seconds()
         self.drafter.train()
         while (fraction := self.fraction()) < 1:
@@ -344,6 +392,13 @@ class Trainer:
         self._log("end", best_step=self.progress.best_step, best_score=self.progress.best_score)
         self.files.close()
         return self.progress
+
+    def _finished(self) -> bool:
+        """Whether the folder holds this run to its very end, so that running it again changes nothing."""
+        curve = self.progress.curve
+        evaluated = curve[-1]["step"] == self.progress.step if curve else not self.held_out
+        ended = self.fraction() >= 1 and evaluated
+        return bool(self._agree(ended and (self.output / "final").is_dir() and (self.output / "best").is_dir()))
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -444,10 +499,12 @@ class Trainer:
         self.files.scalars(scalars, self.progress.step)
 
     def _whole_weights(self) -> dict[str, Tensor] | None:
-        """The drafter's state put together from its shards, in every process; None where it is whole anyway."""
+        """The drafter's state put together from its shards, in the first process; None where it is whole anyway."""
         if not self.sharded:
             return None
-        return {name: whole(tensor.detach()) for name, tensor in self.drafter.state_dict().items()}
+        keep = self.accelerator.is_main_process
+        found = {name: gathered(tensor.detach(), keep) for name, tensor in self.drafter.state_dict().items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _copy_with(self, weights: dict[str, Tensor]) -> Any:
         """An unsharded drafter with these weights, bound to the same target."""
@@ -465,15 +522,15 @@ class Trainer:
         for row in self.rows:
             digest.update(repr((row.prompt_ids, row.response_ids, row.spans)).encode())
         config = {name: value for name, value in asdict(self.config).items() if name not in _CADENCE | _SHARING}
-        return {**config, "rows": len(self.rows), "data": digest.hexdigest()}
+        return {**config, **self._identity, "rows": len(self.rows), "data": digest.hexdigest()}
 
     def checkpoint(self) -> Path:
         """Write `checkpoints/step-*` whole or not at all."""
         state = {
             "progress": {**asdict(self.progress), "seconds": self.seconds()},
             "fingerprint": self._fingerprint(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+            "optimizer": self.optimizer.state_dict(keep=self.accelerator.is_main_process),
+            "buffers": {name: buffer.cpu() for name, buffer in self.drafter.named_buffers() if name == "d2t"},
         }
         path = self.files.save_checkpoint(self.progress.step, state)
         self.accelerator.wait_for_everyone()
@@ -482,6 +539,12 @@ class Trainer:
     def resume(self) -> bool:
         """Load the newest whole checkpoint of the output folder; False where there is none."""
         found = self.files.newest_checkpoint()
+        step = -1 if found is None else found[1]["progress"]["step"]
+        if self._agree(step) != step:
+            raise CheckpointError(
+                f"process {self.accelerator.process_index} finds step {step} in {self.output}, the first one another; allowed: the same. "
+                "Put the output on a file system that all of them share."
+            )
         if found is None:
             return False
         path, state = found
@@ -491,7 +554,6 @@ class Trainer:
             listed = ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in differing)
             raise CheckpointError(f"{path} belongs to another run ({listed}); allowed: the same. Use another output folder.")
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
         self.progress = Progress(**state["progress"])
         self._started = time.monotonic()
         return True
