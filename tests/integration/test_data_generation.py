@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from hf_dspark.errors import DataError
+from hf_dspark.row_sampler import Request, RowSampler
 from hf_dspark.training.conversations import ChatTemplate, Opening, Prompt, prompt_key
 from hf_dspark.training.data import load_data
 from hf_dspark.training.dialogues import DataSettings
 from hf_dspark.training.responses import ResponseMaker, make_folder
-from hf_dspark.training.row_sampler import Request, RowSampler
 from hf_dspark.training.rows import read_records
 from tests.chat import FORGETFUL, TEMPLATE, chat_target, save_chat_target
 from tests.tiny import BOS, EOS, PAD
@@ -192,6 +192,15 @@ def test_every_prompt_is_answered_once_or_counted(tmp_path):
     assert (manifest["rows"], manifest["skipped"]) == (5, dict(maker.skipped))
     with pytest.raises(DataError, match="already holds 1 prompts that --exclude lists"):
         make(tmp_path / "d", prompts, run={"excluded": frozenset({prompts[0].key})})
+
+
+def test_a_conversation_is_found_by_any_of_its_turns(tmp_path):
+    """A folder that answered a conversation is refused when one of its turns is excluded later."""
+    first = some_prompts(1)[0]
+    talk = Prompt("chat", (("user", first.turns[0]), ("user", "w40 w41")))
+    make(tmp_path / "d", [talk])
+    with pytest.raises(DataError, match="already holds 1 prompts that --exclude lists"):
+        make(tmp_path / "d", [talk], run={"excluded": frozenset({prompt_key(["w40 w41"])})})
 
 
 def test_an_answer_of_nothing_but_its_end_is_no_row(tmp_path):

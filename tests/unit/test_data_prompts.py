@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from hf_dspark.errors import DataError
+from hf_dspark.row_sampler import Request
 from hf_dspark.training.conversations import ChatTemplate, Opening, Prompt, prompt_key, read_openings, read_prompts
+from hf_dspark.training.data import prompt_hash
 from hf_dspark.training.dialogues import DataSettings, Dialogue, SelfPrompts
-from hf_dspark.training.row_sampler import Request
+from hf_dspark.training.rows import row_from_record
 from tests.chat import FORGETFUL, TEMPLATE, chat_target
 from tests.tiny import BOS, EOS
 
@@ -195,6 +197,18 @@ def test_a_template_that_rewrites_past_answers_gives_each_turn_a_row():
     assert (first["ids"], first["spans"]) == ([BOS, 90, 11, EOS, BOS, 91, 93, 20, EOS], [[7, 9]])
     assert (last["ids"], last["spans"]) == ([*second, 21, EOS], [[15, 17]])
     assert last["id"] == first["id"] + ".1"
+
+
+def test_turns_that_are_rows_of_their_own_stay_on_one_side_of_the_split():
+    """The later turn is told by the prompt that its conversation began with, whatever its own text has become."""
+    template = ChatTemplate(chat_target(template=FORGETFUL)[1])
+    dialogue = Dialogue(Prompt("chat", (("user", "w11"), ("user", "w12"))), template, 0.0)
+    dialogue.open()
+    dialogue.take(request([20, EOS], True))
+    dialogue.take(request([21, EOS], True))
+    first, last = (row_from_record(record, vocab_size=None, where="here") for record in dialogue.close())
+    assert first.prompt_ids != last.prompt_ids
+    assert prompt_hash(first) == prompt_hash(last)
 
 
 # -- self-prompting ------------------------------------------------------------------------------------------------

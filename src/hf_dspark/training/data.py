@@ -162,8 +162,8 @@ def can_train(row: ResponseRow) -> bool:
 
 
 def prompt_hash(row: ResponseRow) -> int:
-    """A 64-bit hash of the ids up to the first response, the same on every machine and in every run."""
-    return int.from_bytes(hashlib.sha256(repr(row.prompt_ids).encode()).digest()[:8], "big")
+    """A 64-bit hash of the ids up to the conversation's first response, the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(repr(row.opening or row.prompt_ids).encode()).digest()[:8], "big")
 
 
 def split_rows(rows: Sequence[ResponseRow], *, held_out_fraction: float) -> tuple[list[ResponseRow], list[ResponseRow]]:

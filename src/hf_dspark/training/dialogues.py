@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_dspark.errors import DataError
-from hf_dspark.training.conversations import ChatTemplate, Message, Opening, Prompt
-from hf_dspark.training.row_sampler import Request
+from hf_dspark.row_sampler import Request
+from hf_dspark.training.conversations import ChatTemplate, Message, Opening, Prompt, prompt_key
 
 _SHORTEST_PROMPT = 3  # tokens that a self-prompt must add to its opening
 
@@ -130,6 +130,10 @@ class Dialogue:
         """Finish the row; returns all rows of this prompt."""
         if self.spans:
             part = f".{len(self.records)}" if self.records else ""
+            # Where later turns are rows of their own, all are told by the prompt that the conversation began with.
+            extra: dict[str, Any] = {"opening": self.records[0]["ids"][: self.records[0]["spans"][0][0]]} if self.records else {}
+            if len(self.prompt.turns) > 1:
+                extra["turn_keys"] = [prompt_key([turn]) for turn in self.prompt.turns]
             self.records.append(
                 {
                     "id": self.prompt.id + part,
@@ -139,6 +143,7 @@ class Dialogue:
                     "ids": self.ids[: self.spans[-1][1]],
                     "spans": self.spans,
                     "key": self.prompt.key,
+                    **extra,
                 }
             )
         return self.records

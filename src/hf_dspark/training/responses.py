@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from hf_dspark.errors import DataError
+from hf_dspark.row_sampler import Request, RowSampler
 from hf_dspark.training.conversations import ChatTemplate, Prompt, prompt_key
 from hf_dspark.training.dialogues import DataSettings, Dialogue, SelfPrompts
 from hf_dspark.training.manifest import target_fingerprint, text_digest
-from hf_dspark.training.row_sampler import Request, RowSampler
 from hf_dspark.training.shards import ResponseFolder
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class ResponseMaker:
         self._excluded = excluded
         done = {id.split(".")[0] for id in self.folder.keys} | set(self.folder.skips)
         self._keys = set(self.folder.keys.values())
-        listed = self._keys & excluded
+        listed = (self._keys | self.folder.turn_keys) & excluded
         if listed:
             raise DataError(
                 f"{self.folder.path} already holds {len(listed)} prompts that --exclude lists; they must not be trained on. "

@@ -29,6 +29,7 @@ class ResponseRow:
         ended (`bool`): True where the last response stopped by itself rather than at a length cap.
         spans (`tuple[tuple[int, int], ...]`): where the responses lie in `ids`, half-open, increasing, the first one right behind
             the prompt; left out, all of `response_ids` is one response.
+        opening (`tuple[int, ...]`): of a later turn that is a row of its own, the prompt that its conversation began with.
     """
 
     source: str
@@ -37,6 +38,7 @@ class ResponseRow:
     temperature: float
     ended: bool
     spans: tuple[tuple[int, int], ...] = ()
+    opening: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.spans:
@@ -86,7 +88,9 @@ def row_from_record(record: Any, *, vocab_size: int | None, where: str) -> Respo
         if record.get("response_ids") == []:
             return None
         rest, spans = _token_ids(record, "response_ids", vocab_size, where), ()
-    return ResponseRow(str(record.get("source", "unknown")), prompt, rest, float(temperature), bool(record.get("ended", False)), spans)
+    opening = _token_ids(record, "opening", vocab_size, where) if "opening" in record else ()
+    source, ended = str(record.get("source", "unknown")), bool(record.get("ended", False))
+    return ResponseRow(source, prompt, rest, float(temperature), ended, spans, opening)
 
 
 def _token_ids(record: dict[str, Any], field: str, vocab_size: int | None, where: str) -> tuple[int, ...]:

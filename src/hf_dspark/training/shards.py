@@ -101,6 +101,7 @@ class ResponseFolder:
         self.identity = identity
         self.rows_a_shard = rows_a_shard
         self.keys: dict[str, str] = {}  # id to normalised prompt of every row
+        self.turn_keys: set[str] = set()  # normalised turns of conversations of several
         self.skips: dict[str, str] = {}  # id to reason
         self.rows = self.tokens = self.response_tokens = 0
         self.by_source: dict[str, Counter[str]] = {}
@@ -244,6 +245,7 @@ class ResponseFolder:
             responses = sum(end - begin for begin, end in record["spans"])
             source, temperature, length = record["source"], f"{record['temperature']:g}", len(record["ids"])
             self.keys[record["id"]] = record["key"]
+            self.turn_keys.update(record.get("turn_keys", ()))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.path}: a row lacks {error}; allowed: rows as `hf-dspark data` writes them. Move it out.") from error
         self.rows += 1
