@@ -15,9 +15,9 @@ from hf_dspark.errors import CheckpointError
 from hf_dspark.evaluation.card import write_training_card
 from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
 from hf_dspark.training import ResponseRow, TargetStates, Trainer, collate
-from hf_dspark.training.files import RunFolder
+from hf_dspark.training.files import RunFolder, flat_metrics
+from hf_dspark.training.identity import load_weights
 from hf_dspark.training.making import DrafterShape, make_drafter, mask_id_of
-from hf_dspark.training.trainer import flat_metrics, load_weights
 from tests.unit.test_report import FINETUNED, RECIPE
 from tests.unit.test_training import tiny_config, tiny_drafter, tiny_rows, tiny_target
 

@@ -28,9 +28,10 @@ from hf_dspark.target import check_target
 from hf_dspark.training.configuration import TrainingConfig
 from hf_dspark.training.data import DataSet, load_data, load_responses
 from hf_dspark.training.files import writing
+from hf_dspark.training.identity import load_weights
 from hf_dspark.training.making import DrafterShape, make_drafter, size_of
 from hf_dspark.training.memory import keep_freed_memory
-from hf_dspark.training.trainer import Trainer, load_weights
+from hf_dspark.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

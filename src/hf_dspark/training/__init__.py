@@ -17,6 +17,7 @@ from hf_dspark.training.data import (
     read_responses,
     split_rows,
 )
+from hf_dspark.training.identity import load_weights
 from hf_dspark.training.losses import (
     LossResult,
     LossWeights,
@@ -30,7 +31,7 @@ from hf_dspark.training.losses import (
 from hf_dspark.training.objective import BlockObjective, Blocks
 from hf_dspark.training.optimizer import MasterAdamW
 from hf_dspark.training.states import TargetStates
-from hf_dspark.training.trainer import Progress, Trainer, load_weights
+from hf_dspark.training.trainer import Progress, Trainer
 
 __all__ = [
     "Batch",

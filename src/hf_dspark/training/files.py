@@ -149,3 +149,16 @@ def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
             f"{found[-1]} cannot be read ({type(error).__name__}: {error}); allowed: a checkpoint as a run writes it. Remove its folder to "
             "resume from the one before."
         ) from error
+
+
+def flat_metrics(prefix: str, values: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a nested record under slash-separated names; lists by position from 1; what is not a number is left out."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flat_metrics(f"{prefix}/{name}", value)
+        elif isinstance(value, list):
+            flat |= {f"{prefix}/{name}_{k}": float(v) for k, v in enumerate(value, start=1) if isinstance(v, int | float)}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{prefix}/{name}"] = float(value)
+    return flat
