@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .budgets import make_budget
     from .candidates import DSparkCandidateGenerator
     from .configuration_dspark import DSparkConfig
+    from .costs import Costs
     from .errors import (
         BindingError,
         CheckpointError,
@@ -28,14 +30,19 @@ if TYPE_CHECKING:
     )
     from .generation import GenerateDSparkOutput
     from .integration import generate, install, uninstall
+    from .load_aware import LaggedLoadAwareBudget, LoadAwareBudget
     from .modeling_dspark import DSparkDrafter
-    from .scheduling import Budget, FullBudget, StaticBudget, ThresholdBudget, make_budget
+    from .online import OnlineCalibration
+    from .profiling import CostProfile
+    from .scheduling import Budget, FullBudget, StaticBudget, ThresholdBudget
     from .statistics import DecodingStats, RowStats
 
 _HOME = {
     "BindingError": "errors",
     "Budget": "scheduling",
     "CheckpointError": "errors",
+    "CostProfile": "profiling",
+    "Costs": "costs",
     "DSparkCandidateGenerator": "candidates",
     "DSparkConfig": "configuration_dspark",
     "DSparkDrafter": "modeling_dspark",
@@ -44,6 +51,9 @@ _HOME = {
     "DecodingStats": "statistics",
     "FullBudget": "scheduling",
     "GenerateDSparkOutput": "generation",
+    "LaggedLoadAwareBudget": "load_aware",
+    "LoadAwareBudget": "load_aware",
+    "OnlineCalibration": "online",
     "OutputError": "errors",
     "RowStats": "statistics",
     "StaticBudget": "scheduling",
@@ -53,7 +63,7 @@ _HOME = {
     "UnsupportedTargetError": "errors",
     "generate": "integration",
     "install": "integration",
-    "make_budget": "scheduling",
+    "make_budget": "budgets",
     "uninstall": "integration",
 }
 
@@ -61,6 +71,8 @@ __all__ = [
     "BindingError",
     "Budget",
     "CheckpointError",
+    "CostProfile",
+    "Costs",
     "DSparkCandidateGenerator",
     "DSparkConfig",
     "DSparkDrafter",
@@ -69,6 +81,9 @@ __all__ = [
     "DecodingStats",
     "FullBudget",
     "GenerateDSparkOutput",
+    "LaggedLoadAwareBudget",
+    "LoadAwareBudget",
+    "OnlineCalibration",
     "OutputError",
     "RowStats",
     "StaticBudget",

@@ -7,21 +7,34 @@ ordinary candidate generator. The loop of this package is faster and takes any b
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from .budgets import make_budget
 from .constraints import RowProcessors, Sequences
 from .drafting import draft_block
+from .errors import UnsupportedTargetError
+from .profiling import CostProfile
 from .row_cache import RowCache, RowLayout
-from .scheduling import Budget, make_budget
+from .scheduling import Budget, Drafts, FinishedRound, FullBudget, LiveRows
 from .target import Taps
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
 
 
 class DSparkCandidateGenerator(CandidateGenerator):
@@ -36,6 +49,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         max_length (`int`): longest sequence, prompt included.
         budget (`str` or `Budget`, *optional*): `drafter.budget` where None.
         block_size (`int`, *optional*): gamma, the drafter's where None.
+        max_verify_tokens (`int`, *optional*): most tokens of one pass, the anchor included.
     Raises:
         ValueError: for more than one row.
     """
@@ -55,18 +69,27 @@ class DSparkCandidateGenerator(CandidateGenerator):
         max_length: int,
         budget: str | Budget | None = None,
         block_size: int | None = None,
+        max_verify_tokens: int | None = None,
     ) -> None:
         if input_ids.shape[0] != 1:
             raise ValueError(f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches.")
         self.drafter = drafter.bind(target)
         self.do_sample = do_sample
         self.max_length = max_length
-        self.budget = make_budget(budget if budget is not None else drafter.budget)
+        self.budget = self._started(make_budget(budget if budget is not None else drafter.budget, max_verify_tokens), target, do_sample)
         self.processors = RowProcessors(logits_processor, 1)
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = drafter.config.block_size if block_size is None else block_size
         self.cache = RowCache()
         self.cache.add_rows(1)
+        self._round: FinishedRound | None = None
+
+    def _started(self, budget: Budget, target: Any, sample: bool) -> Budget:
+        try:
+            return budget.start(lambda: CostProfile.cached(target, self.drafter, rows=1, sample=sample).costs(sample))
+        except UnsupportedTargetError as refused:
+            _log_once(f"Budget {budget!r} cannot measure rounds of this target, so whole blocks are verified ({refused})")
+            return FullBudget()
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the
@@ -81,6 +104,11 @@ class DSparkCandidateGenerator(CandidateGenerator):
             taps = self.taps.take()[0, : committed - known]
             self.drafter.extend_context(taps, RowLayout([known], [committed - known], input_ids.device), self.cache)
             self.cache.lengths[0] = committed
+        live = LiveRows((0,), self.block_size, (min(room, self.block_size),), committed, self.do_sample)
+        proposal = self.budget.propose(live)
+        if proposal.length == 0:
+            self._round = None
+            return input_ids, None
         config = self.drafter.config
         sequences = Sequences(input_ids, self.max_length, self.block_size + 1)
         kept: list[torch.Tensor] = []
@@ -103,19 +131,22 @@ class DSparkCandidateGenerator(CandidateGenerator):
             [committed],
             self.cache,
             block_size=self.block_size,
-            length=self.block_size,
+            length=proposal.length,
             sample=self.do_sample,
             process=process,
             with_confidence=self.budget.needs_confidence,
         )
         confidence = None if block.confidence is None else block.confidence.cpu()
-        length = min(self.budget.plan(confidence, 1, block.block_size)[0], room)
+        length = min(self.budget.plan(Drafts((min(proposal.length, room),), confidence, live))[0], room)
+        self._round = FinishedRound((0,), (proposal.length,), (length,), (0,), (length,), confidence)
         if length == 0:
             return input_ids, None
         return torch.cat([input_ids, block.tokens[:, :length]], dim=1), torch.stack(kept[:length], dim=1)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Nothing to adapt: the budget decides each round anew."""
+        """Tell the budget how the round ended."""
+        if self._round is not None:
+            self.budget.learn(replace(self._round, accepted=(min(int(num_matches), self._round.verified[0]),)))
 
 
 _FACTORY: ContextVar[Callable[..., DSparkCandidateGenerator] | None] = ContextVar("hf_dspark_candidate_factory", default=None)
@@ -125,7 +156,9 @@ _REPLACED: dict[Any, tuple[bool, Any]] = {}
 
 
 @contextmanager
-def stock_loop(target: Any, drafter: Any, budget: str | Budget | None = None, block_size: int | None = None) -> Iterator[None]:
+def stock_loop(
+    target: Any, drafter: Any, budget: str | Budget | None = None, block_size: int | None = None, max_verify_tokens: int | None = None
+) -> Iterator[None]:
     """While open, `target._get_candidate_generator` proposes this drafter's blocks in this thread, and their taps are
     caught.
 
@@ -144,6 +177,7 @@ def stock_loop(target: Any, drafter: Any, budget: str | Budget | None = None, bl
             max_length=generation_config.max_length,
             budget=budget,
             block_size=block_size,
+            max_verify_tokens=max_verify_tokens,
         )
         made.taps = taps
         return made

@@ -162,10 +162,12 @@ class RowStopping:
     Args:
         criteria (`StoppingCriteriaList`): the prepared list that `generate` hands over.
         batch_size (`int`): rows of the caller's batch.
+        limits (`list[int]`, *optional*): longest sequence of each row, where rows differ; on top of the criteria.
     """
 
-    def __init__(self, criteria: Sequence[sc.StoppingCriteria], batch_size: int) -> None:
+    def __init__(self, criteria: Sequence[sc.StoppingCriteria], batch_size: int, limits: Sequence[int] | None = None) -> None:
         self._batch_size = batch_size
+        self._limits = limits
         self.eos_ids: set[int] = set()
         self.max_length: int | None = None
         self._others: list[sc.StoppingCriteria] = []
@@ -176,6 +178,11 @@ class RowStopping:
                 self.max_length = min(criterion.max_length, self.max_length or criterion.max_length)
             else:
                 self._others.append(criterion)
+
+    def limit(self, row: int) -> int | None:
+        """Longest sequence of `row`, prompt and padding included; None where there is no end to it."""
+        own = None if self._limits is None else self._limits[row]
+        return self.max_length if own is None else own if self.max_length is None else min(own, self.max_length)
 
     @property
     def asks_others(self) -> bool:
@@ -195,9 +202,10 @@ class RowStopping:
             scores (`list[torch.Tensor]` of shape `(V,)`, *optional*): the distribution behind each generated token of
                 the row, the new ones' last; given where the caller asked for scores.
         """
+        limit = self.limit(row)
         for index, token in enumerate(tokens):
             length = sequences.lengths[row] + index + 1
-            ended = token in self.eos_ids or (self.max_length is not None and length >= self.max_length)
+            ended = token in self.eos_ids or (limit is not None and length >= limit)
             # Every criterion is asked at every token: some keep count.
             if self._others:
                 ids = sequences.prefix(row, index + 1)

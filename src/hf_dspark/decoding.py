@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from .constraints import RowProcessors, RowStopping, Sequences
 from .drafting import draft_block
 from .row_cache import RowCache, RowLayout
 from .sampling import draw
-from .scheduling import Budget
+from .scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal
 from .statistics import DecodingStats, RowStats, Stopwatch
 from .target import Target
 from .verification import DraftBlock, Verdict, accept_greedy, accept_sampled
@@ -60,6 +60,17 @@ class Recorder:
                 store[row].extend(values[:kept].to(torch.float32, copy=True).unbind(0))
 
 
+class RoundListener(Protocol):
+    """Hears of every finished round, and may set the temperatures of the next.
+
+    `temperatures` are T_1..T_gamma of the confidences; the checkpoint's where None.
+    """
+
+    temperatures: Sequence[float] | None
+
+    def learn(self, finished: FinishedRound) -> None: ...
+
+
 def prompt_passes(lengths: Sequence[int], known: int, limit: int) -> Iterator[tuple[range, list[int], list[int]]]:
     """Plan prompt passes of at most `limit` tokens: short prompts that follow each other share one, a long one is cut.
 
@@ -89,7 +100,7 @@ class DecodingLoop:
     Args:
         target (`Target`): open.
         drafter (`DSparkDrafter`): bound to it; None decodes plainly, one token a row and round.
-        budget (`Budget`): decides l_r.
+        budget (`Budget`): decides what is drafted, and l_r; started.
         sequences (`Sequences`): the caller's batch, prompts committed.
         processors (`RowProcessors`), stopping (`RowStopping`): the user's rules.
         sample (`bool`): draw tokens; arg-max otherwise.
@@ -100,6 +111,7 @@ class DecodingLoop:
         emit (`Callable`, *optional*): called with the new tokens of a row as they are committed.
         context (`Context`, *optional*): what is remembered of the row's beginning, to go on from.
         keep_context (`bool`): leave the last row's keys and values in place when it ends, for the caller's next turn.
+        listener (`RoundListener`, *optional*): hears of rounds, with confidences, as they are over.
     """
 
     def __init__(
@@ -119,6 +131,7 @@ class DecodingLoop:
         emit: Callable[[int, torch.Tensor], None] | None = None,
         context: Context | None = None,
         keep_context: bool = False,
+        listener: RoundListener | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -134,60 +147,85 @@ class DecodingLoop:
         self.emit = emit
         self.context = context or Context()
         self.keep_context = keep_context
+        self.listener = listener
         self.live: list[int] = []
         self.anchors = torch.empty(0, dtype=torch.long, device=sequences.ids.device)
         self.stats = DecodingStats([RowStats.for_block(block_size) for _ in sequences.lengths], block_size)
         self.watch = Stopwatch(target.device)
-        longest = getattr(budget, "longest", None)
-        self.draft_length = 0 if drafter is None else min(block_size, block_size if longest is None else longest)
+        self.drafts = drafter is not None and budget.longest != 0
+        self.with_confidence = budget.needs_confidence or listener is not None
+        # Taps of committed tokens that the drafter has not read yet, by row: it catches up when it next drafts.
+        self.unread: dict[int, list[torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------------------- one round
 
     def round(self) -> None:
         """Draft, budget, verify, accept, commit: paper section 2, DSPARK.md steps 2-8."""
         starts = list(self.context.target.lengths)
-        block = self.draft(starts)
-        lengths = self.plan(block)
+        live = self.look()
+        proposal = self.budget.propose(live) if self.drafts else Proposal(0)
+        block = self.draft(starts, proposal)
+        confidence = None if block.confidence is None else block.confidence.cpu()
+        raw = None if block.confidence_logits is None or self.listener is None else block.confidence_logits.cpu()
+        drafted, lengths = self.plan(proposal, live, confidence)
         block = block.truncate(max(lengths))
         layout = RowLayout(starts, [1 + length for length in lengths], self.anchors.device)
         ids = torch.cat([self.anchors[:, None], block.tokens], dim=1).flatten()[layout.flat_index]
         with self.watch.measure("verify"):
             logits, taps = self.target.forward(ids, layout, self.context.target)
         verdict, scores = self.accept(logits, block, layout)
-        self.commit(block, verdict, layout, scores, logits, taps)
+        accepted, judged = self.commit(block, verdict, layout, scores, logits, taps, drafted)
         self.stats.rounds += 1
+        over = FinishedRound(live.requests, tuple(drafted), tuple(lengths), tuple(accepted), tuple(judged), confidence, raw)
+        self.budget.learn(over)
+        if self.listener is not None:
+            self.listener.learn(over)
 
-    def draft(self, starts: list[int]) -> DraftBlock:
-        """Steps 2-4 for all live rows."""
-        if self.draft_length == 0:
+    def look(self) -> LiveRows:
+        """The live rows as the budget sees them; a row's last token comes from the target itself, so it has room for one less."""
+        gamma = self.block_size
+        limits = [self.stopping.limit(row) for row in self.live]
+        ends = zip(limits, self.live, strict=True)
+        room = [gamma if limit is None else min(limit - self.sequences.lengths[row] - 1, gamma) for limit, row in ends]
+        return LiveRows(tuple(self.live), gamma, tuple(room), max(self.context.target.lengths), self.sample)
+
+    def draft(self, starts: list[int], proposal: Proposal) -> DraftBlock:
+        """Steps 2-4 for the proposed rows; a record of all live rows."""
+        if proposal.length == 0:
             return DraftBlock(self.anchors.new_empty(len(self.live), 0))
+        rows = proposal.rows
+        self.drafting = self.live if rows is None else [self.live[r] for r in rows]
         with self.watch.measure("draft"):
-            return draft_block(
+            self.catch_up()
+            block = draft_block(
                 self.drafter,
-                self.anchors,
-                starts,
+                self.anchors if rows is None else self.anchors[torch.tensor(rows, device=self.anchors.device)],
+                starts if rows is None else [starts[r] for r in rows],
                 self.context.drafter,
                 block_size=self.block_size,
-                length=self.draft_length,
+                length=proposal.length,
                 sample=self.sample,
                 process=self.process_draft if self.processors else None,
-                with_confidence=self.budget.needs_confidence,
+                with_confidence=self.with_confidence,
                 generator=self.generator,
+                row_ids=rows,
+                temperatures=None if self.listener is None else self.listener.temperatures,
             )
+            return block if rows is None else block.among(rows, len(self.live))
 
-    def plan(self, block: DraftBlock) -> list[int]:
-        """Step 5: l_r, never past what the row may still emit (the last token comes from the target itself)."""
-        drafted = block.block_size
-        if drafted == 0:
-            return [0] * len(self.live)
-        confidence = None if block.confidence is None else block.confidence.cpu()
-        lengths = self.budget.plan(confidence, len(self.live), drafted)
-        if len(lengths) != len(self.live) or not 0 <= min(lengths) <= max(lengths) <= drafted:
-            raise ValueError(f"Budget {self.budget!r} planned {lengths} for {len(self.live)} rows; allowed are 0..{drafted}, one a row.")
-        limit = self.stopping.max_length
-        if limit is not None:
-            lengths = [min(n, limit - self.sequences.lengths[row] - 1) for n, row in zip(lengths, self.live, strict=True)]
-        return lengths
+    def plan(self, proposal: Proposal, live: LiveRows, confidence: torch.Tensor | None) -> tuple[list[int], list[int]]:
+        """Step 5: what was drafted for each row, and l_r of it, never past what the row may still emit."""
+        if proposal.length == 0:
+            return [0] * len(self.live), [0] * len(self.live)
+        chosen = None if proposal.rows is None else set(proposal.rows)
+        drafted = [proposal.length if chosen is None or r in chosen else 0 for r in range(len(self.live))]
+        limits = tuple(map(min, drafted, live.room))
+        lengths = self.budget.plan(Drafts(limits, confidence, live))
+        if len(lengths) != len(self.live) or not 0 <= min(lengths) <= max(lengths) <= proposal.length:
+            raise ValueError(
+                f"Budget {self.budget!r} planned {lengths} for {len(self.live)} rows; allowed are 0..{proposal.length}, one a row."
+            )
+        return drafted, list(map(min, lengths, limits))
 
     def accept(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout) -> tuple[Verdict, torch.Tensor]:
         """Step 7, on the target's distributions after the user's processors. Returns the processed scores `(T, V)` too."""
@@ -207,32 +245,38 @@ class DecodingLoop:
         scores: torch.Tensor,
         logits: torch.Tensor,
         taps: torch.Tensor,
-    ) -> None:
-        """Step 8: commit accepted tokens and their taps; everything else is forgotten with the round."""
+        drafted: list[int],
+    ) -> tuple[list[int], list[int]]:
+        """Step 8: commit accepted tokens and their taps; everything else is forgotten with the round.
+
+        Returns each row's accepted tokens, and how many of its verified ones were judged before its end.
+        """
         padded = torch.cat([block.tokens, verdict.next_token[:, None]], dim=1)
         padded = padded.scatter(1, verdict.accepted[:, None], verdict.next_token[:, None])
         # The round's one wait for the device, beside a budget that reads confidences: whether p_t is sound, accepted counts, tokens.
         sound = self.sound(scores).expand(len(self.live), 1)
         host = torch.cat([sound, verdict.accepted[:, None], padded], dim=1).tolist()
-        gone, kept_counts, next_index = [], [], []
+        gone, counts, accepted_counts, judged = [], layout.counts, [], []
         first = 0
         for index, row in enumerate(self.live):
             is_sound, accepted, *tokens = host[index]
             self.require_sound(is_sound)
             tokens = tokens[: accepted + 1]
             kept, ended = self.settle(row, tokens, padded[index], scores[first:], logits[first:])
-            self.stats.rows[row].count_round(self.draft_length, layout.counts[index] - 1, accepted, kept)
+            verified = counts[index] - 1
+            self.stats.rows[row].count_round(drafted[index], verified, accepted, kept)
             self.context.target.lengths[index] += kept
-            kept_counts.append(kept)
-            next_index.append(first)
-            first += layout.counts[index]
+            accepted_counts.append(min(accepted, kept))
+            judged.append(verified if kept > accepted else min(verified, kept))
+            if self.drafts and (not ended or self.keep_context):
+                self.unread.setdefault(row, []).append(taps[first : first + kept])
+            first += counts[index]
             if ended:
                 gone.append(index)
         self.anchors = verdict.next_token
-        if len(gone) < len(self.live) or self.keep_context:
-            self.remember(taps, layout, kept_counts, next_index)
         self.context.drafter.lengths = list(self.context.target.lengths)
         self.leave(gone)
+        return accepted_counts, judged
 
     # ------------------------------------------------------------------------------------------------------- its smaller steps
 
@@ -262,9 +306,9 @@ class DecodingLoop:
         Losslessness does not depend on this: any p_d serves, as long as tokens are drawn from it.
         """
         if self.processors.needs_ids and k:
-            for index, row in enumerate(self.live):
+            for index, row in enumerate(self.drafting):
                 self.sequences.pencil_in(row, tokens[-1][index : index + 1], k - 1)
-        places = [(row, k) for row in self.live]
+        places = [(row, k) for row in self.drafting]
         if self.processors.any_vocabulary:
             processed = self.processors(logits.clone(), self.sequences, places)
         else:
@@ -291,24 +335,28 @@ class DecodingLoop:
             self.emit(row, new[:kept])
         return kept, ended
 
-    def remember(self, taps: torch.Tensor, layout: RowLayout, counts: list[int], first: list[int]) -> None:
-        """Hand the committed tokens' taps to the drafter."""
-        if self.drafter is None or self.draft_length == 0:
+    def catch_up(self) -> None:
+        """Hand the drafter the taps of the tokens that were committed since it last drafted."""
+        places = [place for place, row in enumerate(self.live) if row in self.unread]
+        if not places:
             return
-        with self.watch.measure("draft"):
-            committed = RowLayout(layout.starts, counts, layout.device, layout.first_row)
-            if counts != layout.counts:
-                index = torch.cat([torch.arange(f, f + n) for f, n in zip(first, counts, strict=True)])
-                taps = taps[index.to(taps.device, non_blocking=True)]
-            self.drafter.extend_context(taps, committed, self.context.drafter)
+        pieces = [self.unread[self.live[place]] for place in places]
+        counts = [sum(map(len, of_row)) for of_row in pieces]
+        starts = [self.context.drafter.lengths[place] - count for place, count in zip(places, counts, strict=True)]
+        layout = RowLayout(starts, counts, self.anchors.device, row_ids=places)
+        self.drafter.extend_context(torch.cat([taps for of_row in pieces for taps in of_row]), layout, self.context.drafter)
+        self.unread.clear()
 
     def leave(self, gone: list[int]) -> None:
         """Rows that have ended leave, and their work with them."""
         if not gone:
             return
         if self.keep_context and len(gone) == len(self.live):
+            self.catch_up()
             self.live = []  # Keys and values stay where they are, for the caller's next turn.
             return
+        for place in gone:
+            self.unread.pop(self.live[place], None)
         order = self.context.remove_rows(gone)
         self.live = [self.live[old] for old in order]
         self.anchors = self.anchors[torch.tensor(order, dtype=torch.long, device=self.anchors.device)]
@@ -348,7 +396,7 @@ class DecodingLoop:
             ids = torch.cat([prompts[i][start : start + count] for i, start, count in zip(group, starts, counts, strict=True)])
             layout = RowLayout(starts, counts, ids.device, first_row + group.start)
             logits, taps = self.target.forward(ids, layout, self.context.target, only_last=True)
-            if self.drafter is not None and self.draft_length:
+            if self.drafts:
                 self.drafter.extend_context(taps, layout, self.context.drafter)
             for i, count in zip(group, counts, strict=True):
                 self.context.commit(first_row + i, count)

@@ -44,6 +44,8 @@ def draft_block(
     process: ProcessDraft | None = None,
     with_confidence: bool = False,
     generator: torch.Generator | None = None,
+    row_ids: Sequence[int] | None = None,
+    temperatures: Sequence[float] | None = None,
 ) -> DraftBlock:
     """Draft `length` tokens a row.
 
@@ -58,8 +60,10 @@ def draft_block(
         process (`ProcessDraft`, *optional*): the user's logits processors; makes p_d resemble the processed p_t.
         with_confidence (`bool`): compute c_k too.
         generator (`torch.Generator`, *optional*): source of randomness.
+        row_ids (`list[int]`, *optional*): the cache's rows that these are; 0..R-1 where None.
+        temperatures (`list[float]`, *optional*): T_k to calibrate c_k with; the checkpoint's where None.
     """
-    h = drafter.draft_hidden(anchors, starts, cache, block_size)[:, :length]
+    h = drafter.draft_hidden(anchors, starts, cache, block_size, row_ids)[:, :length]
     base = drafter.base_logits(h)
     noise = exponential_noise(tuple(base.shape), base, generator) if sample else None
     head = drafter.markov_head
@@ -83,12 +87,10 @@ def draft_block(
         tokens.append(prev)
         kept.append(logits)
     drafted = torch.stack(tokens, dim=1)
-    confidence = None
-    if with_confidence:
-        raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1))
-        confidence = None if raw is None else calibrated(raw, drafter.config.confidence_temperatures)
+    raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1)) if with_confidence else None
+    confidence = None if raw is None else calibrated(raw, temperatures or drafter.config.confidence_temperatures)
     if not sample:
-        return DraftBlock(drafted, confidence)
+        return DraftBlock(drafted, confidence, confidence_logits=raw)
     p_d = torch.stack(kept, dim=1).softmax(-1)
     drawn = p_d.gather(-1, torch.stack(ids, dim=1)[..., None])[..., 0]
-    return DraftBlock(drafted, confidence, p_d, drafter.draft_token_ids, drawn)
+    return DraftBlock(drafted, confidence, p_d, drafter.draft_token_ids, drawn, raw)

@@ -19,11 +19,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .adapters import active_adapters
+from .budgets import make_budget
 from .constraints import RowProcessors, RowStopping, Sequences
 from .decoding import PREFILL_TOKENS, Context, DecodingLoop, Recorder
 from .errors import UnsupportedOptionError, UnsupportedTargetError
+from .online import OnlineCalibration
+from .profiling import CostProfile
 from .row_cache import RowCache
-from .scheduling import Budget, make_budget
+from .scheduling import Budget
 from .statistics import DecodingStats
 from .target import Target, check_length, input_device
 from .versions import CACHE, CACHE_NAMES, cache_in
@@ -54,6 +57,8 @@ class CallOptions:
     generator: torch.Generator | None = None
     block_size: int | None = None
     adapter: str | None = None
+    max_verify_tokens: int | None = None
+    online: OnlineCalibration | None = None
 
 
 _OPTIONS: ContextVar[CallOptions | None] = ContextVar("hf_dspark_call_options", default=None)
@@ -104,11 +109,14 @@ def generate_batch(
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedTargetError(f"{type(model).__name__} is an encoder-decoder; DSpark needs a decoder-only causal language model.")
     _check_options(generation_config, model_kwargs, input_ids, streamer, synced_gpus)
-    budget = make_budget(options.budget if options.budget is not None else drafter.budget)
-    if budget.needs_confidence and drafter.confidence_head is None:
+    budget = make_budget(options.budget if options.budget is not None else drafter.budget, options.max_verify_tokens)
+    if (budget.needs_confidence or options.online is not None) and drafter.confidence_head is None:
         raise UnsupportedOptionError(
-            f"Budget {budget!r} needs a drafter with a confidence head; this one has none. Use 'full' or 'static:N'."
+            f"{f'Budget {budget!r}' if budget.needs_confidence else 'Online calibration'} needs a drafter with a confidence head; this "
+            "one has none. Use 'full' or 'static:N'."
         )
+    if options.online is not None:
+        options.online.check(drafter.config)
     block_size = _block_size(drafter, options)
     _check_placement(model, drafter)
     drafter.bind(model)
@@ -134,14 +142,15 @@ def generate_batch(
         scores=[[] for _ in prompts] if keeps and generation_config.output_scores else None,
         logits=[[] for _ in prompts] if keeps and generation_config.output_logits else None,
     )
+    sample = generation_config.do_sample
     loop = DecodingLoop(
         target,
         drafter,
-        budget,
+        budget.start(lambda: CostProfile.cached(model, drafter, rows=batch, sample=sample).costs(sample)),
         sequences,
         processors,
         stopping,
-        sample=generation_config.do_sample,
+        sample=sample,
         block_size=block_size,
         prefill_tokens=getattr(generation_config, "prefill_chunk_size", None) or PREFILL_TOKENS,
         generator=options.generator,
@@ -149,6 +158,7 @@ def generate_batch(
         emit=None if streamer is None else lambda row, tokens: streamer.put(tokens.cpu()),
         context=context,
         keep_context=covers_text,
+        listener=options.online,
     )
     with target.open():
         loop.join(range(batch), prompts, known)
@@ -158,7 +168,7 @@ def generate_batch(
 
     output_ids = _padded(sequences, generation_config).to(input_ids.device)
     if covers_text and user_cache is not None:
-        _hand_over(user_cache, loop.context, drafter, output_ids[0, :-1], drafted=loop.draft_length > 0)
+        _hand_over(user_cache, loop.context, drafter, output_ids[0, :-1], drafted=loop.drafts)
     if not keeps:
         return output_ids
     return GenerateDSparkOutput(

@@ -20,6 +20,7 @@ from .adapters import adapter_for_call, check_choice, plain_drafter
 from .candidates import stock_loop
 from .errors import UnsupportedOptionError, UnsupportedTargetError
 from .generation import CallOptions, GenerateDSparkOutput, call_options, current_options, generate_batch
+from .online import OnlineCalibration
 from .scheduling import Budget
 from .target import input_device
 from .versions import CACHE, cache_in, with_cache_renamed
@@ -68,7 +69,11 @@ def install() -> None:
                 # transformers' assisted loop (seen in 5.23) reads the whole text on top of what a cache holds already.
                 kwargs[CACHE] = DynamicCache(config=self.config.get_text_config(decoder=True))
             kwargs["assistant_model"] = drafter
-            with stock_loop(self, drafter, options.budget, options.block_size):
+            if options.online is not None:
+                raise UnsupportedOptionError(
+                    f"{refused} That loop tells nobody what it accepts: leave online_calibration out."
+                ) from refused
+            with stock_loop(self, drafter, options.budget, options.block_size, options.max_verify_tokens):
                 return original(self, *args, **kwargs)
 
     _assisted_decoding._hf_dspark_original = original  # type: ignore[attr-defined]
@@ -91,6 +96,8 @@ def generate(
     generator: torch.Generator | None = None,
     block_size: int | None = None,
     adapter: str | None = None,
+    max_verify_tokens: int | None = None,
+    online_calibration: OnlineCalibration | None = None,
     num_return_sequences: int = 1,
     **kwargs: Any,
 ) -> GenerateDSparkOutput | torch.Tensor:
@@ -100,13 +107,16 @@ def generate(
     Args:
         target (`PreTrainedModel` or a PEFT wrapper): the causal language model whose distribution is kept exactly.
         drafter (`DSparkDrafter` or a PEFT wrapper of one): bound to the target by this call if it is not yet.
-        budget (`str` or `Budget`, *optional*): `full`, `static:N`, `threshold:P` or an object; `drafter.budget` where
-            None.
+        budget (`str` or `Budget`, *optional*): `full`, `static:N`, `threshold:P`, `load-aware`, `load-aware-lag2` or an object;
+            `drafter.budget` where None.
         seed (`int`, *optional*): seeds a generator of this call's own; the same seed gives the same output.
         generator (`torch.Generator`, *optional*): instead of a seed; on the target's device.
         block_size (`int`, *optional*): draft fewer tokens than the checkpoint's gamma.
         adapter (`str`, *optional*): draft with this one of the drafter's adapters in this call, `"base"` for none of them; as
             the drafter stands where None.
+        max_verify_tokens (`int`, *optional*): most tokens of one verification pass, each row's anchor included; caps any budget.
+        online_calibration (`OnlineCalibration`, *optional*): watches confidences against what is accepted, in this call and the next ones
+            that it is given to, and corrects their temperatures where they drift.
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
         kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping
             criteria, streamer ..
@@ -138,7 +148,7 @@ def generate(
     patched = getattr(GenerationMixin._assisted_decoding, "_hf_dspark_original", None) is not None
     install()
     try:
-        with call_options(CallOptions(budget, generator, block_size, adapter)):
+        with call_options(CallOptions(budget, generator, block_size, adapter, max_verify_tokens, online_calibration)):
             return target.generate(**with_cache_renamed(kwargs), assistant_model=drafter)
     finally:
         if not patched:

@@ -373,12 +373,19 @@ class DSparkDrafter(PreTrainedModel):
             cache.write(i, keys, values, layout)
 
     @torch.no_grad()
-    def draft_hidden(self, anchor_ids: torch.Tensor, starts: Sequence[int], cache: RowCache, gamma: int | None = None) -> torch.Tensor:
+    def draft_hidden(
+        self,
+        anchor_ids: torch.Tensor,
+        starts: Sequence[int],
+        cache: RowCache,
+        gamma: int | None = None,
+        row_ids: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Run the backbone on one block a row: [anchor, mask, .., mask], all positions at once.
 
         The anchor sits at its own position, `starts[r]`, right after the context; it is the first position that
         predicts. The block's keys and values are scratch: they lie in the cache beyond `lengths` and are overwritten
-        later. Rows are the cache's rows 0..R-1.
+        later.
 
         Source: paper section 3.1.1.
 
@@ -387,6 +394,7 @@ class DSparkDrafter(PreTrainedModel):
             starts (`Sequence[int]`): context tokens of each row in the cache.
             cache (`RowCache`): the drafter's own.
             gamma (`int`, *optional*): tokens to draft; by default, and at most, `config.block_size`.
+            row_ids (`list[int]`, *optional*): the cache's rows that these are; 0..R-1 where None.
         Returns:
             `torch.Tensor` of shape `(R, gamma, d)`: h_1..h_gamma, after the final norm.
         Raises:
@@ -395,7 +403,7 @@ class DSparkDrafter(PreTrainedModel):
         """
         gamma = self._check_gamma(gamma)
         rows = len(starts)
-        layout = RowLayout(starts, [gamma] * rows, self.hidden_norm.weight.device)
+        layout = RowLayout(starts, [gamma] * rows, self.hidden_norm.weight.device, row_ids=row_ids)
         x = self._block_inputs(anchor_ids, gamma)
         rope = self._rope(x, layout.positions.view(rows, gamma))
         mask = None

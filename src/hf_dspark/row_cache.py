@@ -22,15 +22,28 @@ class RowLayout:
         device (`torch.device`): where the index tensors live.
         first_row (`int`): number of the first of these rows in the cache; rows that join lie behind those that run
             already.
+        row_ids (`list[int]`, *optional*): numbers of the rows in the cache, where they do not follow each other.
     """
 
-    def __init__(self, starts: Sequence[int], counts: Sequence[int], device: torch.device | str = "cpu", first_row: int = 0) -> None:
+    def __init__(
+        self,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        device: torch.device | str = "cpu",
+        first_row: int = 0,
+        row_ids: Sequence[int] | None = None,
+    ) -> None:
         if len(starts) != len(counts) or not counts or min(counts) < 1:
             raise ValueError(f"A layout needs one start and one positive count a row; got starts={starts}, counts={counts}.")
         self.starts = list(starts)
         self.counts = list(counts)
         self.device = torch.device(device)
+        if row_ids is not None:
+            first_row = row_ids[0]
+            if list(row_ids) == list(range(first_row, first_row + len(counts))):
+                row_ids = None
         self.first_row = first_row
+        self.row_ids = None if row_ids is None else list(row_ids)
         self.total = sum(self.counts)
         self.max_count = max(self.counts)
         self.max_end = max(s + c for s, c in zip(starts, counts, strict=True))
@@ -44,7 +57,7 @@ class RowLayout:
     def on(self, device: torch.device) -> RowLayout:
         """The same layout with its index tensors on `device`; made once, for targets whose layers lie on several devices."""
         if device not in self._twins:
-            twin = RowLayout(self.starts, self.counts, device, self.first_row)
+            twin = RowLayout(self.starts, self.counts, device, self.first_row, self.row_ids)
             self._twins[device] = twin
             twin._twins = self._twins
         return self._twins[device]
@@ -63,7 +76,14 @@ class RowLayout:
     @cached_property
     def rows(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(T,)`: row of each token, as numbered in the cache."""
-        return self._to_device(self._host[0] + self.first_row)
+        rows = self._host[0]
+        return self._to_device(rows + self.first_row if self.row_ids is None else torch.tensor(self.row_ids)[rows])
+
+    @cached_property
+    def row_index(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R,)`: numbers of the rows in the cache."""
+        numbers = range(self.first_row, self.first_row + self.num_rows) if self.row_ids is None else self.row_ids
+        return self._to_device(torch.tensor(list(numbers)))
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -167,9 +187,11 @@ class RowCache:
         return new
 
     def view(self, layer: int, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the layout's rows up to its longest end, as views of shape `(R, heads, max_end,
-        head_dim)`.
+        """Keys and values of the layout's rows up to its longest end, of shape `(R, heads, max_end, head_dim)`: views, and copies only
+        where the rows do not follow each other.
         """
+        if layout.row_ids is not None:
+            return self.keys[layer][layout.row_index, :, : layout.max_end], self.values[layer][layout.row_index, :, : layout.max_end]
         rows = slice(layout.first_row, layout.first_row + layout.num_rows)
         return self.keys[layer][rows, :, : layout.max_end], self.values[layer][rows, :, : layout.max_end]
 

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from hf_dspark.constraints import RowProcessors, RowStopping, Sequences
 from hf_dspark.decoding import Context, DecodingLoop
 from hf_dspark.row_cache import RowCache, RowLayout
-from hf_dspark.scheduling import FullBudget
+from hf_dspark.scheduling import StaticBudget
 from hf_dspark.target import Target, check_length
 from hf_dspark.verification import DraftBlock, Verdict
 
@@ -65,7 +65,7 @@ class RowSampler(DecodingLoop):
         super().__init__(
             target,
             None,
-            FullBudget(),
+            StaticBudget(0),
             sequences,
             RowProcessors([], places),
             RowStopping([], places),

@@ -6,6 +6,7 @@ Source: paper section 2 and DSPARK.md step 7; the acceptance rule of Leviathan e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,11 +22,14 @@ class DraftBlock:
     Attributes:
         tokens (`torch.LongTensor` of shape `(R, gamma)`): x_1..x_gamma, target ids.
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): c_k, calibrated, float32.
-        probs (`torch.Tensor` of shape `(R, gamma, V_draft)`, *optional*): p_d, the distribution that each token was
+        confidence_logits (`torch.Tensor` of shape `(R, gamma)`, *optional*): the same before calibration and sigmoid.
+        probs (`torch.Tensor` of shape `(D, gamma, V_draft)`, *optional*): p_d, the distribution that each token was
             drawn from; None where the draft is an arg-max.
         draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they
             are the same.
         drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): p_d of the drawn tokens; goes with `probs`.
+        places (`torch.LongTensor` of shape `(R,)`, *optional*): row of `probs` for each row, where only D of the R rows were
+            drafted (any row of it for the others); None where they are the same.
     """
 
     tokens: torch.Tensor
@@ -33,6 +37,8 @@ class DraftBlock:
     probs: torch.Tensor | None = None
     draft_ids: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
+    confidence_logits: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @property
     def block_size(self) -> int:
@@ -40,8 +46,20 @@ class DraftBlock:
 
     def truncate(self, length: int) -> DraftBlock:
         """The first `length` tokens of every row, whole record."""
-        cut = {name: value[:, :length] for name in ("tokens", "confidence", "probs", "drawn") if (value := getattr(self, name)) is not None}
-        return replace(self, **cut)
+        if length == self.block_size:
+            return self
+        names = ("tokens", "confidence", "confidence_logits", "probs", "drawn")
+        return replace(self, **{name: value[:, :length] for name in names if (value := getattr(self, name)) is not None})
+
+    def among(self, rows: Sequence[int], total: int) -> DraftBlock:
+        """The record of `total` rows, of which these D, `rows`, were drafted; what it holds for the others means nothing."""
+        places = [0] * total
+        for place, row in enumerate(rows):
+            places[row] = place
+        index = torch.tensor(places).to(self.tokens.device, non_blocking=True)
+        names = ("tokens", "confidence", "confidence_logits", "drawn")
+        spread = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, places=index, **spread)
 
 
 @dataclass(frozen=True)
@@ -104,12 +122,13 @@ def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, gene
         rejected = accepted < layout.added - 1
         at = accepted.clamp(max=length - 1)
         residual = final.clone()
+        of = rows if block.places is None else block.places
         if block.probs is None:
             residual[rows, block.tokens[rows, at]] = 0.0
         elif block.draft_ids is None:
-            residual -= block.probs[rows, at]
+            residual -= block.probs[of, at]
         else:
-            residual[:, block.draft_ids] -= block.probs[rows, at]
+            residual[:, block.draft_ids] -= block.probs[of, at]
         residual.clamp_(min=0.0)
         # p_t == p_d up to rounding leaves nothing; then a rejection had probability zero and p_t itself is the limit.
         usable = rejected & (residual.sum(-1) > 0)

@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_dspark
 from hf_dspark import GenerateDSparkOutput
+from hf_dspark.scheduling import Budget, Drafts
 from tests.integration.helpers import (
     NEVER,
     counts,
@@ -350,21 +351,19 @@ def test_a_shorter_block(block_size):
     assert counts(out)[0] > 0
 
 
-class EveryOther:
+class EveryOther(Budget):
     """A budget of one's own: even rounds verify one token a row, odd rounds three."""
-
-    needs_confidence = False
 
     def __init__(self) -> None:
         self.round = 0
 
-    def plan(self, confidence: torch.Tensor | None, rows: int, block_size: int) -> list[int]:
+    def plan(self, drafts: Drafts) -> list[int]:
         self.round += 1
-        return [1 if self.round % 2 else 3] * rows
+        return [min(1 if self.round % 2 else 3, limit) for limit in drafts.limits]
 
 
 def test_a_budget_object(monkeypatch):
-    """`drafter.budget` takes any object with the two names of a budget; an argument overrides it for one call."""
+    """`drafter.budget` takes any budget; an argument overrides it for one call."""
     w = world()
     monkeypatch.setattr(w.drafter, "budget", EveryOther())
     out = speculate(w.target, w.drafter, w.inputs(3), return_dict_in_generate=True)

@@ -25,6 +25,7 @@ from transformers.generation.logits_process import SynthIDTextWatermarkLogitsPro
 
 import hf_dspark
 from hf_dspark import BindingError, UnsupportedOptionError, UnsupportedTargetError
+from hf_dspark.scheduling import Budget
 from tests.integration.helpers import (
     NEVER,
     World,
@@ -149,7 +150,7 @@ def test_a_block_longer_than_the_checkpoints(w, block_size):
         ("static:x", "cannot be used"),
         ("threshold:1.5", "between 0 and 1"),
         ("full:3", "Unknown budget"),
-        (7, "an object with `needs_confidence` and `plan`; got"),
+        (7, "an instance of hf_dspark.Budget; got"),
     ],
 )
 def test_budgets_that_do_not_exist(w, budget, message):
@@ -161,11 +162,9 @@ def test_budgets_that_do_not_exist(w, budget, message):
 def test_a_budget_that_plans_nonsense(w):
     """Lengths outside the block are caught in the round, and nothing stays behind."""
 
-    class TooMany:
-        needs_confidence = False
-
-        def plan(self, confidence, rows, block_size):
-            return [block_size + 1] * rows
+    class TooMany(Budget):
+        def plan(self, drafts):
+            return [limit + 1 for limit in drafts.limits]
 
     with pytest.raises(ValueError, match=r"planned \[6, 6, 6\] for 3 rows; allowed are 0\.\.5"):
         explicit(w.target, w.drafter, w.inputs(3), budget=TooMany())

@@ -13,7 +13,8 @@ from itertools import product
 import pytest
 import torch
 
-from hf_dspark.scheduling import make_budget
+from hf_dspark.budgets import make_budget
+from hf_dspark.scheduling import Drafts
 
 P_T, P_D = (0.7, 0.3), (0.5, 0.5)
 SPS = (1.0, 0.5, 0.45)  # of passes with 1, 2 and 3 tokens
@@ -84,11 +85,11 @@ def test_budgets_of_this_package_are_not(name: str) -> None:
     budget = make_budget(name)
 
     def plan(confidence: torch.Tensor) -> list[int]:
-        return budget.plan(confidence if budget.needs_confidence else None, len(DRAFTS), 2)
+        return budget.plan(Drafts((2,) * len(DRAFTS), confidence if budget.needs_confidence else None))
 
     assert first_token(plan) == pytest.approx(0.7, abs=1e-9)
 
 
 def test_the_threshold_does_depend_on_the_draft() -> None:
     """The example bites: the threshold verifies two tokens after A and one after B, and is right all the same."""
-    assert make_budget("threshold:0.5").plan(CONFIDENCE, len(DRAFTS), 2) == [2, 2, 1, 1]
+    assert make_budget("threshold:0.5").plan(Drafts((2,) * len(DRAFTS), CONFIDENCE)) == [2, 2, 1, 1]

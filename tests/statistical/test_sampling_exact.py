@@ -22,6 +22,7 @@ import hf_dspark
 from hf_dspark import decoding, verification
 from hf_dspark.candidates import stock_loop
 from hf_dspark.row_cache import RowLayout
+from hf_dspark.scheduling import Budget, Drafts
 from hf_dspark.verification import DraftBlock, Verdict
 from tests.statistical.exact import (
     EOS,
@@ -259,13 +260,14 @@ def wrong_rows_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, gene
     return right_accept(p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator)
 
 
-class PeekingBudget:
+class PeekingBudget(Budget):
     """Verifies x_k only where c_{k+1}, which x_k decides, is high."""
 
     needs_confidence = True
 
-    def plan(self, confidence: torch.Tensor, rows: int, block_size: int) -> list[int]:
-        return (confidence[:, 1:] >= 0.5).long().cumprod(dim=1).sum(dim=1).tolist()
+    def plan(self, drafts: Drafts) -> list[int]:
+        lengths = (drafts.confidence[:, 1:] >= 0.5).long().cumprod(dim=1).sum(dim=1).tolist()
+        return [min(length, limit) for length, limit in zip(lengths, drafts.limits, strict=True)]
 
 
 CONTROL = Warping(temperature=1.5)

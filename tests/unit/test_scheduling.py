@@ -7,13 +7,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_dspark.scheduling import Budget, FullBudget, StaticBudget, ThresholdBudget, make_budget
+from hf_dspark.budgets import make_budget
+from hf_dspark.scheduling import Budget, Drafts, FullBudget, LiveRows, Proposal, StaticBudget, ThresholdBudget
 
 NAMES = ["full", "static:0", "static:2", "static:9", "threshold:0", "threshold:0.3", "threshold:0.8", "threshold:1"]
 
 
 def confidences(rows: int, gamma: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(rows, gamma, generator=torch.Generator().manual_seed(seed))
+
+
+def drafts(confidence: torch.Tensor) -> Drafts:
+    """Whole blocks, all of use."""
+    return Drafts((confidence.shape[1],) * confidence.shape[0], confidence)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.9, 1.0])
@@ -26,32 +32,42 @@ def test_threshold_equals_a_loop(threshold: float) -> None:
         while length < 7 and row[length] >= threshold:
             length += 1
         expected.append(length)
-    assert ThresholdBudget(threshold).plan(given, 200, 7) == expected
+    assert ThresholdBudget(threshold).plan(drafts(given)) == expected
 
 
 def test_threshold_admits_a_confidence_that_equals_it() -> None:
     """Below means strictly below."""
-    assert ThresholdBudget(0.5).plan(torch.tensor([[0.5, 0.5, 0.4999]]), 1, 3) == [2]
+    assert ThresholdBudget(0.5).plan(drafts(torch.tensor([[0.5, 0.5, 0.4999]]))) == [2]
 
 
 def test_threshold_stops_at_nan() -> None:
     """A confidence that is not a number admits nothing."""
-    assert ThresholdBudget(0.0).plan(torch.tensor([[0.9, float("nan"), 0.9]]), 1, 3) == [1]
+    assert ThresholdBudget(0.0).plan(drafts(torch.tensor([[0.9, float("nan"), 0.9]]))) == [1]
 
 
 def test_full_and_static_lengths() -> None:
     """Full verifies the block, static:N its first N tokens or the whole of a shorter block, whatever the confidence."""
-    assert FullBudget().plan(None, 3, 5) == [5, 5, 5]
-    assert StaticBudget(2).plan(None, 2, 5) == [2, 2]
-    assert StaticBudget(9).plan(None, 2, 5) == [5, 5]
-    assert StaticBudget(0).plan(None, 1, 5) == [0]
+    assert FullBudget().plan(Drafts((5, 5, 5))) == [5, 5, 5]
+    assert StaticBudget(2).plan(Drafts((5, 5))) == [2, 2]
+    assert StaticBudget(9).plan(Drafts((5, 5))) == [5, 5]
+    assert StaticBudget(0).plan(Drafts((5,))) == [0]
 
 
 def test_static_says_how_much_is_worth_drafting() -> None:
-    """Only a static budget bounds the draft; the others may ask for all of it."""
+    """Only a static budget bounds the draft; the others ask for all of it."""
+    live = LiveRows((4, 7), 5, (5, 2))
     assert StaticBudget(3).longest == 3
-    assert not hasattr(FullBudget(), "longest")
-    assert not hasattr(ThresholdBudget(0.5), "longest")
+    assert StaticBudget(3).propose(live) == Proposal(3)
+    assert FullBudget().propose(live) == ThresholdBudget(0.5).propose(live) == Proposal(5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_budget_goes_beyond_what_is_of_use(name: str) -> None:
+    """A row near its end, or one that was not drafted for, is verified no further than its limit."""
+    given = confidences(40, 5, seed=9)
+    limits = tuple(torch.randint(6, (40,), generator=torch.Generator().manual_seed(3)).tolist())
+    whole = make_budget(name).plan(drafts(given))
+    assert make_budget(name).plan(Drafts(limits, given)) == [min(a, b) for a, b in zip(whole, limits, strict=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,11 +75,11 @@ def test_no_budget_looks_ahead_of_its_cut(name: str) -> None:
     """Whether token k is verified does not change when c_{k+1}, c_{k+2} .. do: they depend on x_k."""
     budget, gamma, rows = make_budget(name), 5, 300
     given = confidences(rows, gamma, seed=1)
-    planned = torch.tensor(budget.plan(given, rows, gamma))
+    planned = torch.tensor(budget.plan(drafts(given)))
     for k in range(1, gamma + 1):
         changed = given.clone()
         changed[:, k:] = confidences(rows, gamma, seed=k + 1)[:, k:]
-        again = torch.tensor(budget.plan(changed, rows, gamma))
+        again = torch.tensor(budget.plan(drafts(changed)))
         assert torch.equal(planned >= k, again >= k)
 
 
@@ -71,8 +87,8 @@ def test_no_budget_looks_ahead_of_its_cut(name: str) -> None:
 def test_a_rows_budget_does_not_depend_on_its_neighbours(name: str) -> None:
     """These budgets decide row by row."""
     budget, given = make_budget(name), confidences(20, 4)
-    together = budget.plan(given, 20, 4)
-    assert together == [budget.plan(given[i : i + 1], 1, 4)[0] for i in range(20)]
+    together = budget.plan(drafts(given))
+    assert together == [budget.plan(drafts(given[i : i + 1]))[0] for i in range(20)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,13 +106,11 @@ def test_only_thresholds_need_a_confidence(name: str, needs: bool) -> None:
 
 
 def test_an_object_passes_as_it_is() -> None:
-    """Whatever has `needs_confidence` and `plan` is a budget."""
+    """A policy of one's own is a subclass with `plan`."""
 
-    class Half:
-        needs_confidence = False
-
-        def plan(self, confidence: torch.Tensor | None, rows: int, block_size: int) -> list[int]:
-            return [block_size // 2] * rows
+    class Half(Budget):
+        def plan(self, drafts: Drafts) -> list[int]:
+            return [limit // 2 for limit in drafts.limits]
 
     mine = Half()
     assert make_budget(mine) is mine
@@ -105,7 +119,7 @@ def test_an_object_passes_as_it_is() -> None:
 @pytest.mark.parametrize("wrong", ["", "all", "full:1", "static", "threshold", "Static:2", "threshold 0.5"])
 def test_unknown_names_are_refused_with_the_list(wrong: str) -> None:
     """The message says what is allowed."""
-    with pytest.raises(ValueError, match=r"'full', 'static:N'.*'threshold:P'"):
+    with pytest.raises(ValueError, match=r"'full', 'static:N'.*'threshold:P'.*'load-aware' and 'load-aware-lag2'"):
         make_budget(wrong)
 
 
@@ -131,7 +145,7 @@ def test_impossible_parameters_are_refused_by_name(wrong: str) -> None:
 @pytest.mark.parametrize("wrong", [None, 3, object(), FullBudget, ThresholdBudget])
 def test_other_objects_are_refused(wrong: object) -> None:
     """Numbers and classes are not budgets."""
-    with pytest.raises(ValueError, match="name or an object"):
+    with pytest.raises(ValueError, match=r"a name .* or an instance"):
         make_budget(wrong)
 
 
@@ -152,4 +166,4 @@ def test_threshold_takes_numbers_only(wrong: object) -> None:
 def test_a_threshold_without_confidences_says_what_to_do() -> None:
     """A drafter without a confidence head cannot follow a threshold."""
     with pytest.raises(ValueError, match=r"confidence head.*'full' or 'static:N'"):
-        ThresholdBudget(0.5).plan(None, 1, 5)
+        ThresholdBudget(0.5).plan(Drafts((5,)))

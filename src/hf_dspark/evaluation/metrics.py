@@ -12,11 +12,11 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_dspark.machine import cpu_name
 from hf_dspark.version import __version__
 
 
@@ -191,7 +191,7 @@ def machine_record(device: torch.device | str) -> dict[str, Any]:
     device = torch.device(device)
     record: dict[str, Any] = {
         "device": device.type,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
@@ -213,16 +213,6 @@ def _add_to(totals: list[int], counts: Sequence[int]) -> None:
     totals.extend([0] * (len(counts) - len(totals)))
     for index, count in enumerate(counts):
         totals[index] += count
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        with info.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

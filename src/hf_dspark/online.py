@@ -1,0 +1,149 @@
+"""Calibration while generating: predicted against observed survival over a sliding window, and temperatures that follow a drift. Knows
+finished rounds; knows no model and no loop.
+
+Temperatures change between rounds and from finished rounds only, so the output stays exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .calibration import FEWEST_ROUNDS, Rounds, fit_temperatures, quality
+from .scheduling import FinishedRound
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OnlineState:
+    """What a check of the window found.
+
+    Attributes:
+        seen (`int`): rounds of rows seen so far.
+        ece (`float`): mean over positions of the window's calibration error, with the temperatures in force until now.
+        gap (`float`): largest difference of mean predicted and observed prefix survival over positions.
+        drifted (`bool`): whether the gap is beyond chance.
+        temperatures (`tuple[float, ...]`): in force from now on.
+    """
+
+    seen: int
+    ece: float
+    gap: float
+    drifted: bool
+    temperatures: tuple[float, ...]
+
+
+class OnlineCalibration:
+    """Watches a drafter's confidences while it generates, and refits their temperatures where they drift.
+
+    Give the same object to every call of `hf_dspark.generate(.., online_calibration=..)`: its window goes on from call to call.
+
+    Args:
+        window (`int`): rounds of rows that count, the latest.
+        every (`int`): rounds between checks.
+        tolerance (`float`): difference of mean predicted and observed survival that is never called a drift.
+        alarm (`float`): how many standard errors of the observed frequency a difference must exceed to count as one.
+        adapt (`bool`): change temperatures on a drift; False only watches.
+    Raises:
+        ValueError: for a window that no temperatures can be fitted to.
+    """
+
+    def __init__(self, *, window: int = 2000, every: int = 250, tolerance: float = 0.02, alarm: float = 3.0, adapt: bool = True) -> None:
+        if window < FEWEST_ROUNDS or every < 1:
+            raise ValueError(f"The window holds at least {FEWEST_ROUNDS} rounds, and checks are 1 or more apart; got {window} and {every}.")
+        self.window = window
+        self.every = every
+        self.tolerance = tolerance
+        self.alarm = alarm
+        self.adapt = adapt
+        self.temperatures: list[float] | None = None
+        self.history: list[OnlineState] = []
+        self.seen = 0
+        self._block_size = 0
+        self._logits = np.empty((0, 0))
+        self._judged = np.empty(0, dtype=np.int64)
+        self._accepted = np.empty(0, dtype=np.int64)
+
+    def check(self, config: Any) -> None:
+        """Fit this object to a drafter: its temperatures are where the first call begins.
+
+        Args:
+            config (`DSparkConfig`): of the drafter.
+        Raises:
+            ValueError: if the object has watched a drafter with another block size.
+        """
+        if self._block_size and self._block_size != config.block_size:
+            raise ValueError(
+                f"This OnlineCalibration has watched blocks of {self._block_size} tokens; the drafter's have {config.block_size}. "
+                "Use one object for each drafter."
+            )
+        if not self._block_size:
+            self._block_size = config.block_size
+            self._logits = np.full((self.window, self._block_size), np.nan)
+            self._judged = np.zeros(self.window, dtype=np.int64)
+            self._accepted = np.zeros(self.window, dtype=np.int64)
+            self.temperatures = list(config.confidence_temperatures or [1.0] * self._block_size)
+
+    def learn(self, finished: FinishedRound) -> None:
+        """Take in a finished round, and check the window when it is time."""
+        if finished.confidence_logits is None:
+            return
+        logits = finished.confidence_logits.numpy()
+        before = self.seen
+        for r, judged in enumerate(finished.judged):
+            if judged:
+                place = self.seen % self.window
+                self._logits[place] = np.nan
+                self._logits[place, : finished.drafted[r]] = logits[r, : finished.drafted[r]]
+                self._judged[place] = judged
+                self._accepted[place] = finished.accepted[r]
+                self.seen += 1
+        if before // self.every != self.seen // self.every:
+            self._look()
+
+    @property
+    def rounds(self) -> Rounds:
+        """The rounds in the window, in no particular order."""
+        held = min(self.seen, self.window)
+        return Rounds(self._logits[:held], self._judged[:held], self._accepted[:held])
+
+    def _look(self) -> None:
+        rounds = self.rounds
+        temperatures = self.temperatures
+        assert temperatures is not None
+        found = [q for q in quality(rounds, temperatures) if q.rounds >= FEWEST_ROUNDS // 4]
+        survival = rounds.survival(temperatures)
+        gap, drifted = 0.0, False
+        for k in range(rounds.block_size):
+            known = rounds.judged > k
+            count = int(known.sum())
+            if count < FEWEST_ROUNDS // 4:
+                continue
+            observed = float((rounds.accepted[known] > k).mean())
+            difference = abs(float(survival[known, k].mean()) - observed)
+            gap = max(gap, difference)
+            error = (max(observed * (1 - observed), 1e-4) / count) ** 0.5
+            drifted |= difference > max(self.tolerance, self.alarm * error)
+        if drifted and self.adapt:
+            temperatures = self._refit(rounds, temperatures)
+            self.temperatures = temperatures
+        ece = float(np.mean([q.ece for q in found])) if found else float("nan")
+        self.history.append(OnlineState(self.seen, ece, gap, drifted, tuple(temperatures)))
+
+    def _refit(self, rounds: Rounds, old: Sequence[float]) -> list[float]:
+        """Temperatures of the leading positions that were judged often enough; the others keep theirs."""
+        deep = 0
+        while deep < rounds.block_size and (rounds.judged > deep).sum() >= FEWEST_ROUNDS:
+            deep += 1
+        if deep == 0:
+            return list(old)
+        known = rounds.judged > 0
+        head = Rounds(rounds.logits[known][:, :deep], np.minimum(rounds.judged[known], deep), np.minimum(rounds.accepted[known], deep))
+        fitted = fit_temperatures(head)
+        logger.info("Confidence has drifted after %d rounds; temperatures %s -> %s.", self.seen, list(old[:deep]), fitted)
+        return [*fitted, *old[deep:]]
