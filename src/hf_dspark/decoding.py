@@ -66,7 +66,8 @@ class RoundListener(Protocol):
     `temperatures` are T_1..T_gamma of the confidences; the checkpoint's where None.
     """
 
-    temperatures: Sequence[float] | None
+    @property
+    def temperatures(self) -> Sequence[float] | None: ...
 
     def learn(self, finished: FinishedRound) -> None: ...
 

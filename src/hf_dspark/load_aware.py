@@ -244,8 +244,7 @@ class LoadAwareBudget(Budget):
         verify_s = costs.verify_s(rows, live.context_tokens)
         plain = rows / verify_s[0]
         limits = np.minimum(live.room, gamma)
-        whole = self._drafted_rounds % _WHOLE_BLOCK_EVERY == 0
-        lengths = [gamma] if whole else sorted({n for n in (1, 2, 4) if n < gamma} | {gamma})
+        lengths = sorted({n for n in (1, 2, 4) if n < gamma} | {gamma})
         everyone = _outlook(samples, limits, verify_s, costs, lengths)
         choice, best = Proposal(everyone.length), everyone.rate
         worth = np.flatnonzero(everyone.net_s > 0)
@@ -257,6 +256,8 @@ class LoadAwareBudget(Budget):
         if best <= plain:
             return self._probe_batch(live, gamma)
         self._idle, self._rest = 0, FIRST_REST
+        if self._drafted_rounds % _WHOLE_BLOCK_EVERY == 0:
+            choice = Proposal(gamma, choice.rows)
         return self._draft(self._probe_rows(live, choice))
 
     def _with_others(

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from hf_dspark.budgets import make_budget
-from hf_dspark.scheduling import Drafts
+from hf_dspark.costs import Costs, RowCosts
+from hf_dspark.load_aware import LaggedLoadAwareBudget, LoadAwareBudget, admit_top, best_count
+from hf_dspark.scheduling import Drafts, LiveRows, Proposal
 
 P_T, P_D = (0.7, 0.3), (0.5, 0.5)
 SPS = (1.0, 0.5, 0.45)  # of passes with 1, 2 and 3 tokens
@@ -88,6 +90,42 @@ def test_budgets_of_this_package_are_not(name: str) -> None:
         return budget.plan(Drafts((2,) * len(DRAFTS), confidence if budget.needs_confidence else None))
 
     assert first_token(plan) == pytest.approx(0.7, abs=1e-9)
+
+
+def paper_costs() -> Costs:
+    """SPS of the appendix as seconds a pass, with a draft that costs nothing."""
+    return Costs({1: RowCosts({0: {1 + n: 1 / sps for n, sps in enumerate(SPS)}}, {1: 1e-12, 2: 1e-12})}, 2)
+
+
+def planned(budget: LoadAwareBudget) -> Plan:
+    """Each draft on its own, as the only row of a first round."""
+
+    def plan(confidence: torch.Tensor) -> list[int]:
+        lengths = []
+        for row in confidence:
+            fresh = budget.start(paper_costs)
+            live = LiveRows((0,), 2, (2,))
+            assert fresh.propose(live) == Proposal(2)
+            lengths += fresh.plan(Drafts((2,), row[None], live))
+        return lengths
+
+    return plan
+
+
+@pytest.mark.parametrize("budget", [LoadAwareBudget(), LaggedLoadAwareBudget()], ids=repr)
+def test_the_load_aware_budgets_are_not(budget: LoadAwareBudget) -> None:
+    """With the paper's costs the early stop outputs A with probability 0.7, and so does the lagged search."""
+    assert first_token(planned(budget)) == pytest.approx(0.7, abs=1e-9)
+
+
+def test_the_load_aware_budget_without_its_stop_is_biased() -> None:
+    """The same class with the unconstrained search on today's confidences outputs A with probability 0.85: the control."""
+
+    class Peeking(LoadAwareBudget):
+        def _admit(self, survival, drafts, round_s, most):
+            return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, round_s))
+
+    assert first_token(planned(Peeking())) == pytest.approx(0.85, abs=1e-9)
 
 
 def test_the_threshold_does_depend_on_the_draft() -> None:

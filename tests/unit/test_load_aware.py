@@ -1,0 +1,302 @@
+"""The load-aware budgets against brute-force searches, and when they rest."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from hf_dspark.budgets import make_budget
+from hf_dspark.costs import Costs
+from hf_dspark.load_aware import (
+    LONGEST_REST,
+    LaggedLoadAwareBudget,
+    LoadAwareBudget,
+    admit_early_stop,
+    admit_top,
+    best_count,
+    rate,
+    survivals,
+)
+from hf_dspark.scheduling import Drafts, FinishedRound, LiveRows
+from tests.budgets import flat, full_machine, jagged, middling
+
+CASES = 2000
+
+
+def theta(survival: np.ndarray, lengths: tuple[int, ...], round_s: np.ndarray) -> float:
+    """Expected tokens of a round over its seconds, straight from the definition."""
+    return (len(lengths) + sum(survival[r, :n].sum() for r, n in enumerate(lengths))) / round_s[sum(lengths)]
+
+
+def random_case(random: np.random.Generator, convex: bool) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Survivals with ties and saturation, limits, and a cost curve."""
+    rows, gamma = int(random.integers(1, 4)), int(random.integers(1, 5))
+    confidence = random.choice([0.0, 0.25, 0.5, 0.9, 1.0], (rows, gamma)) if random.random() < 0.5 else random.random((rows, gamma))
+    steps = random.random(rows * gamma) * random.choice([0.05, 0.5, 2.0])
+    steps = np.sort(steps) if convex else steps * (random.random(rows * gamma) < 0.4)
+    round_s = random.uniform(0.5, 3.0) + np.concatenate(([0.0], np.cumsum(steps)))
+    return survivals(confidence), random.integers(0, gamma + 1, rows).tolist(), round_s
+
+
+def test_the_unconstrained_search_equals_brute_force() -> None:
+    """Over all plans of small random cases none gives more tokens a second than the top of the count it finds."""
+    random = np.random.default_rng(0)
+    for _ in range(CASES):
+        survival, limits, round_s = random_case(random, convex=False)
+        lengths = admit_top(survival, limits, best_count(survival, limits, round_s))
+        best = max(theta(survival, plan, round_s) for plan in product(*(range(n + 1) for n in limits)))
+        assert theta(survival, tuple(lengths), round_s) == pytest.approx(best, rel=1e-12)
+
+
+def test_the_early_stop_equals_brute_force_on_convex_costs() -> None:
+    """Where each further token costs at least as much as the one before, stopping early loses nothing.
+
+    Theta is then unimodal along the order of survivals: gains fall, costs rise.
+    """
+    random = np.random.default_rng(1)
+    for _ in range(CASES):
+        survival, limits, round_s = random_case(random, convex=True)
+        lengths = admit_early_stop(survival, limits, round_s)
+        best = max(theta(survival, plan, round_s) for plan in product(*(range(n + 1) for n in limits)))
+        assert theta(survival, tuple(lengths), round_s) == pytest.approx(best, rel=1e-12)
+
+
+def test_the_early_stop_equals_a_straight_loop() -> None:
+    """Algorithm 1 written out as the paper has it gives the same lengths, on any cost curve, ties and all."""
+    random = np.random.default_rng(2)
+    for _ in range(CASES):
+        survival, limits, round_s = random_case(random, convex=False)
+        rows = range(len(limits))
+        lengths = [0] * len(limits)
+        queue = sorted(((r, j) for r in rows for j in range(limits[r])), key=lambda p: (-survival[p], p[1], p[0]))
+        for r, j in queue:
+            longer = [n + (i == r) for i, n in enumerate(lengths)]
+            if not theta(survival, tuple(longer), round_s) > theta(survival, tuple(lengths), round_s) * (1 + 1e-15):
+                break
+            assert lengths[r] == j
+            lengths = longer
+        got = admit_early_stop(survival, limits, round_s)
+        # Sums in another order may differ in the last bit, which decides where Theta is constant.
+        if got != lengths:
+            assert theta(survival, tuple(got), round_s) == pytest.approx(theta(survival, tuple(lengths), round_s), rel=1e-12)
+
+
+def test_plans_are_feasible() -> None:
+    """Lengths stay within limits and cap, and with a cap the tokens kept are the best of those that would have been."""
+    random = np.random.default_rng(3)
+    for _ in range(CASES):
+        survival, limits, round_s = random_case(random, convex=False)
+        most = int(random.integers(0, 6))
+        free = admit_early_stop(survival, limits, round_s)
+        kept = admit_early_stop(survival, limits, round_s, most)
+        assert all(0 <= a <= b <= c for a, b, c in zip(kept, free, limits, strict=True))
+        assert sum(kept) == min(most, sum(free))
+
+
+def test_the_early_stop_never_looks_past_its_cut() -> None:
+    """Whether token k of a row is verified does not change with the row's confidences from k + 1 on: they depend on x_k."""
+    random = np.random.default_rng(4)
+    for _ in range(CASES):
+        survival, limits, round_s = random_case(random, convex=False)
+        row = int(random.integers(len(limits)))
+        k = int(random.integers(survival.shape[1]))  # token k + 1 in the paper's counting
+        lengths = admit_early_stop(survival, limits, round_s)
+        other = survival.copy()
+        other[row, k + 1 :] = other[row, k] * survivals(random.random((1, survival.shape[1])))[0, : survival.shape[1] - k - 1]
+        assert (lengths[row] > k) == (admit_early_stop(other, limits, round_s)[row] > k)
+
+
+def test_the_unconstrained_search_does_look_past_its_cut() -> None:
+    """The control of the test above: with the paper's costs a change of c_2 decides whether the unconstrained search verifies x_1."""
+    round_s = 1 / np.array([1.0, 0.5, 0.45])
+    plans = [admit_top(s, [2], best_count(s, [2], round_s)) for s in (survivals(np.array([[0.8, c]])) for c in (0.9, 0.0))]
+    assert plans == [[2], [0]]
+
+
+def test_ties_go_to_earlier_positions() -> None:
+    """With every survival equal to one, positions fill up evenly over the rows."""
+    ones = np.ones((3, 2))
+    assert admit_top(ones, [2, 2, 2], 4) == [2, 1, 1]
+    assert admit_top(ones, [2, 0, 2], 3) == [2, 0, 1]
+
+
+def test_a_confidence_that_is_no_number_ends_its_row() -> None:
+    """NaN admits nothing at and behind its place."""
+    survival = survivals(np.array([[0.9, np.nan, 0.9]]))
+    assert survival.tolist() == [[0.9, 0.0, 0.0]]
+    assert admit_early_stop(survival, [3], np.array([1.0, 1.01, 1.02, 1.03])) == [1]
+
+
+def test_theta_of_the_paper() -> None:
+    """Appendix A: Theta of 1, 1.8 and 1.8 + 0.72 tokens at SPS 1, 0.5 and 0.45."""
+    assert rate(np.array([0.8, 0.72]), 1, 1 / np.array([1.0, 0.5, 0.45])).tolist() == pytest.approx([1.0, 0.9, 1.134])
+
+
+def test_the_lagged_budget_crosses_a_cliff() -> None:
+    """On stepped costs the early stop sticks at a step's edge; the lagged search, once it has history, goes where the brute force does."""
+    costs, gamma = jagged(7), 7
+    confidence = torch.full((1, gamma), 0.97)
+    live = LiveRows((0,), gamma, (gamma,))
+    lagged, early = LaggedLoadAwareBudget(costs, skipping=False), LoadAwareBudget(costs, skipping=False)
+    drafts = Drafts((gamma,), confidence, live)
+    for budget in (lagged, early):
+        for _ in range(4):
+            budget.propose(live)
+            plan = budget.plan(drafts)
+            budget.learn(FinishedRound((0,), (gamma,), tuple(plan), tuple(plan), tuple(plan), confidence))
+    survival, round_s = survivals(confidence.numpy()), costs.verify_s(1) + costs.draft_s(1, gamma)
+    best = max(range(gamma + 1), key=lambda n: theta(survival, (n,), round_s))
+    assert lagged.plan(drafts) == [best] == [7]
+    assert early.plan(drafts) == [3]
+
+
+def test_the_lagged_budget_reads_the_round_before_the_last() -> None:
+    """How much is verified depends on the confidences of two rounds ago, and not on today's or the last round's."""
+    costs = middling(4)
+    live = LiveRows((0,), 4, (4,))
+
+    def planned(history: list[float], today: float) -> int:
+        budget = LaggedLoadAwareBudget(costs, skipping=False)
+        for value in history:
+            budget.propose(live)
+            budget.learn(FinishedRound((0,), (4,), (4,), (0,), (4,), torch.full((1, 4), value)))
+        budget.propose(live)
+        return budget.plan(Drafts((4,), torch.full((1, 4), today), live))[0]
+
+    assert planned([0.95, 0.01], 0.01) == planned([0.95, 0.95], 0.95) > planned([0.01, 0.95], 0.95) == 0
+    assert planned([], 0.5) == planned([0.01], 0.5) == 4  # without history of two rounds a row counts as survival 1
+
+
+# ---------------------------------------------------------------------------------------------------------- drafting or not
+
+
+def run(budget: LoadAwareBudget, confidence: dict[int, float], rounds: int, gamma: int = 4) -> list[list[int]]:
+    """Rounds over rows of constant confidence; for each round the tokens drafted for each row."""
+    requests = tuple(confidence)
+    live = LiveRows(requests, gamma, (gamma,) * len(requests))
+    drafted = []
+    for _ in range(rounds):
+        proposal = budget.propose(live)
+        rows = range(len(requests)) if proposal.rows is None else proposal.rows
+        counts = [proposal.length if r in rows else 0 for r in range(len(requests))]
+        given = torch.tensor([[confidence[q]] * max(proposal.length, 1) for q in requests])
+        if proposal.length:
+            plan = budget.plan(Drafts(tuple(counts), given, live))
+            assert all(n <= c for n, c in zip(plan, counts, strict=True))
+        else:
+            plan = [0] * len(requests)
+        budget.learn(FinishedRound(requests, tuple(counts), tuple(plan), tuple(plan), tuple(plan), given if proposal.length else None))
+        drafted.append(counts)
+    return drafted
+
+
+@pytest.mark.parametrize("kind", [LoadAwareBudget, LaggedLoadAwareBudget])
+def test_a_full_machine_stops_paying_for_drafts(kind: type[LoadAwareBudget]) -> None:
+    """After one look nothing is drafted but probes, at intervals that double up to the limit."""
+    drafted = run(kind(full_machine(4)), dict.fromkeys(range(4), 0.6), 400)
+    rounds = [t for t, counts in enumerate(drafted) if any(counts)]
+    gaps = np.diff(rounds).tolist()
+    assert rounds[0] == 0
+    assert gaps[:5] == [4, 8, 16, 32, 64]
+    assert set(gaps[5:]) == {LONGEST_REST}
+
+
+def test_an_idle_machine_drafts_for_all() -> None:
+    """Where tokens cost nothing every row gets its whole block in every round."""
+    assert run(LoadAwareBudget(flat(4)), {0: 0.1, 1: 0.9}, 40) == [[4, 4]] * 40
+
+
+def test_a_hopeless_row_rests_beside_good_ones() -> None:
+    """A row whose drafts never survive is left out after a few looks, and the others are drafted for all the time."""
+    costs = middling(4)
+    drafted = np.array(run(LoadAwareBudget(costs), {0: 0.95, 1: 0.95, 2: 0.02, 3: 0.95}, 200))
+    assert (drafted[:, [0, 1, 3]] > 0).all()
+    assert (drafted[:, 2] > 0).sum() <= 2 + 200 // LONGEST_REST + 5
+
+
+def test_rest_ends_when_the_load_falls() -> None:
+    """The same rows, on the same machine: many of them rest, the last of them is drafted for again at once."""
+    from tests.budgets import made_costs
+
+    costs = made_costs(lambda b: max(1.0, b / 4), lambda r, n: 0.05 * r, 4)
+    budget = LoadAwareBudget(costs)
+    crowd = run(budget, dict.fromkeys(range(8), 0.5), 50)
+    assert sum(map(any, crowd)) < 10
+    assert all(map(any, run(budget, {7: 0.5}, 20)))
+
+
+def test_without_skipping_whole_blocks_are_drafted_for_all() -> None:
+    """`skipping=False` is Algorithm 1 alone."""
+    assert run(LoadAwareBudget(full_machine(4), skipping=False), {0: 0.1, 1: 0.1}, 10) == [[4, 4]] * 10
+
+
+def test_short_blocks_where_long_ones_do_not_pay() -> None:
+    """Where only the first token is worth its price no more is drafted, but for a look at the whole block now and then."""
+    from tests.budgets import made_costs
+
+    costs = made_costs(lambda b: 1.0 + 0.1 * b, lambda r, n: 0.25 * n, 4)
+    drafted = np.array(run(LoadAwareBudget(costs), {0: 0.55}, 100))[1:, 0]
+    assert (drafted == 1).mean() > 0.8
+    assert (drafted == 4).any()
+
+
+@pytest.mark.parametrize("name", ["load-aware", "load-aware-lag2"])
+@pytest.mark.parametrize("cap", [1, 5, 12])
+def test_the_cap_holds(name: str, cap: int) -> None:
+    """No pass holds more than max_verify_tokens tokens beyond the anchors, which always go."""
+    budget = make_budget(name, cap).start(lambda: flat(4))
+    live = LiveRows((0, 1, 2), 4, (4, 4, 4))
+    for _ in range(5):
+        proposal = budget.propose(live)
+        if proposal.length:
+            plan = budget.plan(Drafts((proposal.length,) * 3, torch.full((3, proposal.length), 0.9), live))
+            assert sum(plan) == min(max(cap - 3, 0), 12)
+        else:
+            assert cap <= 3
+
+
+def test_a_call_starts_without_memory() -> None:
+    """`start` gives a budget of its own: what one call has seen does not reach the next."""
+    first = make_budget("load-aware").start(lambda: full_machine(4))
+    assert isinstance(first, LoadAwareBudget)
+    run(first, {0: 0.1}, 10)
+    second = first.start(lambda: pytest.fail("the costs are known"))
+    assert second.propose(LiveRows((0,), 4, (4,))).length == 4
+    assert first.propose(LiveRows((0,), 4, (4,))).length == 0
+
+
+def test_costs_are_needed() -> None:
+    """A budget that was never started says so."""
+    with pytest.raises(RuntimeError, match="no costs yet"):
+        make_budget("load-aware").propose(LiveRows((0,), 4, (4,)))
+
+
+@pytest.mark.slow
+def test_scheduling_is_cheap() -> None:
+    """64 rows of 7 positions are proposed, planned and learnt in under 3 ms, 1% of such a round on a CPU."""
+    import time
+
+    def dear() -> Costs:
+        from tests.budgets import made_costs
+
+        return made_costs(lambda b: 0.024 + 0.001 * b, lambda r, n: 0.0001 * r * n, 7, (1, 16, 64))
+
+    budget = LoadAwareBudget(dear())
+    requests = tuple(range(64))
+    live = LiveRows(requests, 7, (7,) * 64)
+    generator = torch.Generator().manual_seed(0)
+    times = []
+    for _ in range(30):
+        confidence = torch.rand(64, 7, generator=generator) ** 0.2
+        begin = time.perf_counter()
+        proposal = budget.propose(live)
+        counts = [proposal.length if proposal.rows is None or r in proposal.rows else 0 for r in range(64)]
+        plan = budget.plan(Drafts(tuple(counts), confidence[:, : max(proposal.length, 1)], live))
+        budget.learn(
+            FinishedRound(requests, tuple(counts), tuple(plan), tuple(plan), tuple(plan), confidence[:, : max(proposal.length, 1)])
+        )
+        times.append(time.perf_counter() - begin)
+    assert np.median(times) < 3e-3
