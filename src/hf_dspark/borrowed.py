@@ -53,7 +53,9 @@ class Borrowed:
             weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
             if draft_ids is not None:
                 weight, bias = self._rows(weight, bias, draft_ids)
-            logits = F.linear(h.to(weight.device, weight.dtype), weight, bias)
+            # As a plain matrix: a batch of one with odd strides would be multiplied by a copy of the whole head.
+            rows = h.to(weight.device, weight.dtype).reshape(-1, h.shape[-1])
+            logits = F.linear(rows, weight, bias).unflatten(0, h.shape[:-1])
         else:
             # Quantized heads and heads behind hooks take what the target's own layers would hand them.
             target = self.target()

@@ -138,7 +138,7 @@ def read_config(name_or_path: str, **hub_arguments: Any) -> dict[str, Any] | Non
     Raises:
         CheckpointError: if the file is not a JSON object.
     """
-    path = _cached(name_or_path, "config.json", **hub_arguments)
+    path = cached_path(name_or_path, "config.json", **hub_arguments)
     if path is None:
         return None
     try:
@@ -259,12 +259,12 @@ def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments:
         tensors.
     """
     single, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    path = _cached(name_or_path, single, **hub_arguments)
+    path = cached_path(name_or_path, single, **hub_arguments)
     if path is not None:
         return dict(_read_header(path, name_or_path))
-    index_path = _cached(name_or_path, index, **hub_arguments)
+    index_path = cached_path(name_or_path, index, **hub_arguments)
     if index_path is None:
-        pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if _cached(name_or_path, name, **hub_arguments)]
+        pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if cached_path(name_or_path, name, **hub_arguments)]
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it to safetensors." if pickled else ""
         raise CheckpointError(f"{name_or_path!r} holds neither {single} nor {index}.{hint}")
     try:
@@ -274,7 +274,7 @@ def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments:
     found: dict[str, TensorRecord] = {}
     absent_shards = []
     for shard in sorted(set(weight_map.values())):
-        shard_path = _cached(name_or_path, shard, **hub_arguments)
+        shard_path = cached_path(name_or_path, shard, **hub_arguments)
         if shard_path is None:
             absent_shards.append(shard)
         else:
@@ -340,7 +340,7 @@ def same_weights(stored: TensorRecord, weight: torch.Tensor) -> bool:
     return True
 
 
-def _cached(name_or_path: str, filename: str, **hub_arguments: Any) -> str | None:
+def cached_path(name_or_path: str, filename: str, **hub_arguments: Any) -> str | None:
     return cached_file(
         name_or_path,
         filename,

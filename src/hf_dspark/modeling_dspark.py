@@ -8,7 +8,7 @@ vocabulary, R rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -21,6 +21,7 @@ from hf_dspark.adapter_files import LoadedAdapter, adapter_base, config_of, inst
 from hf_dspark.adapters import adapter_names, unload
 from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
 from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
+from hf_dspark.calibration_files import check_calibration, write_calibration
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.conversion import HUB_ARGUMENTS, TensorRecord, check_tensors
 from hf_dspark.errors import UnboundDrafterError
@@ -29,6 +30,9 @@ from hf_dspark.initialisation import copy_last_layers
 from hf_dspark.row_cache import RowCache, RowLayout
 from hf_dspark.stored import open_drafter
 from hf_dspark.vocabulary import check_draft_ids, choose_mask_token_id, mask_token_for
+
+# What a drafter decodes with where nobody says otherwise, once its confidences can be trusted.
+CALIBRATED_BUDGET = "load-aware"
 
 __all__ = ["DSparkAttention", "DSparkDrafter", "DSparkLayer", "DSparkRotaryEmbedding", "choose_mask_token_id"]
 
@@ -76,7 +80,8 @@ class DSparkDrafter(PreTrainedModel):
             # The first V_draft tokens, until from_target or a checkpoint says otherwise.
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
 
-        self.budget: Any = "full"
+        self.budget: Any = CALIBRATED_BUDGET if config.confidence_temperatures else "full"
+        self.calibration: dict[str, Any] | None = None
         self._borrowed: Borrowed | None = None
         self._carried: dict[str, TensorRecord] = {}
         self.post_init()
@@ -192,7 +197,10 @@ class DSparkDrafter(PreTrainedModel):
             return loaded
         stored = open_drafter(source, kwargs, cls._expected_tensors)
         if stored.kind == "dspark":
-            return super().from_pretrained(source, *model_args, config=stored.config, **{**kwargs, "use_safetensors": True})
+            loaded = super().from_pretrained(source, *model_args, config=stored.config, **{**kwargs, "use_safetensors": True})
+            drafter = loaded[0] if isinstance(loaded, tuple) else loaded
+            drafter.calibration = stored.calibration
+            return loaded
         state = {name: record.read() for name, record in stored.tensors.items()}
         kwargs = {key: value for key, value in kwargs.items() if key not in (*HUB_ARGUMENTS, "variant", "use_safetensors")}
         loaded = super().from_pretrained(None, *model_args, config=stored.config, state_dict=state, **kwargs)
@@ -221,6 +229,9 @@ class DSparkDrafter(PreTrainedModel):
         Raises:
             RuntimeError: if several adapters are active, or none (`save_adapter` takes a name).
         """
+        if self.calibration is not None and is_main_process:
+            # Before the weights: what is uploaded from this folder is listed as they are written.
+            write_calibration(save_directory, self.calibration)
         if not adapter_names(self):
             arguments = {"state_dict": state_dict, "is_main_process": is_main_process, "push_to_hub": push_to_hub, **kwargs}
             super().save_pretrained(save_directory, **arguments)
@@ -473,6 +484,23 @@ class DSparkDrafter(PreTrainedModel):
                 raise ValueError(f"There are temperatures for {len(temperatures)} block positions; got confidences for {gamma}.")
             logits = logits / torch.tensor(temperatures[:gamma], device=logits.device)
         return torch.sigmoid(logits).cumprod(dim=-1)
+
+    def set_calibration(self, record: Mapping[str, Any]) -> DSparkDrafter:
+        """Decode with calibrated confidences, and save them with the drafter.
+
+        The drafter's own budget becomes the load-aware one, as it is for calibrated checkpoints.
+
+        Args:
+            record (`dict`): from `hf-dspark calibrate` or `OnlineCalibration.record()`: `temperatures` and what they were fitted on.
+        Returns:
+            `DSparkDrafter`: itself.
+        Raises:
+            CheckpointError: for a record that is none, or is for another block size.
+        """
+        self.calibration = check_calibration(record, self.config.block_size, str(self.config.name_or_path or "this drafter"))
+        self.config.confidence_temperatures = [float(t) for t in self.calibration["temperatures"]]
+        self.budget = CALIBRATED_BUDGET
+        return self
 
     # ------------------------------------------------------------------------------------------------------- vocabulary
 

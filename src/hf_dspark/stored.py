@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from hf_dspark.calibration_files import check_calibration, read_calibration
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.conversion import (
     EMBEDDING_KEY,
@@ -37,6 +38,7 @@ class StoredDrafter:
     config: DSparkConfig
     tensors: dict[str, TensorRecord]
     carried: dict[str, TensorRecord]
+    calibration: dict[str, Any] | None = None
 
 
 def open_drafter(
@@ -61,7 +63,29 @@ def open_drafter(
     carried_keys = (EMBEDDING_KEY, LM_HEAD_KEY) if kind == "deepspec" else ()
     matrix = torch.empty(config.vocab_size, config.hidden_size, device="meta")
     check_tensors({**expected, **dict.fromkeys(carried_keys, matrix)}, found, source)
-    return StoredDrafter(kind, config, found, {key: found.pop(key) for key in carried_keys})
+    calibration = _calibration(source, config, hub) if kind == "dspark" else None
+    return StoredDrafter(kind, config, found, {key: found.pop(key) for key in carried_keys}, calibration)
+
+
+def _calibration(source: str, config: DSparkConfig, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """The calibration that lies beside the checkpoint; its temperatures go into the config where that has none.
+
+    Raises:
+        CheckpointError: if the file cannot be used, or says something else than the config.
+    """
+    record = read_calibration(source, **hub)
+    if record is None:
+        return None
+    temperatures = record["temperatures"][: config.block_size]
+    if config.confidence_temperatures is None:
+        check_calibration({**record, "temperatures": temperatures}, config.block_size, source)
+        config.confidence_temperatures = [float(t) for t in temperatures]
+    elif list(config.confidence_temperatures) != [float(t) for t in temperatures]:
+        raise CheckpointError(
+            f"{source!r}: calibration.json says temperatures {temperatures}, config.json {config.confidence_temperatures}; a confidence is "
+            "calibrated once. Calibrate again, or remove one of the two."
+        )
+    return {**record, "temperatures": list(config.confidence_temperatures)}
 
 
 def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Literal["dspark", "deepspec"], DSparkConfig]:
@@ -83,6 +107,9 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
             f"{source!r} was trained for blocks of {longest} tokens; got block_size={overrides['block_size']}. "
             f"Acceptance collapses beyond what was trained: use 1..{longest}."
         )
+    shorter = overrides.get("block_size")
+    if shorter is not None and "confidence_temperatures" not in overrides and raw.get("confidence_temperatures"):
+        overrides["confidence_temperatures"] = raw["confidence_temperatures"][:shorter]  # positions do not change by what follows them
     config = arguments.pop("config", None)
     if isinstance(config, DSparkConfig):
         return kind, config

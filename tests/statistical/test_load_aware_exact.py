@@ -72,7 +72,8 @@ def fit(budget: Any, prompts: tuple[Tokens, ...], saturated: bool = False, seed:
 @pytest.mark.parametrize("kind", [LoadAwareBudget, LaggedLoadAwareBudget])
 def test_load_aware_budgets_keep_the_distribution(kind: type[LoadAwareBudget], costs: str, prompts: tuple[Tokens, ...]) -> None:
     """Whatever passes cost, with rests and probes, the first three tokens are distributed as the target's."""
-    assert fit(kind(COSTS[costs](GAMMA)), prompts) > ALARM
+    # On the stepped costs as many calls as the control below needs to be caught.
+    assert fit(kind(COSTS[costs](GAMMA)), prompts, calls=2000 if costs == "jagged" and len(prompts) == 1 else 0) > ALARM
 
 
 @pytest.mark.slow

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import runpy
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hf_dspark.cli import budget_app
+from hf_dspark.cli.options import (
+    BatchSize,
+    Budget,
+    Device,
+    Drafter,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Seed,
+    Target,
+    Temperature,
+    TopP,
+    finite,
+)
 
 app = typer.Typer(
     name="hf-dspark",
@@ -18,40 +33,12 @@ app = typer.Typer(
 )
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
-
-
 def _version() -> str:
     """Reads the version out of the package without importing it."""
     spec = importlib.util.find_spec("hf_dspark")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("the package hf_dspark is not installed beside its command; run: pip install hf-dspark")
     return runpy.run_path(str(Path(spec.submodule_search_locations[0], "version.py")))["__version__"]
-
-
-def _nucleus(value: float) -> float:
-    if not 0 < value <= 1:
-        raise typer.BadParameter(f"{value} is not above 0 and at most 1.")
-    return value
-
-
-Target = Annotated[str, typer.Option(help="The target: `smollm2` (embedded), a folder or a Hub id.")]
-Drafter = Annotated[str, typer.Option(help="Its drafter: `smollm2-dspark` (embedded), a folder or a Hub id.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="New tokens a prompt at most.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts generated together.")]
-Temperature = Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(callback=_nucleus, help="Nucleus: above 0, at most 1 (all tokens).")]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="Verified tokens a round: `full`, `static:N` or `threshold:P`. Default: the drafter's own."),
-]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), fp32, bf16 or fp16.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -64,7 +51,7 @@ def root(
         typer.echo(f"hf-dspark {_version()}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        raise typer.BadParameter("no command given; choose one of demo, generate, eval, data, train, finetune.")
+        raise typer.BadParameter("no command given; choose one of demo, generate, eval, profile, calibrate, bench, data, train, finetune.")
 
 
 @app.command()
@@ -186,6 +173,11 @@ def evaluate(
     )
 
 
+app.command()(budget_app.profile)
+app.command()(budget_app.calibrate)
+app.command()(budget_app.bench)
+
+
 @app.command()
 def data(
     output: Annotated[Path, typer.Option(file_okay=False, help="The data folder. What it holds already is not made again.")],
@@ -205,7 +197,7 @@ def data(
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, readable=True, help='JSON lines of first words: {"source": "code", "begin": "Write a"}.'),
     ] = None,
-    self_temperature: Annotated[float, typer.Option(callback=_finite, help="Temperature at which it writes prompts.")] = 0.8,
+    self_temperature: Annotated[float, typer.Option(callback=finite, help="Temperature at which it writes prompts.")] = 0.8,
     self_tokens: Annotated[int, typer.Option(min=4, help="Tokens of a prompt it writes; longer ones are rejected.")] = 96,
     temperature: Annotated[list[float] | None, typer.Option(min=0.0, help="Of responses; give several to mix. Default: 0.")] = None,
     top_p: TopP = 1.0,
@@ -273,7 +265,7 @@ Epochs = Annotated[float | None, typer.Option(min=0.0, help="Length of the run i
 StepRows = Annotated[int, typer.Option(min=1, help="Rows a step, over all processes.")]
 Accumulation = Annotated[int, typer.Option(min=1, help="Parts that a process runs its rows of a step in, to bound memory.")]
 Anchors = Annotated[int, typer.Option(min=1, help="Blocks a row at most.")]
-Rate = Annotated[float, typer.Option("--lr", min=0.0, callback=_finite, help="Peak learning rate; warm-up, then cosine to 0.")]
+Rate = Annotated[float, typer.Option("--lr", min=0.0, callback=finite, help="Peak learning rate; warm-up, then cosine to 0.")]
 StatesMemory = Annotated[
     float,
     typer.Option(min=0.0, help="GiB of memory that may keep the target's states for later passes over the data. Nothing goes to disk."),

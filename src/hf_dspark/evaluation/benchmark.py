@@ -203,7 +203,7 @@ class Bench:
         self.budget = budget
         self.seed = seed
         self.prompt_lookup_tokens = prompt_lookup_tokens
-        self.end_ids = _end_ids(target)
+        self.end_ids = end_ids_of(target)
 
     def inputs(self, conversations: Sequence[Conversation]) -> BatchEncoding:
         """Returns the tokenized batch on the target's device, padded on the left."""
@@ -426,7 +426,8 @@ def _measured(runs: Mapping[str, Run], *, greedy: bool) -> Measured:
     )
 
 
-def _end_ids(target: PreTrainedModel) -> frozenset[int]:
+def end_ids_of(target: PreTrainedModel) -> frozenset[int]:
+    """The ids that end a text of this model, as its generation config has them."""
     ids = target.generation_config.eos_token_id if target.generation_config is not None else None
     if ids is None:
         return frozenset()

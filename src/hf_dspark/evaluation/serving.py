@@ -27,7 +27,8 @@ class Served:
 
     Attributes:
         tokens (`list[list[int]]`): new tokens of each request, in the order they were given; empty for those that never began.
-        spans (`list[tuple[float, float] | None]`): when each that ended had joined and ended, in seconds after the start.
+        spans (`list[tuple[float, float] | None]`): from when to when each was live on the clock, in seconds; None for those that never
+            began.
         emitted (`int`): new tokens of all requests while the clock ran.
         seconds (`float`): on the clock.
         stats (`DecodingStats`): of the loop while the clock ran; `t_total_s` equals `seconds`.
@@ -57,7 +58,7 @@ def serve(
     seed: int = 0,
     listener: RoundListener | None = None,
     steady: bool = False,
-    stop_after_tokens: int | None = None,
+    stop_after_seconds: float | None = None,
 ) -> Served:
     """Answer requests with `concurrency` of them in flight.
 
@@ -75,7 +76,7 @@ def serve(
         listener (`RoundListener`, *optional*): hears of rounds.
         steady (`bool`): start the clock when the first requests have joined, and stop it when the last one waiting has: in between
             `concurrency` rows are live all the time.
-        stop_after_tokens (`int`, *optional*): end when so many tokens have been emitted on the clock.
+        stop_after_seconds (`float`, *optional*): end when so much time has passed on the clock.
     Returns:
         `Served`.
     """
@@ -111,7 +112,6 @@ def serve(
     with torch.inference_mode(), target.open():
         start = time.perf_counter()
         on_clock = not steady
-        emitted = 0
         while waiting < count or loop.live:
             if waiting < count and len(loop.live) < concurrency:
                 more = range(waiting, min(waiting + concurrency - len(loop.live), count))
@@ -130,16 +130,18 @@ def serve(
             now = time.perf_counter()
             for request in joined.keys() - set(loop.live):
                 spans[request] = (joined.pop(request) - start, now - start)
-            emitted = sum(row.generated for row in loop.stats.rows)
-            if stop_after_tokens is not None and emitted >= stop_after_tokens:
+            if stop_after_seconds is not None and now - start >= stop_after_seconds:
                 break
             if steady and waiting == count and len(loop.live) < concurrency:
                 break
         _wait(device)
         seconds = time.perf_counter() - start
+    for request, since in joined.items():
+        spans[request] = (since - start, seconds)
     for name, value in loop.watch.read().items():
         setattr(loop.stats, f"t_{name}_s", value)
     loop.stats.t_total_s = seconds
+    emitted = sum(row.generated for row in loop.stats.rows)
     tokens = [sequences.ids[r, : sequences.lengths[r]].tolist() for r in range(count)]
     return Served(tokens, spans, emitted, seconds, loop.stats, row_rounds)
 

@@ -1,0 +1,70 @@
+"""`calibration.json`: temperatures with what they were fitted on. Knows the file; knows no model and no decoding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .configuration_dspark import check_temperatures
+from .conversion import cached_path
+from .errors import CheckpointError
+
+FILE_NAME = "calibration.json"
+FORMAT = 1
+
+
+def check_calibration(record: Any, block_size: int, source: str) -> dict[str, Any]:
+    """The record, if it is a calibration for blocks of this size.
+
+    Args:
+        record: what was read or made.
+        block_size (`int`): gamma of the drafter.
+        source (`str`): where it comes from, for the message.
+    Raises:
+        CheckpointError: otherwise.
+    """
+    if not isinstance(record, Mapping) or record.get("format") != FORMAT or not isinstance(record.get("temperatures"), list):
+        raise CheckpointError(
+            f"The calibration of {source!r} is not one that this version reads (format {FORMAT}, with a list `temperatures`). "
+            "Calibrate again."
+        )
+    temperatures = record["temperatures"]
+    if not all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in temperatures):
+        raise CheckpointError(f"The calibration of {source!r} holds temperatures that are no numbers: {temperatures}. Calibrate again.")
+    try:
+        check_temperatures(temperatures, block_size)
+    except ValueError as error:
+        raise CheckpointError(f"The calibration of {source!r} does not fit this drafter: {error}") from error
+    return dict(record)
+
+
+def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None:
+    """The calibration beside a checkpoint, None where there is none.
+
+    Args:
+        source (`str`): folder or Hub repository.
+        hub_arguments: as in `from_pretrained`.
+    Raises:
+        CheckpointError: for a file that cannot be used.
+    """
+    path = cached_path(source, FILE_NAME, **hub_arguments)
+    if path is None:
+        return None
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{FILE_NAME} of {source!r} cannot be read ({error}). Calibrate again, or remove the file.") from error
+    length = len(record["temperatures"]) if isinstance(record, Mapping) and isinstance(record.get("temperatures"), list) else 0
+    return check_calibration(record, length, source)
+
+
+def write_calibration(folder: str | Path, record: Mapping[str, Any]) -> Path:
+    """Write `calibration.json` into a folder, whole or not at all."""
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(dict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return path

@@ -1,0 +1,41 @@
+"""Options that several commands share. Knows what a user may type; imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import typer
+
+
+def finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def nucleus(value: float) -> float:
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{value} is not above 0 and at most 1.")
+    return value
+
+
+Target = Annotated[str, typer.Option(help="The target: `smollm2` (embedded), a folder or a Hub id.")]
+Drafter = Annotated[str, typer.Option(help="Its drafter: `smollm2-dspark` (embedded), a folder or a Hub id.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="New tokens a prompt at most.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts generated together.")]
+Temperature = Annotated[float, typer.Option(min=0.0, callback=finite, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(callback=nucleus, help="Nucleus: above 0, at most 1 (all tokens).")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Verified tokens a round: `full`, `static:N`, `threshold:P`, `load-aware` or `load-aware-lag2`. Default: the drafter's own."
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), fp32, bf16 or fp16.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+MaxVerifyTokens = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of one verification pass, anchors included; caps any budget.")
+]

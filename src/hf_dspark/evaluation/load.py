@@ -1,0 +1,313 @@
+"""Measures budgets under load: throughput and speed per user with N requests in flight. Knows serving and `generate`; knows no command.
+
+Every cell (a concurrency and a contender) runs for the same time on the same prompts in the same order; contenders take turns within a
+repeat, and who goes first rotates, so a machine that drifts slows all alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_dspark.budgets import make_budget
+from hf_dspark.costs import Costs
+from hf_dspark.evaluation.benchmark import Sampling, new_tokens
+from hf_dspark.evaluation.metrics import machine_record
+from hf_dspark.evaluation.serving import Served, serve
+from hf_dspark.online import OnlineCalibration
+from hf_dspark.profiling import CostProfile
+from hf_dspark.scheduling import FinishedRound, StaticBudget
+
+# Contenders that are no budgets: this loop without drafting, transformers' batched call, and its lookup decoding.
+PLAIN, GENERATE, LOOKUP = "plain", "generate", "prompt-lookup"
+# How a budget gets its confidences: `name` follows drifts online, `name@fixed` as the checkpoint is calibrated, `name@raw` uncalibrated.
+VARIANTS = ("", "@fixed", "@raw")
+_LOOKUP_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One column of the table.
+
+    Args:
+        name (`str`): a budget's name, with `@fixed` or `@raw` behind it or nothing, or `plain`, `generate`, `prompt-lookup`.
+    Raises:
+        ValueError: for an unknown name.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in (PLAIN, GENERATE, LOOKUP):
+            budget = make_budget(self.budget)
+            if self.variant and not budget.needs_confidence:
+                raise ValueError(f"{self.name!r}: {self.budget!r} reads no confidences; write {self.budget!r}.")
+
+    @property
+    def budget(self) -> str:
+        """The budget's name."""
+        return self.name.split("@")[0]
+
+    @property
+    def variant(self) -> str:
+        """`@fixed`, `@raw` or nothing."""
+        found = self.name[len(self.budget) :]
+        if found not in VARIANTS:
+            raise ValueError(f"Unknown variant {found!r} of budget {self.budget!r}; allowed are @fixed, @raw, or nothing.")
+        return found
+
+    @property
+    def drafts(self) -> bool:
+        """Whether this package's drafter takes part."""
+        return self.name not in (PLAIN, GENERATE, LOOKUP)
+
+
+class _Raw:
+    """A listener that takes all calibration away."""
+
+    def __init__(self, block_size: int) -> None:
+        self.temperatures = [1.0] * block_size
+
+    def learn(self, finished: FinishedRound) -> None:
+        pass
+
+
+@dataclass
+class _Cell:
+    """One contender at one concurrency: a list entry for each repeat."""
+
+    rates: list[float] = field(default_factory=list)
+    users: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    rounds: int = 0  # of rows
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "rest"), 0.0))
+
+    def add(self, served: Served) -> None:
+        self.rates.append(served.emitted / served.seconds)
+        self.tokens += served.emitted
+        self.seconds += served.seconds
+        for row, span in zip(served.stats.rows, served.spans, strict=True):
+            self.rounds += row.rounds
+            self.drafted += row.drafted
+            self.verified += row.verified
+            self.accepted += row.accepted
+            if span is not None and row.generated >= 8:
+                self.users.append(row.generated / (span[1] - span[0]))
+        stats = served.stats
+        for part, seconds in zip(self.parts, (stats.t_prefill_s, stats.t_draft_s, stats.t_verify_s, stats.t_rest_s), strict=True):
+            self.parts[part] += seconds
+
+    def add_call(self, tokens: Sequence[int], seconds: float) -> None:
+        self.tokens += sum(tokens)
+        self.seconds += seconds
+        self.users += [n / seconds for n in tokens]
+
+    def to_json(self, concurrency: int, name: str) -> dict[str, Any]:
+        users = sorted(self.users)
+        total = sum(self.parts.values())
+        return {
+            "concurrency": concurrency,
+            "budget": name,
+            "tokens_per_s": statistics.median(self.rates),
+            "tokens_per_s_lowest": min(self.rates),
+            "tokens_per_s_highest": max(self.rates),
+            "user_tokens_per_s_median": statistics.median(users) if users else None,
+            "user_tokens_per_s_p5": users[int(0.05 * len(users))] if users else None,
+            "tau": (self.accepted + self.rounds) / self.rounds if self.rounds else None,
+            "verified_tokens_per_request": self.verified / self.rounds if self.rounds else None,
+            "drafted_tokens_per_request": self.drafted / self.rounds if self.rounds else None,
+            "acceptance_rate": self.accepted / self.verified if self.verified else None,
+            "time_shares": {part: seconds / total for part, seconds in self.parts.items()} if total else None,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "repeats_tokens_per_s": self.rates,
+        }
+
+
+def bench(
+    target: Any,
+    drafter: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end_ids: Sequence[int],
+    pad_id: int,
+    concurrencies: Sequence[int],
+    budgets: Sequence[str],
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    seconds: float = 5.0,
+    repeats: int = 3,
+    seed: int = 0,
+    costs: Costs | None = None,
+    on_cell: Callable[[int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure contenders at several concurrencies.
+
+    Args:
+        target (`PreTrainedModel`), drafter (`DSparkDrafter`): a pair.
+        prompts (`list[list[int]]`): token ids; taken in order, over and over.
+        end_ids (`list[int]`), pad_id (`int`): of the target.
+        concurrencies (`list[int]`): requests in flight.
+        budgets (`list[str]`): contenders, see `Contender`.
+        sampling (`Sampling`, *optional*): greedy by default.
+        max_new_tokens (`int`): of a request; those in flight when the clock starts are of all ages.
+        seconds (`float`): of one repeat of one cell.
+        repeats (`int`): of each cell; the table has their median, lowest and highest.
+        seed (`int`): of draws.
+        costs (`Costs`, *optional*): what rounds cost; the remembered profile by default.
+        on_cell (`Callable`, *optional*): called after each run of a cell.
+    Returns:
+        `dict`: `cells`, `summary`, and all that is needed to repeat it.
+    """
+    sampling = sampling or Sampling()
+    contenders = [Contender(name) for name in budgets]
+    drafter.bind(target)
+    profile = None
+    if costs is None and any(c.drafts and make_budget(c.budget).needs_confidence for c in contenders):
+        profile = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=not sampling.greedy)
+        costs = profile.costs(not sampling.greedy)
+    listeners: dict[str, Any] = {}
+    for contender in contenders:
+        if contender.drafts and make_budget(contender.budget).needs_confidence:
+            online = OnlineCalibration()
+            online.check(drafter.config)
+            listeners[contender.name] = {"": online, "@fixed": None, "@raw": _Raw(drafter.config.block_size)}[contender.variant]
+    runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs, listeners)
+    cells = {(n, c.name): _Cell() for n in concurrencies for c in contenders if c.name != LOOKUP or n == 1}
+    for contender in contenders:  # first-use costs stay out of the figures
+        runner.run(contender, min(concurrencies), 0.5, 0)
+    turn = 0
+    for repeat in range(repeats):
+        for concurrency in concurrencies:
+            order = [c for c in contenders if (concurrency, c.name) in cells]
+            for contender in order[turn % len(order) :] + order[: turn % len(order)]:
+                runner.run(contender, concurrency, seconds, repeat, cells[concurrency, contender.name])
+                if on_cell is not None:
+                    on_cell(concurrency, contender.name)
+            turn += 1
+    rows = [cell.to_json(n, name) for (n, name), cell in cells.items()]
+    return {
+        "cells": rows,
+        "summary": summary(rows),
+        "settings": {
+            "concurrency": list(concurrencies),
+            "budgets": list(budgets),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": max_new_tokens,
+            "seconds": seconds,
+            "repeats": repeats,
+            "seed": seed,
+            "prompts": len(prompts),
+            "target_dtype": str(target.dtype).removeprefix("torch."),
+            "drafter_dtype": str(drafter.dtype).removeprefix("torch."),
+            "calibrated": drafter.config.confidence_temperatures is not None,
+        },
+        "profile": None if profile is None else profile.to_json(),
+        "machine": machine_record(target.device),
+    }
+
+
+def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each concurrency: the best fixed choice (plain, full, static), the best load-aware budget, and the ratios that matter."""
+    out = []
+    for concurrency in sorted({cell["concurrency"] for cell in cells}):
+        rates = {cell["budget"]: cell["tokens_per_s"] for cell in cells if cell["concurrency"] == concurrency}
+        fixed = {name: rate for name, rate in rates.items() if name in (PLAIN, "full") or name.startswith("static:")}
+        aware = {name: rate for name, rate in rates.items() if name.startswith("load-aware") and "@" not in name}
+        row: dict[str, Any] = {"concurrency": concurrency}
+        if fixed:
+            row["best_fixed"] = max(fixed, key=fixed.__getitem__)
+        if aware:
+            row["best_load_aware"] = max(aware, key=aware.__getitem__)
+            best = aware[row["best_load_aware"]]
+            row |= {"load_aware_over_best_fixed": best / max(fixed.values()) if fixed else None}
+            row |= {f"load_aware_over_{name}": best / rates[name] for name in (PLAIN, "full", GENERATE, LOOKUP) if name in rates}
+        out.append(row)
+    return out
+
+
+@dataclass
+class _Runner:
+    """Runs one cell once."""
+
+    target: Any
+    drafter: Any
+    prompts: Sequence[Sequence[int]]
+    end_ids: list[int]
+    pad_id: int
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int
+    costs: Costs | None
+    listeners: dict[str, Any]
+
+    def run(self, contender: Contender, concurrency: int, seconds: float, repeat: int, cell: _Cell | None = None) -> None:
+        cell = cell if cell is not None else _Cell()
+        queue = self._queue(concurrency, repeat)
+        if contender.name in (GENERATE, LOOKUP):
+            self._stock(contender, concurrency, seconds, queue, cell)
+            return
+        # More requests than can be answered in the time, whatever the speed.
+        wanted = concurrency + 8 + int(20 * seconds)
+        requests = [next(queue) for _ in range(wanted)]
+        ages = [max(self.max_new_tokens * (i + 1) // concurrency, 1) for i in range(concurrency)]
+        budget = StaticBudget(0) if contender.name == PLAIN else make_budget(contender.budget)
+        served = serve(
+            self.target,
+            self.drafter if contender.drafts else None,
+            requests,
+            concurrency=concurrency,
+            max_new_tokens=[*ages, *[self.max_new_tokens] * (wanted - concurrency)],
+            budget=budget.start(self._costs),
+            end_ids=self.end_ids,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=self.seed + repeat,
+            listener=self.listeners.get(contender.name),
+            steady=True,
+            stop_after_seconds=seconds,
+        )
+        cell.add(served)
+
+    def _costs(self) -> Costs:
+        if self.costs is None:
+            raise RuntimeError("a budget asked for costs that were not measured; please report this")
+        return self.costs
+
+    def _queue(self, concurrency: int, repeat: int) -> Iterator[Sequence[int]]:
+        place = 7 * repeat
+        while True:
+            yield self.prompts[place % len(self.prompts)]
+            place += 1
+
+    def _stock(self, contender: Contender, concurrency: int, seconds: float, queue: Iterator[Sequence[int]], cell: _Cell) -> None:
+        """transformers' own calls, batch after batch, until the time is over."""
+        options = self.sampling.options() | {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.pad_id}
+        if contender.name == LOOKUP:
+            options["prompt_lookup_num_tokens"] = _LOOKUP_TOKENS
+        torch.manual_seed(self.seed)
+        tokens, spent = 0, 0.0
+        while spent < seconds:
+            rows = [list(next(queue)) for _ in range(concurrency)]
+            width = max(map(len, rows))
+            ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=self.target.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.target.device)
+            begin = time.perf_counter()
+            output = self.target.generate(input_ids=ids, attention_mask=mask, **options)
+            if self.target.device.type == "cuda":
+                torch.cuda.synchronize(self.target.device)
+            took = time.perf_counter() - begin
+            counts = [len(row) for row in new_tokens(output, width, frozenset(self.end_ids))]
+            cell.add_call(counts, took)
+            tokens, spent = tokens + sum(counts), spent + took
+        cell.rates.append(tokens / spent)
