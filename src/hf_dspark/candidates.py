@@ -130,7 +130,6 @@ class DSparkCandidateGenerator(CandidateGenerator):
             input_ids[:, -1],
             [committed],
             self.cache,
-            block_size=self.block_size,
             length=proposal.length,
             sample=self.do_sample,
             process=process,

@@ -203,7 +203,6 @@ class DecodingLoop:
                 self.anchors if rows is None else self.anchors[torch.tensor(rows, device=self.anchors.device)],
                 starts if rows is None else [starts[r] for r in rows],
                 self.context.drafter,
-                block_size=self.block_size,
                 length=proposal.length,
                 sample=self.sample,
                 process=self.process_draft if self.processors else None,

@@ -38,7 +38,6 @@ def draft_block(
     starts: Sequence[int],
     cache: RowCache,
     *,
-    block_size: int,
     length: int,
     sample: bool,
     process: ProcessDraft | None = None,
@@ -54,8 +53,8 @@ def draft_block(
         anchors (`torch.LongTensor` of shape `(R,)`): last committed token of each row.
         starts (`list[int]`): context tokens of each row, which is also its anchor's position.
         cache (`RowCache`): the drafter's context.
-        block_size (`int`): gamma, positions that the backbone computes.
-        length (`int`): tokens to draw, at most gamma; the sequential head stops there.
+        length (`int`): tokens to draft, at most gamma. The backbone computes so many positions: what masks would stand behind them
+            hardly changes them.
         sample (`bool`): draw from p_d; arg-max otherwise.
         process (`ProcessDraft`, *optional*): the user's logits processors; makes p_d resemble the processed p_t.
         with_confidence (`bool`): compute c_k too.
@@ -63,8 +62,7 @@ def draft_block(
         row_ids (`list[int]`, *optional*): the cache's rows that these are; 0..R-1 where None.
         temperatures (`list[float]`, *optional*): T_k to calibrate c_k with; the checkpoint's where None.
     """
-    # Contiguous: on CPUs a bfloat16 product with a strided operand takes a path that is tens of times slower.
-    h = drafter.draft_hidden(anchors, starts, cache, block_size, row_ids)[:, :length].contiguous()
+    h = drafter.draft_hidden(anchors, starts, cache, length, row_ids)
     base = drafter.base_logits(h)
     noise = exponential_noise(tuple(base.shape), base, generator) if sample else None
     head = drafter.markov_head
