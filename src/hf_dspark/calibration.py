@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = 10
+# Of the record that is kept of a calibration.
+FORMAT = 1
 # Rounds below which temperatures would be fitted to noise.
 FEWEST_ROUNDS = 400
 _GRID = np.exp(np.linspace(np.log(0.1), np.log(10.0), 121))
@@ -82,6 +84,20 @@ def expected_calibration_error(predicted: np.ndarray, observed: np.ndarray, bins
     where = np.minimum((predicted * bins).astype(np.int64), bins - 1)
     gap = np.bincount(where, weights=predicted - observed, minlength=bins)
     return float(np.abs(gap).sum() / len(predicted))
+
+
+def noise_of_error(predicted: np.ndarray, bins: int = BINS) -> tuple[float, float]:
+    """Mean and standard deviation of the calibration error that a perfect forecast would show on samples as many as these.
+
+    Sums of a bin are near normal with variance sum p (1 - p), and the error is the sum of their absolute values.
+
+    Args:
+        predicted (`numpy.ndarray` of shape `(N,)`), bins (`int`): as above.
+    """
+    where = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    variance = np.bincount(where, weights=predicted * (1 - predicted), minlength=bins)
+    mean = np.sqrt(2 / np.pi) * np.sqrt(variance).sum() / len(predicted)
+    return float(mean), float(np.sqrt((1 - 2 / np.pi) * variance.sum()) / len(predicted))
 
 
 def area_under_curve(predicted: np.ndarray, observed: np.ndarray) -> float:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .calibration import FORMAT
 from .configuration_dspark import check_temperatures
 from .conversion import cached_path
 from .errors import CheckpointError
 
 FILE_NAME = "calibration.json"
-FORMAT = 1
 
 
 def check_calibration(record: Any, block_size: int, source: str) -> dict[str, Any]:

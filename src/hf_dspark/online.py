@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .calibration import FEWEST_ROUNDS, Rounds, fit_temperatures, quality
+from .calibration import FEWEST_ROUNDS, FORMAT, Rounds, fit_temperatures, noise_of_error, quality
 from .scheduling import FinishedRound
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ class OnlineState:
     Attributes:
         seen (`int`): rounds of rows seen so far.
         ece (`float`): mean over positions of the window's calibration error, with the temperatures in force until now.
-        gap (`float`): largest difference of mean predicted and observed prefix survival over positions.
-        drifted (`bool`): whether the gap is beyond chance.
+        excess (`float`): largest calibration error over positions, less what chance would show.
+        drifted (`bool`): whether a position's error is beyond chance.
         temperatures (`tuple[float, ...]`): in force from now on.
     """
 
     seen: int
     ece: float
-    gap: float
+    excess: float
     drifted: bool
     temperatures: tuple[float, ...]
 
@@ -46,14 +46,14 @@ class OnlineCalibration:
     Args:
         window (`int`): rounds of rows that count, the latest.
         every (`int`): rounds between checks.
-        tolerance (`float`): difference of mean predicted and observed survival that is never called a drift.
-        alarm (`float`): how many standard errors of the observed frequency a difference must exceed to count as one.
+        tolerance (`float`): calibration error beyond chance that is never called a drift.
+        alarm (`float`): by how many standard deviations, of the error that chance shows, it must exceed chance to count as one.
         adapt (`bool`): change temperatures on a drift; False only watches.
     Raises:
         ValueError: for a window that no temperatures can be fitted to.
     """
 
-    def __init__(self, *, window: int = 2000, every: int = 250, tolerance: float = 0.02, alarm: float = 3.0, adapt: bool = True) -> None:
+    def __init__(self, *, window: int = 2000, every: int = 250, tolerance: float = 0.01, alarm: float = 3.0, adapt: bool = True) -> None:
         if window < FEWEST_ROUNDS or every < 1:
             raise ValueError(f"The window holds at least {FEWEST_ROUNDS} rounds, and checks are 1 or more apart; got {window} and {every}.")
         self.window = window
@@ -112,28 +112,41 @@ class OnlineCalibration:
         held = min(self.seen, self.window)
         return Rounds(self._logits[:held], self._judged[:held], self._accepted[:held])
 
+    def record(self) -> dict[str, Any]:
+        """What was found, for `drafter.set_calibration`, which saves it with the drafter.
+
+        Raises:
+            RuntimeError: before the first call that watched.
+        """
+        if self.temperatures is None:
+            raise RuntimeError("Nothing was watched yet; give this object to hf_dspark.generate(.., online_calibration=..) first.")
+        return {
+            "format": FORMAT,
+            "temperatures": list(self.temperatures),
+            "data": [{"online": True, "rounds": self.seen, "window": min(self.seen, self.window)}],
+            "ece": self.history[-1].ece if self.history and self.history[-1].ece == self.history[-1].ece else None,
+        }
+
     def _look(self) -> None:
         rounds = self.rounds
         temperatures = self.temperatures
         assert temperatures is not None
-        found = [q for q in quality(rounds, temperatures) if q.rounds >= FEWEST_ROUNDS // 4]
         survival = rounds.survival(temperatures)
-        gap, drifted = 0.0, False
-        for k in range(rounds.block_size):
-            known = rounds.judged > k
-            count = int(known.sum())
-            if count < FEWEST_ROUNDS // 4:
+        errors: list[float] = []
+        worst, drifted = 0.0, False
+        for k, found in enumerate(quality(rounds, temperatures)):
+            if found.rounds < FEWEST_ROUNDS // 4:
                 continue
-            observed = float((rounds.accepted[known] > k).mean())
-            difference = abs(float(survival[known, k].mean()) - observed)
-            gap = max(gap, difference)
-            error = (max(observed * (1 - observed), 1e-4) / count) ** 0.5
-            drifted |= difference > max(self.tolerance, self.alarm * error)
+            errors.append(found.ece)
+            mean, deviation = noise_of_error(survival[rounds.judged > k, k])
+            excess = found.ece - mean
+            worst = max(worst, excess)
+            drifted |= excess > max(self.tolerance, self.alarm * deviation)
         if drifted and self.adapt:
             temperatures = self._refit(rounds, temperatures)
             self.temperatures = temperatures
-        ece = float(np.mean([q.ece for q in found])) if found else float("nan")
-        self.history.append(OnlineState(self.seen, ece, gap, drifted, tuple(temperatures)))
+        ece = float(np.mean(errors)) if errors else float("nan")
+        self.history.append(OnlineState(self.seen, ece, worst, drifted, tuple(temperatures)))
 
     def _refit(self, rounds: Rounds, old: Sequence[float]) -> list[float]:
         """Temperatures of the leading positions that were judged often enough; the others keep theirs."""

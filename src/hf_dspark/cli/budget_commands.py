@@ -47,9 +47,7 @@ def run_profile(
         print_json(record)
         return
     costs, gamma = profile.costs(sample), profile.block_size
-    table = Table(
-        title=f"milliseconds of a {'drawn' if sample else 'greedy'} round: draft, and the rest by tokens a row in the pass"
-    )
+    table = Table(title=f"milliseconds of a {'drawn' if sample else 'greedy'} round: draft, and the rest by tokens a row in the pass")
     counts = sorted({1, 2, 3, 1 + (gamma + 1) // 2, 1 + gamma})
     for heading in ("rows", *(f"draft {n}" for n in (1, gamma)), *(f"verify {n}" for n in counts)):
         table.add_column(heading, justify="right", no_wrap=True)

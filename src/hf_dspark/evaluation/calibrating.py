@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_dspark.calibration import BINS, FEWEST_ROUNDS, PositionQuality, Rounds, fit_temperatures, quality, reliability
-from hf_dspark.calibration_files import FORMAT
+from hf_dspark.calibration import BINS, FEWEST_ROUNDS, FORMAT, PositionQuality, Rounds, fit_temperatures, quality, reliability
 from hf_dspark.errors import DataError
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import serve
