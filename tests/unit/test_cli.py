@@ -28,7 +28,9 @@ def fails(capsys, *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["demo", "--help"], ["generate", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], *([command, "--help"] for command in ("demo", "generate", "eval", "bench"))]
+)
 def test_help_does_not_import_torch(arguments):
     """Help and version answer without torch and transformers."""
     script = (
@@ -252,3 +254,88 @@ def test_demo_with_json_prints_one_line(capsys, tiny_pair):
     target, drafter = map(str, tiny_pair)
     assert run(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "4", "--device", "cpu", "--json"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_profile_prints_what_it_remembers(capsys, tmp_path, monkeypatch, tiny_pair):
+    """The JSON line is the profile that the cache holds; asked again, nothing is measured anew."""
+    monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
+    target, drafter = map(str, tiny_pair)
+    arguments = ["profile", "--target", target, "--drafter", drafter, "--rows", "2", "--dtype", "fp32", "--device", "cpu"]
+    assert run([*arguments, "--json"]) == 0
+    record = last_json(capsys.readouterr().out)
+    (path,) = (tmp_path / "profiles").iterdir()
+    assert record == json.loads(path.read_text(encoding="utf-8"))
+    assert run([*arguments, "--plot", str(tmp_path / "costs.png")]) == 0
+    assert (tmp_path / "costs.png").stat().st_size > 1000
+    assert json.loads(path.read_text(encoding="utf-8")) == record
+    assert "draft" in capsys.readouterr().out
+
+
+def test_bench_writes_cells_and_plots(capsys, tmp_path, monkeypatch, tiny_pair, prompts):
+    """The file has a cell for each concurrency and budget, the folder two plots, stdout a table."""
+    monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
+    target, drafter = map(str, tiny_pair)
+    out = tmp_path / "out.json"
+    arguments = [
+        "--concurrency",
+        "1,2",
+        "--budgets",
+        "plain,full,load-aware",
+        "--seconds",
+        "0.1",
+        "--repeats",
+        "1",
+        "--max-new-tokens",
+        "8",
+    ]
+    where = ["--json", str(out), "--plots", str(tmp_path / "plots"), "--dtype", "fp32", "--device", "cpu"]
+    assert run(["bench", "--target", target, "--drafter", drafter, "--prompts", str(prompts), *arguments, *where]) == 0
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert [(c["concurrency"], c["budget"]) for c in record["cells"]] == [
+        (n, name) for n in (1, 2) for name in ("plain", "full", "load-aware")
+    ]
+    assert {"tokens_per_s", "user_tokens_per_s_median", "user_tokens_per_s_p5", "tau", "verified_tokens_per_request"} <= set(
+        record["cells"][0]
+    )
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["budget.png", "frontier.png"]
+    assert "load-aware" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--concurrency", "0"], "whole numbers of 1 or more"),
+        (["--concurrency", "a"], "whole numbers"),
+        (["--budgets", "quick"], "Unknown budget"),
+    ],
+)
+def test_bench_refuses_bad_lists(capsys, prompts, arguments, expected):
+    """One line that says what is allowed, before anything is loaded."""
+    assert expected in fails(capsys, "bench", "--prompts", str(prompts), *arguments)
+
+
+def test_calibrate_saves_beside_the_weights_once(capsys, tmp_path, tiny_pair):
+    """The drafter's folder gets calibration.json and temperatures in its config; a second time needs --replace."""
+    import shutil
+
+    target, drafter = tiny_pair
+    folder = tmp_path / "drafter"
+    shutil.copytree(drafter, folder)
+    many = tmp_path / "many.jsonl"
+    many.write_text(
+        "".join(json.dumps({"prompt": f"w{4 + i % 80} w{5 + i % 61} w{6 + i % 7}"}) + "\n" for i in range(120)), encoding="utf-8"
+    )
+    arguments = ["calibrate", "--target", str(target), "--drafter", str(folder), "--prompts", str(many), "--max-new-tokens", "24"]
+    more = ["--dtype", "fp32", "--device", "cpu", "--concurrency", "32", "--plots", str(tmp_path / "plots")]
+    assert run([*arguments, *more, "--json"]) == 0
+    record = last_json(capsys.readouterr().out)
+    assert json.loads((folder / "calibration.json").read_text(encoding="utf-8")) == record
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["confidence_temperatures"] == record["temperatures"]
+    assert (tmp_path / "plots" / "reliability.png").stat().st_size > 1000
+    assert "is calibrated already" in fails(capsys, *arguments, *more)
+    assert run([*arguments, *more, "--replace"]) == 0
+
+
+def test_calibrate_needs_somewhere_to_save(capsys, prompts):
+    """An embedded or Hub name is no folder; said before loading."""
+    assert "--output FOLDER is needed" in fails(capsys, "calibrate", "--prompts", str(prompts))

@@ -113,7 +113,7 @@ def serve(
         start = time.perf_counter()
         on_clock = not steady
         while waiting < count or loop.live:
-            if waiting < count and len(loop.live) < concurrency:
+            while waiting < count and len(loop.live) < concurrency:  # again where one ends with its first token
                 more = range(waiting, min(waiting + concurrency - len(loop.live), count))
                 now = time.perf_counter()
                 joined.update(dict.fromkeys(more, now))

@@ -1,0 +1,203 @@
+"""Requests that come and go: every one gets its own text, the number in flight holds, and the clock counts what it should."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from hf_dspark.budgets import make_budget
+from hf_dspark.calibration import FEWEST_ROUNDS
+from hf_dspark.errors import CheckpointError, DataError
+from hf_dspark.evaluation.calibrating import calibrate, held_out, record_rounds
+from hf_dspark.evaluation.load import Contender, bench, summary
+from hf_dspark.evaluation.serving import serve
+from hf_dspark.modeling_dspark import DSparkDrafter
+from tests.budgets import full_machine, middling
+from tests.integration.helpers import NEVER, bigram_drafter, plain, random_prompts
+from tests.tiny import tiny_drafter, tiny_target
+
+LENGTHS = (9, 4, 13, 1, 7, 5, 11, 2, 6, 3)
+LIMITS = [20, 5, 12, 1, 30, 8, 17, 24, 2, 11]
+
+
+@functools.cache
+def pair():
+    target = tiny_target("llama")
+    return target, bigram_drafter(target, random_prompts(LENGTHS))
+
+
+@functools.cache
+def alone(request: int) -> list[int]:
+    """Plain generation of one request by itself."""
+    prompt = random_prompts(LENGTHS)[request]
+    out = plain(pair()[0], {"input_ids": torch.tensor([prompt])}, max_new_tokens=LIMITS[request])
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("budget", ["full", "static:2", "threshold:0.5", "load-aware", "load-aware-lag2", "plain"])
+@pytest.mark.parametrize("concurrency", [1, 3, 16])
+def test_every_request_gets_its_own_text(budget, concurrency):
+    """However many are in flight, each request's greedy tokens are those of plain generation of it alone."""
+    target, drafter = pair()
+    made = make_budget("static:0" if budget == "plain" else budget).start(lambda: middling(drafter.config.block_size))
+    served = serve(
+        target, None if budget == "plain" else drafter, random_prompts(LENGTHS), concurrency=concurrency, max_new_tokens=LIMITS,
+        budget=made, end_ids=[NEVER],
+    )  # fmt: skip
+    assert served.tokens == [alone(r) for r in range(len(LENGTHS))]
+    assert served.emitted == sum(LIMITS)
+    assert all(span is not None and span[0] <= span[1] for span in served.spans)
+
+
+def test_the_number_in_flight_holds():
+    """In a steady run as many rows are live in every round as were asked for, and the clock covers these rounds only."""
+    target, drafter = pair()
+    seen = []
+
+    class Ears:
+        temperatures = None
+
+        def learn(self, finished):
+            seen.append(len(finished.requests))
+
+    prompts = random_prompts(LENGTHS * 3)
+    served = serve(
+        target, drafter, prompts, concurrency=4, max_new_tokens=LIMITS * 3, budget=make_budget("full"), end_ids=[NEVER], listener=Ears(),
+        steady=True,
+    )  # fmt: skip
+    assert set(seen) == {4}
+    assert served.row_rounds == 4 * len(seen) == sum(row.rounds for row in served.stats.rows)
+    assert served.seconds > 0
+    assert served.emitted < sum(LIMITS * 3)
+
+
+def test_a_request_that_ends_by_itself_frees_its_place():
+    """An end-of-text token ends a request and is kept."""
+    target, drafter = pair()
+    ends = alone(4)[6]
+    served = serve(target, drafter, random_prompts(LENGTHS), concurrency=2, max_new_tokens=30, budget=make_budget("full"), end_ids=[ends])
+    assert served.tokens[4] == alone(4)[: alone(4).index(ends) + 1]
+
+
+# ------------------------------------------------------------------------------------------------------------------ calibrating
+
+
+def many_prompts(n: int, seed: int = 3) -> list[list[int]]:
+    return random_prompts((5,) * n, seed)
+
+
+def test_rounds_are_recorded_as_they_happened():
+    """What the recorder says was accepted adds up to what the loop's statistics say, and every block position was judged."""
+    target, drafter = pair()
+    rounds, requests = record_rounds(
+        target, drafter, many_prompts(12), end_ids=[NEVER], max_new_tokens=20, temperature=0.0, top_p=1.0, concurrency=5, seed=0
+    )
+    assert rounds.logits.shape[1] == drafter.config.block_size
+    assert len(rounds) == len(requests)
+    served = serve(target, drafter, many_prompts(12), concurrency=5, max_new_tokens=20, budget=make_budget("full"), end_ids=[NEVER])
+    assert int(rounds.accepted.sum()) == sum(sum(row.accepted_at) for row in served.stats.rows)
+    assert np.bincount(requests, minlength=12).tolist() == [row.verified_at[0] for row in served.stats.rows]
+
+
+def test_prompts_are_held_out_by_their_hash():
+    """About the share that was asked for, the same ones every time."""
+    prompts = many_prompts(400)
+    chosen = [held_out(p, 0.5) for p in prompts]
+    assert chosen == [held_out(p, 0.5) for p in prompts]
+    assert 150 < sum(chosen) < 250
+
+
+@functools.cache
+def calibrated() -> dict:
+    target, drafter = pair()
+    return calibrate(
+        target, drafter, {"here": many_prompts(150)}, others={"there": many_prompts(60, 9)}, end_ids=[NEVER], max_new_tokens=24,
+        concurrency=32,
+    )  # fmt: skip
+
+
+def test_calibration_helps_on_prompts_that_it_has_not_seen():
+    """The confidences of an untrained head are wrong; temperatures make them less so on the held-out half, which was not fitted on."""
+    record = calibrated()
+    assert record["files"]["here"]["after"]["ece"] < record["files"]["here"]["before"]["ece"]
+    (data,) = record["data"]
+    assert data["rounds_fitted"] >= FEWEST_ROUNDS
+    assert data["rounds_judged"] == record["files"]["here"]["after"]["rounds"]
+    assert set(record["others"]) == {"there"}
+
+
+def test_a_calibrated_drafter_keeps_its_calibration(tmp_path):
+    """Saved with the drafter, read with it, applied to its confidences, and its own budget is the load-aware one."""
+    target, drafter = pair()
+    copy = tiny_drafter(target)
+    copy.set_calibration(calibrated())
+    copy.save_pretrained(tmp_path)
+    loaded = DSparkDrafter.from_pretrained(tmp_path)
+    assert loaded.calibration == calibrated()
+    assert loaded.config.confidence_temperatures == calibrated()["temperatures"]
+    assert loaded.budget == "load-aware"
+    assert drafter.budget == "full"
+    shorter = DSparkDrafter.from_pretrained(tmp_path, block_size=3)
+    assert shorter.config.confidence_temperatures == calibrated()["temperatures"][:3]
+
+
+def test_a_calibration_file_and_a_config_must_agree(tmp_path):
+    """A confidence is calibrated once: two different sets of temperatures are refused."""
+    import json
+
+    copy = tiny_drafter(tiny_target("llama"))
+    copy.set_calibration(calibrated())
+    copy.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["confidence_temperatures"][0] += 1.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"calibration\.json says .* config\.json"):
+        DSparkDrafter.from_pretrained(tmp_path)
+    config["confidence_temperatures"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert DSparkDrafter.from_pretrained(tmp_path).config.confidence_temperatures == calibrated()["temperatures"]
+
+
+def test_too_few_rounds_to_calibrate_are_refused():
+    """With the counts."""
+    target, drafter = pair()
+    with pytest.raises(DataError, match=r"at least 400 rounds.*rounds_fitted"):
+        calibrate(target, drafter, {"few": many_prompts(4)}, end_ids=[NEVER], max_new_tokens=6)
+
+
+def test_a_drafter_without_confidences_cannot_be_calibrated():
+    """Said before anything is decoded."""
+    target, _ = pair()
+    with pytest.raises(DataError, match="no confidence head"):
+        calibrate(target, tiny_drafter(target, enable_confidence_head=False), {"x": many_prompts(2)}, end_ids=[NEVER])
+
+
+# -------------------------------------------------------------------------------------------------------------------- bench
+
+
+def test_the_benchmark_has_a_cell_for_everything():
+    """Each concurrency and contender has its figures; lookup, which takes one row, only at one; ratios are of these figures."""
+    target, drafter = pair()
+    names = ["plain", "full", "static:1", "threshold:0.5", "load-aware", "load-aware-lag2", "load-aware@raw", "generate", "prompt-lookup"]
+    record = bench(
+        target, drafter, many_prompts(20), end_ids=[NEVER], pad_id=0, concurrencies=[1, 3], budgets=names, max_new_tokens=16, seconds=0.1,
+        repeats=2, costs=full_machine(drafter.config.block_size),
+    )  # fmt: skip
+    cells = {(c["concurrency"], c["budget"]): c for c in record["cells"]}
+    assert set(cells) == {(n, name) for n in (1, 3) for name in names} - {(3, "prompt-lookup")}
+    assert all(c["tokens_per_s"] > 0 and len(c["repeats_tokens_per_s"]) == 2 for c in record["cells"])
+    assert cells[3, "plain"]["tau"] == 1.0
+    assert cells[3, "full"]["verified_tokens_per_request"] > cells[3, "load-aware"]["verified_tokens_per_request"]
+    best = max(cells[1, name]["tokens_per_s"] for name in ("plain", "full", "static:1"))
+    aware = max(cells[1, name]["tokens_per_s"] for name in ("load-aware", "load-aware-lag2"))
+    assert summary(record["cells"])[0]["load_aware_over_best_fixed"] == pytest.approx(aware / best)
+
+
+@pytest.mark.parametrize("wrong", ["fast", "full@raw", "load-aware@x", "static:x"])
+def test_unknown_contenders_are_refused(wrong):
+    """Before anything runs."""
+    with pytest.raises(ValueError, match=r"Unknown|reads no|cannot be used"):
+        Contender(wrong)
