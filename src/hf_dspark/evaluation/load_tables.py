@@ -1,0 +1,104 @@
+"""Tables of load benchmarks, calibrations and drifts. Knows result records; knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_dspark.evaluation.tables import machine_line, markdown_table, number, percent
+
+
+def render_load(record: Mapping[str, Any]) -> str:
+    """Throughput of every contender at every concurrency, and what the load-aware budgets make of it, from `hf-dspark bench`."""
+    settings = record["settings"]
+    cells = {(cell["concurrency"], cell["budget"]): cell for cell in record["cells"]}
+    sizes = settings["concurrency"]
+
+    def row(name: str) -> list[str]:
+        found = [cells.get((n, name)) for n in sizes]
+        return [f"`{name}`", *("-" if c is None else _rate(c) for c in found)]
+
+    rates = markdown_table(["tokens/s in all, by requests in flight", *map(str, sizes)], [row(name) for name in settings["budgets"]])
+    keys = ("load_aware_over_best_fixed", "load_aware_over_plain", "load_aware_over_full")
+    ratios = markdown_table(
+        ["best load-aware budget, by requests in flight", *map(str, sizes)],
+        [
+            ["budget", *(f"`{one.get('best_load_aware', '-')}`" for one in record["summary"])],
+            ["best of plain, full, static", *(f"`{one.get('best_fixed', '-')}`" for one in record["summary"])],
+            *(
+                [f"over {key.removeprefix('load_aware_over_').replace('_', ' ')}", *(number(one.get(key), 2) for one in record["summary"])]
+                for key in keys
+            ),
+            *(
+                [
+                    f"verified tokens a request and round, `{name}`",
+                    *(number(cells[n, name]["verified_tokens_per_request"], 2) for n in sizes),
+                ]
+                for name in settings["budgets"]
+                if name in ("load-aware", "load-aware-lag2")
+            ),
+        ],
+    )
+    sampling = "greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
+    note = (
+        f"Median of {settings['repeats']} runs of {settings['seconds']:g} s a cell, in brackets lowest to highest; contenders take turns on the same "
+        f"prompts ({', '.join(record['prompt_files'])}). {sampling[0].upper()}{sampling[1:]}, at most {settings['max_new_tokens']} new tokens, "
+        f"target {settings['target_dtype']}, seed {settings['seed']}. {machine_line(record['machine'])}"
+    )
+    return f"{rates}\n\n{ratios}\n\n{note}"
+
+
+def _rate(cell: Mapping[str, Any]) -> str:
+    return f"{cell['tokens_per_s']:.0f} ({cell['tokens_per_s_lowest']:.0f}-{cell['tokens_per_s_highest']:.0f})"
+
+
+def render_calibration(record: Mapping[str, Any]) -> str:
+    """Calibration error, AUC and Brier score before and after, from `calibration.json`."""
+    parts = {**{f"{name}, held out": part for name, part in record["files"].items()}, **record["others"]}
+    table = markdown_table(
+        ["prompts", "rounds", "ECE before", "ECE after", "AUC", "Brier before", "Brier after", "ECE after, by position"],
+        [
+            [
+                name,
+                str(part["after"]["rounds"]),
+                percent(part["before"]["ece"]),
+                percent(part["after"]["ece"]),
+                number(part["after"]["auc"], 3),
+                number(part["before"]["brier"], 4),
+                number(part["after"]["brier"], 4),
+                " ".join(percent(one["ece"]) for one in part["after"]["positions"]),
+            ]
+            for name, part in parts.items()
+        ],
+    )
+    fitted = sum(one["rounds_fitted"] for one in record["data"])
+    temperature = record["sampling"]["temperature"]
+    return (
+        f"{table}\n\nMeans over block positions of predicted prefix survival against what the target accepted; {record['bins']} bins. Temperatures "
+        f"{' '.join(f'{t:.2f}' for t in record['temperatures'])}, fitted on {fitted} other rounds, "
+        f"{'greedy' if temperature == 0 else f'T = {temperature:g}'}. {machine_line(record['machine'])}"
+    )
+
+
+def render_drift(record: Mapping[str, Any]) -> str:
+    """What online calibration does when traffic changes, from `hf_dspark.evaluation.drift`."""
+    rows = []
+    for name, run in record["runs"].items():
+        for phase, part in run["phases"].items():
+            errors = [check["ece"] for check in run["checks"] if check["phase"] == phase]
+            rows.append(
+                [
+                    f"{phase}, {name}",
+                    number(part["tokens_per_s"], 1),
+                    number(part["tau"], 2),
+                    number(part["verified_tokens_per_request"], 2),
+                    percent(errors[0]) if errors else "-",
+                    percent(errors[-1]) if errors else "-",
+                ]
+            )
+    settings = record["settings"]
+    return (
+        f"{markdown_table(['traffic', 'tokens/s', 'tau', 'verified', 'first ECE', 'last ECE'], rows)}\n\n"
+        f"{record['prompts_of_each']} prompts of each kind, {settings['concurrency']} in flight, budget `{settings['budget']}`, window of "
+        f"{settings['window']} rounds, seed {settings['seed']}. {machine_line(record['machine'])}"
+    )
