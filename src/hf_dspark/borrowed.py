@@ -55,7 +55,7 @@ class Borrowed:
                 weight, bias = self._rows(weight, bias, draft_ids)
             # As a plain matrix: a batch of one with odd strides would be multiplied by a copy of the whole head.
             rows = h.to(weight.device, weight.dtype).reshape(-1, h.shape[-1])
-            logits = F.linear(rows, weight, bias).unflatten(0, h.shape[:-1])
+            logits = F.linear(rows, weight, bias).reshape(*h.shape[:-1], weight.shape[0])
         else:
             # Quantized heads and heads behind hooks take what the target's own layers would hand them.
             target = self.target()

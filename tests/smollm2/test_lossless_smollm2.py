@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import hf_dspark
+from hf_dspark.budgets import make_budget
 from hf_dspark.evaluation.benchmark import Bench
 from hf_dspark.evaluation.divergence import METHODS, Comparison, compare, shape_differences
 from hf_dspark.evaluation.prompts import encode
 from hf_dspark.hub import load_drafter, load_target
+from tests.budgets import flat, full_machine, middling
 from tests.smollm2.helpers import DRAFTER, NEW_TOKENS, PROCESSORS, PROMPTS, plain
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,29 @@ def test_fp32_greedy_equals_plain_generate(exact, rows, processors):
     output = exact.speculated(rows, processors)
     assert torch.equal(output.sequences, exact.plain(rows, processors))
     assert all(row.rounds > 0 for row in output.stats.rows if row.generated > 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "costs"),
+    [
+        *((kind, costs) for kind in ("load-aware", "load-aware-lag2") for costs in (flat, middling, full_machine)),
+        *((kind, flat) for kind in ("threshold:0.3", "static:2", "capped")),
+    ],
+)
+def test_fp32_greedy_equals_plain_generate_under_every_budget(exact, kind, costs):
+    """Eight rows of the real target, on machines of every kind: with drafts for all, for some, and hardly ever for any."""
+    made = make_budget("full", 20) if kind == "capped" else make_budget(kind)
+    budget = made.start(lambda: costs(exact.drafter.config.block_size))
+    output = hf_dspark.generate(
+        exact.target,
+        exact.drafter,
+        **exact.inputs(8),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        budget=budget,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, exact.plain(8, "none"))
 
 
 def test_the_prompts_are_what_these_tests_need(exact):

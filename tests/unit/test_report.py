@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_dspark.errors import DataError
+from hf_dspark.evaluation.load import summary
 from hf_dspark.evaluation.report import TABLES, in_sync, main, plots, render, sections, updated
 from hf_dspark.evaluation.training_tables import plot_matched
 
@@ -214,6 +215,58 @@ SHIFT: dict[str, Any] = {
     "machine": _MACHINE,
     "seed": 0,
 }
+
+
+def _cell(concurrency: int, budget: str, rate: float, verified: float | None = None) -> dict[str, Any]:
+    return {
+        "concurrency": concurrency,
+        "budget": budget,
+        "tokens_per_s": rate,
+        "tokens_per_s_lowest": rate - 2,
+        "tokens_per_s_highest": rate + 3,
+        "user_tokens_per_s_median": rate / concurrency,
+        "verified_tokens_per_request": verified,
+    }
+
+
+_CELLS = [_cell(n, name, n * rate, v) for n in (1, 8) for name, rate, v in (("plain", 40, 0.0), ("full", 50, 7.0), ("load-aware", 60, 2.5))]
+LOAD: dict[str, Any] = {
+    "cells": _CELLS,
+    "summary": summary(_CELLS),
+    "prompt_files": ["a.jsonl"],
+    "settings": {
+        "concurrency": [1, 8],
+        "budgets": ["plain", "full", "load-aware"],
+        "temperature": 0.0,
+        "max_new_tokens": 64,
+        "seconds": 4.0,
+        "repeats": 2,
+        "target_dtype": "bfloat16",
+        "seed": 0,
+    },
+    "machine": _MACHINE,
+}
+_QUALITY = {"rounds": 900, "ece": 0.05, "auc": 0.85, "brier": 0.12, "positions": [{"ece": 0.04}, {"ece": 0.06}]}
+_JUDGED = {"before": _QUALITY, "after": {**_QUALITY, "ece": 0.012, "positions": [{"ece": 0.01}, {"ece": None}]}}
+CALIBRATION: dict[str, Any] = {
+    "temperatures": [1.5, 0.8],
+    "sampling": {"temperature": 0.0, "top_p": 1.0},
+    "data": [{"file": "a", "prompts": 9, "rounds_fitted": 1000, "rounds_judged": 900}],
+    "bins": 10,
+    "files": {"a": _JUDGED},
+    "others": {"b": _JUDGED},
+    "machine": _MACHINE,
+}
+_PHASE = {"tokens_per_s": 80.0, "tau": 2.0, "verified_tokens_per_request": 3.0}
+DRIFT: dict[str, Any] = {
+    "prompts_of_each": 4,
+    "settings": {"concurrency": 4, "budget": "load-aware", "window": 1000, "seed": 0},
+    "runs": {
+        name: {"phases": {"a": _PHASE, "b": _PHASE}, "checks": [{"phase": "b", "ece": e} for e in errors]}
+        for name, errors in (("watched", (0.05, 0.06)), ("followed", (0.05, 0.02)))
+    },
+    "machine": _MACHINE,
+}
 TRAINING: dict[str, Any] = {
     "shape": {"batch_size": 4, "length_tokens": 330, "num_anchors": 128, "num_hidden_layers": 2, "block_size": 7, "markov_rank": 48},
     "ours": {"full": {"anchors_per_s": 200.4, "anchors_per_s_without_target": 300.2, "peak_rss_bytes": 2 * 2**30}},
@@ -239,6 +292,9 @@ RECORDS = {
     "positions": MATCHED,
     "shift": SHIFT,
     "training": TRAINING,
+    "load": LOAD,
+    "calibration": CALIBRATION,
+    "drift": DRIFT,
 }
 
 
@@ -375,6 +431,30 @@ def test_the_table_of_a_domain_shift(folder):
     body = rows(render("shift", folder / "shift.json"))[2:]
     assert body[0] == ["before", "-", "23.5 MB", "-", "1.50", "2.00", "1.50", "2.00"]
     assert body[1][:5] == ["LoRA", "1.38 M", "2.8 MB", "3.2", "2.50"]
+
+
+def test_the_table_of_budgets_under_load(folder):
+    """Throughput with its spread, and the ratios of the best load-aware budget to the best fixed choice."""
+    text = render("load", folder / "load.json")
+    assert "| `load-aware` | 60 (58-63) | 480 (478-483) |" in text
+    assert "| best of plain, full, static | `full` | `full` |" in text
+    assert "| over that best | 1.20 | 1.20 |" in text
+    assert "| over plain | 1.50 | 1.50 |" in text
+    assert "| verified tokens a request, `load-aware` | 2.50 | 2.50 |" in text
+
+
+def test_the_table_of_a_calibration(folder):
+    """Held-out prompts of the fit's own domain first, then the others, with errors before and after."""
+    body = rows(render("calibration", folder / "calibration.json"))[2:]
+    assert body[0] == ["a, held out", "900", "5.0%", "1.2%", "0.850", "0.1200", "0.1200", "1.0% -"]
+    assert body[1][0] == "b"
+
+
+def test_the_table_of_a_drift(folder):
+    """Each kind of traffic with and without following, with the error at the first and last check."""
+    body = rows(render("drift", folder / "drift.json"))[2:]
+    assert body[0] == ["a, watched", "80.0", "2.00", "3.00", "-", "-"]
+    assert body[3] == ["b, followed", "80.0", "2.00", "3.00", "5.0%", "2.0%"]
 
 
 def test_the_table_of_training_steps(folder):

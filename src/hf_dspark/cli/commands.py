@@ -39,6 +39,7 @@ def run_generate(
     top_p: float,
     max_new_tokens: int,
     budget: str | None,
+    max_verify_tokens: int | None = None,
     seed: int,
     stream: bool,
     dtype: str,
@@ -51,7 +52,8 @@ def run_generate(
     place = pick_device(device)
     conversations = read_prompts(prompts, limit) if prompts is not None else [user_turn(prompt or "")]
     target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=place)
-    bench = Bench(target, drafter, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens, budget=budget, seed=seed)
+    chosen = make_budget(drafter.budget if budget is None else budget, max_verify_tokens)
+    bench = Bench(target, drafter, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens, budget=chosen, seed=seed)
     results: list[dict[str, Any]] = []
     runs: list[Run] = []
     with progress("generating", len(conversations), show=not stream) as advance:
@@ -87,7 +89,7 @@ def run_generate(
                     "temperature": temperature,
                     "top_p": top_p,
                     "max_new_tokens": max_new_tokens,
-                    "budget": str(budget if budget is not None else drafter.budget),
+                    "budget": str(chosen),
                     "seed": seed,
                     "target_dtype": str(target.dtype).removeprefix("torch."),
                 },

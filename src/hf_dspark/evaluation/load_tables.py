@@ -19,31 +19,28 @@ def render_load(record: Mapping[str, Any]) -> str:
         return [f"`{name}`", *("-" if c is None else _rate(c) for c in found)]
 
     rates = markdown_table(["tokens/s in all, by requests in flight", *map(str, sizes)], [row(name) for name in settings["budgets"]])
-    keys = ("load_aware_over_best_fixed", "load_aware_over_plain", "load_aware_over_full")
+    summary = record["summary"]
     ratios = markdown_table(
         ["best load-aware budget, by requests in flight", *map(str, sizes)],
         [
-            ["budget", *(f"`{one.get('best_load_aware', '-')}`" for one in record["summary"])],
-            ["best of plain, full, static", *(f"`{one.get('best_fixed', '-')}`" for one in record["summary"])],
+            ["budget", *(f"`{one.get('best_load_aware', '-')}`" for one in summary)],
+            ["best of plain, full, static", *(f"`{one.get('best_fixed', '-')}`" for one in summary)],
             *(
-                [f"over {key.removeprefix('load_aware_over_').replace('_', ' ')}", *(number(one.get(key), 2) for one in record["summary"])]
-                for key in keys
+                [f"over {what}", *(number(one.get(f"load_aware_over_{key}"), 2) for one in summary)]
+                for what, key in (("that best", "best_fixed"), ("plain", "plain"), ("full", "full"))
             ),
             *(
-                [
-                    f"verified tokens a request and round, `{name}`",
-                    *(number(cells[n, name]["verified_tokens_per_request"], 2) for n in sizes),
-                ]
+                [f"verified tokens a request, `{name}`", *(number(cells[n, name]["verified_tokens_per_request"], 2) for n in sizes)]
                 for name in settings["budgets"]
                 if name in ("load-aware", "load-aware-lag2")
             ),
         ],
     )
-    sampling = "greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
+    sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
     note = (
-        f"Median of {settings['repeats']} runs of {settings['seconds']:g} s a cell, in brackets lowest to highest; contenders take turns on the same "
-        f"prompts ({', '.join(record['prompt_files'])}). {sampling[0].upper()}{sampling[1:]}, at most {settings['max_new_tokens']} new tokens, "
-        f"target {settings['target_dtype']}, seed {settings['seed']}. {machine_line(record['machine'])}"
+        f"Median of {settings['repeats']} runs of {settings['seconds']:g} s a cell, in brackets lowest to highest; contenders take turns "
+        f"on the same prompts ({', '.join(record['prompt_files'])}). {sampling}, at most {settings['max_new_tokens']} new tokens, target "
+        f"{settings['target_dtype']}, seed {settings['seed']}. {machine_line(record['machine'])}"
     )
     return f"{rates}\n\n{ratios}\n\n{note}"
 
@@ -74,7 +71,7 @@ def render_calibration(record: Mapping[str, Any]) -> str:
     fitted = sum(one["rounds_fitted"] for one in record["data"])
     temperature = record["sampling"]["temperature"]
     return (
-        f"{table}\n\nMeans over block positions of predicted prefix survival against what the target accepted; {record['bins']} bins. Temperatures "
+        f"{table}\n\nPredicted prefix survival against what the target accepted, means over positions; {record['bins']} bins. Temperatures "
         f"{' '.join(f'{t:.2f}' for t in record['temperatures'])}, fitted on {fitted} other rounds, "
         f"{'greedy' if temperature == 0 else f'T = {temperature:g}'}. {machine_line(record['machine'])}"
     )
