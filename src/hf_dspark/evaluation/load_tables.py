@@ -40,7 +40,7 @@ def render_load(record: Mapping[str, Any]) -> str:
     note = (
         f"Median of {settings['repeats']} runs of {settings['seconds']:g} s a cell, in brackets lowest to highest; contenders take turns "
         f"on the same prompts ({', '.join(record['prompt_files'])}). {sampling}, at most {settings['max_new_tokens']} new tokens, target "
-        f"{settings['target_dtype']}, seed {settings['seed']}. {machine_line(record['machine'])}"
+        f"{settings['target_dtype']}, seed {settings['seed']}. {machine_line(record)}"
     )
     return f"{rates}\n\n{ratios}\n\n{note}"
 
@@ -73,7 +73,7 @@ def render_calibration(record: Mapping[str, Any]) -> str:
     return (
         f"{table}\n\nPredicted prefix survival against what the target accepted, means over positions; {record['bins']} bins. Temperatures "
         f"{' '.join(f'{t:.2f}' for t in record['temperatures'])}, fitted on {fitted} other rounds, "
-        f"{'greedy' if temperature == 0 else f'T = {temperature:g}'}. {machine_line(record['machine'])}"
+        f"{'greedy' if temperature == 0 else f'T = {temperature:g}'}. {machine_line(record)}"
     )
 
 
@@ -97,5 +97,5 @@ def render_drift(record: Mapping[str, Any]) -> str:
     return (
         f"{markdown_table(['traffic', 'tokens/s', 'tau', 'verified', 'first ECE', 'last ECE'], rows)}\n\n"
         f"{record['prompts_of_each']} prompts of each kind, {settings['concurrency']} in flight, budget `{settings['budget']}`, window of "
-        f"{settings['window']} rounds, seed {settings['seed']}. {machine_line(record['machine'])}"
+        f"{settings['window']} rounds, seed {settings['seed']}. {machine_line(record)}"
     )
