@@ -209,6 +209,7 @@ class LoadAwareBudget(Budget):
         self.skipping = skipping
         self._memory: _Memory | None = None
         self._idle, self._rest, self._drafted_rounds = 0, FIRST_REST, 0
+        self._resting: tuple[int, ...] = ()
         self._draft_s = 0.0
 
     def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
@@ -238,6 +239,8 @@ class LoadAwareBudget(Budget):
         room = rows * gamma if self.max_verify_tokens is None else self.max_verify_tokens - rows
         if room <= 0 or max(live.room) == 0:
             return Proposal(0)
+        if live.requests == self._resting:
+            return self._probe_batch(live, gamma)  # The same rows, and nothing new is known of them.
         samples = memory.samples(live.requests) if self.skipping else None
         if samples is None:
             return self._draft(Proposal(gamma))
@@ -254,6 +257,7 @@ class LoadAwareBudget(Budget):
             if some.rate > best:
                 choice, best = Proposal(some.length, tuple(worth.tolist())), some.rate
         if best <= plain:
+            self._resting = live.requests
             return self._probe_batch(live, gamma)
         self._idle, self._rest = 0, FIRST_REST
         if self._drafted_rounds % _WHOLE_BLOCK_EVERY == 0:
@@ -275,6 +279,7 @@ class LoadAwareBudget(Budget):
         self._idle += 1
         if self._idle < self._rest:
             return Proposal(0)
+        self._resting = ()
         self._idle, self._rest = 0, min(2 * self._rest, LONGEST_REST)
         longest = sorted(range(len(live.requests)), key=lambda r: -self._memory.rows[live.requests[r]].idle)[:_PROBE_ROWS]  # type: ignore[union-attr]
         for r in longest:
