@@ -6,22 +6,36 @@
 #
 # PROMPTS: a folder with train/*.jsonl (prompts to answer) and eval/*.jsonl (prompts never to learn from), one {"turns": [..]} a line;
 # responses/*.jsonl.gz in it, where there are any, are rows that the target wrote before, and are learnt from too.
-# RUNS: where data and run go. MINUTES of training and ROWS of self-written prompts (two processes of one thread each) can be set.
+# RUNS: where data and runs go. ROWS of self-written prompts for the first MINUTES of training, MORE_ROWS and MORE_MINUTES for going on from
+# there (two processes of one thread each write them) can be set; so can LIMIT, the prompts that confidences are calibrated on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prompts=${1:?PROMPTS} runs=${2:?RUNS}
-minutes=${MINUTES:-52} rows=${ROWS:-700}
+minutes=${MINUTES:-52} rows=${ROWS:-700} more_minutes=${MORE_MINUTES:-60} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-320}
 command=${HF_DSPARK:-.venv/bin/hf-dspark}
 
-for seed in 1 2; do
-    OMP_NUM_THREADS=1 $command data --target smollm2 --dtype bf16 --self-prompt "$rows" --begin scripts/smollm2_beginnings.jsonl \
-        --self-tokens 160 --temperature 0 --temperature 1 --max-new-tokens 256 --batch-size 64 --seed $seed \
-        $(printf -- '--exclude %s ' "$prompts"/eval/*.jsonl) --output "$runs/data-$seed" &
-done
-wait
+write() { # SEED ROWS
+    OMP_NUM_THREADS=1 $command data --target smollm2 --dtype bf16 --self-prompt "$2" --begin scripts/smollm2_beginnings.jsonl \
+        --self-tokens 160 --temperature 0 --temperature 1 --max-new-tokens 256 --batch-size 64 --seed "$1" \
+        $(printf -- '--exclude %s ' "$prompts"/eval/*.jsonl) --output "$runs/data-$1"
+}
+write 1 "$rows" & write 2 "$rows" & wait
 
 $command train --target smollm2 --dtype bf16 --output "$runs/drafter" --minutes "$minutes" \
     --data "$runs/data-1" --data "$runs/data-2" $(printf -- '--data %s ' $(ls "$prompts"/responses/*.jsonl.gz)) \
     --layers 2 --rank 48 --taps 1 --taps 8 --taps 14 --taps 21 --taps 27 --mask-token '<gh_stars>' --draft-vocab 12288 \
     --batch-size 4 --anchors 192 --chunk 512 --lr 1.5e-3 --evaluation-minutes 13 \
     --target-name HuggingFaceTB/SmolLM2-135M-Instruct --seed 0
+
+# On from there, with more rows and a rate that rises and falls once more.
+write 3 "$more_rows" & write 4 "$more_rows" & wait
+$command train --target smollm2 --dtype bf16 --output "$runs/drafter2" --minutes "$more_minutes" --drafter "$runs/drafter/best" \
+    $(printf -- '--data %s ' "$runs"/data-[1-4]) $(printf -- '--data %s ' $(ls "$prompts"/responses/*.jsonl.gz)) \
+    --batch-size 4 --anchors 192 --chunk 512 --lr 1.5e-3 --evaluation-minutes 22 --seed 1
+
+# Confidences: on grade-school-math prompts that no training row answers.
+"${PYTHON:-.venv/bin/python}" scripts/fresh_prompts.py "$prompts/train/gsm8k_train.jsonl" --limit "$limit" --output "$runs/gsm8k_fresh.jsonl" \
+    $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
+$command calibrate --target smollm2 --drafter "$runs/drafter2/best" --prompts "$runs/gsm8k_fresh.jsonl" --max-new-tokens 128 \
+    --concurrency 32 --dtype bf16 --replace \
+    $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)
