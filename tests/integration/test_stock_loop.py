@@ -14,6 +14,8 @@ import hf_dspark
 from hf_dspark import UnsupportedTargetError
 from hf_dspark.candidates import stock_loop
 from hf_dspark.integration import _log_once
+from hf_dspark.load_aware import LoadAwareBudget
+from tests.budgets import flat, full_machine, middling
 from tests.integration.helpers import BUDGETS, NEVER, World, left_padded, make_world, plain, speculate, world
 from tests.tiny import BOS, EOS, HIDDEN, PAD, VOCAB
 
@@ -192,3 +194,43 @@ def test_two_threads_through_the_fall_back(bloom):
     assert not wrong
     assert "_get_candidate_generator" not in vars(bloom.target)
     assert GenerationMixin._get_candidate_generator is BloomForCausalLM._get_candidate_generator
+
+
+@pytest.mark.parametrize("costs", [flat, middling, full_machine])
+def test_load_aware_budgets_through_the_stock_door(stock, costs):
+    """The stock loop gives the plain text under them too, and they hear how its rounds end: on a full machine they stop drafting."""
+    w = world("llama")
+    heard = []
+
+    class Hears(LoadAwareBudget):
+        def learn(self, finished):
+            heard.append(finished)
+            super().learn(finished)
+
+    out, passes = stock(w.target, w.drafter, w.inputs(1), Hears(costs(w.drafter.config.block_size)))
+    assert torch.equal(out, plain(w.target, w.inputs(1)))
+    assert heard
+    assert all(0 <= one.accepted[0] <= one.verified[0] <= one.drafted[0] for one in heard)
+    assert (len(heard) < passes / 2) == (costs is full_machine)
+
+
+def test_a_target_whose_rounds_cannot_be_measured_gets_whole_blocks(bloom, caplog):
+    """Where ragged passes are refused the load-aware budget has no costs: said once, and decoded with the full budget."""
+    from hf_dspark.candidates import _log_once as said
+
+    said.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="hf_dspark.candidates"):
+        for _ in range(2):
+            out = hf_dspark.generate(
+                bloom.target, bloom.drafter, **bloom.inputs(1), max_new_tokens=24, do_sample=False, eos_token_id=NEVER, budget="load-aware"
+            )
+            assert torch.equal(out, plain(bloom.target, bloom.inputs(1)))
+    assert len([r for r in caplog.records if "whole blocks are verified" in r.message]) == 1
+
+
+def test_online_calibration_is_refused_where_rounds_are_not_seen(bloom):
+    """transformers' loop tells nobody what it accepts."""
+    with pytest.raises(hf_dspark.UnsupportedOptionError, match="leave online_calibration out"):
+        hf_dspark.generate(
+            bloom.target, bloom.drafter, **bloom.inputs(1), max_new_tokens=4, online_calibration=hf_dspark.OnlineCalibration()
+        )
