@@ -166,7 +166,7 @@ def warn_of_calibration(drafter: DSparkDrafter) -> None:
     if drafter.config.confidence_temperatures is not None:
         _warn_once(
             "The drafter's confidence temperatures were measured without an adapter, and are kept. An adapter changes confidences: "
-            "calibrate again, with the adapter active, before using a threshold budget."
+            "calibrate again, with the adapter active, before using a budget that reads them."
         )
 
 

@@ -502,6 +502,12 @@ class DSparkDrafter(PreTrainedModel):
         self.budget = CALIBRATED_BUDGET
         return self
 
+    def drop_calibration(self) -> None:
+        """Forget temperatures that were fitted to other weights; the drafter's own budget is `full` again."""
+        if self.config.confidence_temperatures is not None or self.calibration is not None:
+            self.config.confidence_temperatures = self.calibration = None
+            self.budget = "full"
+
     # ------------------------------------------------------------------------------------------------------- vocabulary
 
     @property

@@ -132,7 +132,7 @@ def _whole_drafter(name: str, target: Any, options: RunOptions, place: torch.dev
         merge_adapter(drafter)
     facts: dict[str, Any] = {"base": plain_name(name), "base_fingerprint": fingerprint(drafter)}
     drafter.requires_grad_(True)
-    drafter.config.confidence_temperatures = None  # They were those of the weights that are about to change.
+    drafter.drop_calibration()  # It is that of the weights that are about to change.
     return drafter, {**facts, **size_of(drafter), "mask_token_id": drafter.config.mask_token_id}
 
 

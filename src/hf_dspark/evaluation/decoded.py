@@ -117,6 +117,7 @@ class DecodedTau:
                 pad_token_id=pad,
                 return_dict_in_generate=True,
                 seed=self.seed + first,
+                budget="full",  # tau is what the drafter can do, not what a budget lets it do
                 **sampling,
             )
             for (source, _), row in zip(batch, output.stats.rows, strict=True):
