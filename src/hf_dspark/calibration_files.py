@@ -55,7 +55,9 @@ def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{FILE_NAME} of {source!r} cannot be read ({error}). Calibrate again, or remove the file.") from error
+        raise CheckpointError(
+            f"{FILE_NAME} of {source!r} cannot be read ({error}). Remove the file, and calibrate again with --replace."
+        ) from error
     length = len(record["temperatures"]) if isinstance(record, Mapping) and isinstance(record.get("temperatures"), list) else 0
     return check_calibration(record, length, source)
 
@@ -68,3 +70,11 @@ def write_calibration(folder: str | Path, record: Mapping[str, Any]) -> Path:
     draft.write_text(json.dumps(dict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
     return path
+
+
+def save_calibration(folder: str | Path, record: Mapping[str, Any] | None) -> None:
+    """Write a drafter's calibration, or, where it has none, take away the one that earlier weights left in the folder."""
+    if record is not None:
+        write_calibration(folder, record)
+    else:
+        (Path(folder) / FILE_NAME).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from .drafting import draft_block
 from .errors import UnsupportedTargetError
 from .profiling import CostProfile
 from .row_cache import RowCache, RowLayout
-from .scheduling import Budget, Drafts, FinishedRound, FullBudget, LiveRows
+from .scheduling import Budget, Drafts, FinishedRound, LiveRows
 from .target import Taps
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.drafter = drafter.bind(target)
         self.do_sample = do_sample
         self.max_length = max_length
-        self.budget = self._started(make_budget(budget if budget is not None else drafter.budget, max_verify_tokens), target, do_sample)
+        chosen = make_budget(budget if budget is not None else drafter.budget, max_verify_tokens)
+        self.budget = self._started(chosen, target, do_sample, max_verify_tokens)
         self.processors = RowProcessors(logits_processor, 1)
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = drafter.config.block_size if block_size is None else block_size
@@ -84,12 +85,12 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.cache.add_rows(1)
         self._round: FinishedRound | None = None
 
-    def _started(self, budget: Budget, target: Any, sample: bool) -> Budget:
+    def _started(self, budget: Budget, target: Any, sample: bool, cap: int | None) -> Budget:
         try:
             return budget.start(lambda: CostProfile.cached(target, self.drafter, rows=1, sample=sample).costs(sample))
         except UnsupportedTargetError as refused:
             _log_once(f"Budget {budget!r} cannot measure rounds of this target, so whole blocks are verified ({refused})")
-            return FullBudget()
+            return make_budget("full", cap)
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the

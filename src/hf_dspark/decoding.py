@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +158,7 @@ class DecodingLoop:
         self.with_confidence = budget.needs_confidence or listener is not None
         # Taps of committed tokens that the drafter has not read yet, by row: it catches up when it next drafts.
         self.unread: dict[int, list[torch.Tensor]] = {}
+        self.unread_tokens = 0
 
     # ------------------------------------------------------------------------------------------------------------- one round
 
@@ -164,7 +166,7 @@ class DecodingLoop:
         """Draft, budget, verify, accept, commit: paper section 2, DSPARK.md steps 2-8."""
         starts = list(self.context.target.lengths)
         live = self.look()
-        proposal = self.budget.propose(live) if self.drafts else Proposal(0)
+        proposal = self.propose(live)
         block = self.draft(starts, proposal)
         confidence = None if block.confidence is None else block.confidence.cpu()
         raw = None if block.confidence_logits is None or self.listener is None else block.confidence_logits.cpu()
@@ -189,6 +191,20 @@ class DecodingLoop:
         ends = zip(limits, self.live, strict=True)
         room = [gamma if limit is None else min(limit - self.sequences.lengths[row] - 1, gamma) for limit, row in ends]
         return LiveRows(tuple(self.live), gamma, tuple(room), max(self.context.target.lengths), self.sample)
+
+    def propose(self, live: LiveRows) -> Proposal:
+        """What the budget wants drafted; nothing where no row has room for a drafted token."""
+        if not self.drafts or max(live.room) == 0:
+            return Proposal(0)
+        proposal = self.budget.propose(live)
+        rows = proposal.rows
+        fits = rows is None or (len(rows) > 0 and rows[0] >= 0 and rows[-1] < len(live.room) and all(a < b for a, b in pairwise(rows)))
+        if not 0 <= proposal.length <= self.block_size or not (fits or proposal.length == 0):
+            raise ValueError(
+                f"Budget {self.budget!r} proposed {proposal}; allowed are 0..{self.block_size} tokens for ascending rows out of "
+                f"0..{len(live.room) - 1}, or for all with rows=None."
+            )
+        return proposal
 
     def draft(self, starts: list[int], proposal: Proposal) -> DraftBlock:
         """Steps 2-4 for the proposed rows; a record of all live rows."""
@@ -270,12 +286,15 @@ class DecodingLoop:
             judged.append(verified if kept > accepted else min(verified, kept))
             if self.drafts and (not ended or self.keep_context):
                 self.unread.setdefault(row, []).append(taps[first : first + kept])
+                self.unread_tokens += kept
             first += counts[index]
             if ended:
                 gone.append(index)
         self.anchors = verdict.next_token
         self.context.drafter.lengths = list(self.context.target.lengths)
         self.leave(gone)
+        if self.unread_tokens > self.prefill_tokens and self.live:
+            self.catch_up()  # Taps of a long rest are not let pile up.
         return accepted_counts, judged
 
     # ------------------------------------------------------------------------------------------------------- its smaller steps
@@ -346,6 +365,7 @@ class DecodingLoop:
         layout = RowLayout(starts, counts, self.anchors.device, row_ids=places)
         self.drafter.extend_context(torch.cat([taps for of_row in pieces for taps in of_row]), layout, self.context.drafter)
         self.unread.clear()
+        self.unread_tokens = 0
 
     def leave(self, gone: list[int]) -> None:
         """Rows that have ended leave, and their work with them."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -141,7 +142,7 @@ class _Memory:
         for r, request in enumerate(requests):
             own = self.rows[request].survivals or self.pool
             for w in range(_ROW_SAMPLES):
-                out[w, r] = own[(w + (0 if own is not self.pool else r)) % len(own)]
+                out[w, r] = own[-1 - (w + (0 if own is not self.pool else _ROW_SAMPLES * r)) % len(own)]  # the newest
         return out
 
 
@@ -154,20 +155,49 @@ class _Outlook:
     net_s: np.ndarray  # for each row: time that drafting for it saves, in seconds a round
 
 
-def _outlook(samples: np.ndarray, limits: np.ndarray, verify_s: np.ndarray, costs: Costs, lengths: Sequence[int]) -> _Outlook:
-    """The best of some draft lengths, over sampled survivals, with every row drafted for."""
+def _outlook(
+    samples: np.ndarray,
+    limits: np.ndarray,
+    verify_s: np.ndarray,
+    costs: Costs,
+    lengths: Sequence[int],
+    *,
+    others: int = 0,
+    room: int | None = None,
+    early_stop: bool = False,
+) -> _Outlook:
+    """The best of some draft lengths, over sampled survivals, with each of these rows drafted for.
+
+    Args:
+        samples (`numpy.ndarray` of shape `(W, R, gamma)`): plausible survivals.
+        limits (`numpy.ndarray` of shape `(R,)`): most tokens of each row.
+        verify_s (`numpy.ndarray`): seconds of the pass of all live rows, by drafted tokens in it.
+        costs (`Costs`): of drafts.
+        lengths (`Sequence[int]`): draft lengths to choose from.
+        others (`int`): live rows that are not drafted for; their anchors go into the pass, and each gives a token.
+        room (`int`, *optional*): drafted tokens that the pass can take.
+        early_stop (`bool`): tokens will be admitted by Algorithm 1, which stops where the rate first does not grow.
+    """
     width, rows, gamma = samples.shape
     positions = np.repeat(np.arange(gamma), rows)
     flat = np.where(np.arange(gamma)[:, None] < limits, samples.transpose(0, 2, 1), 0.0).reshape(width, -1)
     order = np.argsort(-flat, axis=1, kind="stable")
     gains, places = np.take_along_axis(flat, order, axis=1), positions[order]
+    none = np.zeros((width, 1))
     best: tuple[float, int, np.ndarray, np.ndarray] | None = None
     for length in lengths:
         inside = places < length
-        counts = np.cumsum(inside, axis=1)
-        tokens = rows + np.concatenate((np.zeros((width, 1)), np.cumsum(gains * inside, axis=1)), axis=1)
-        seconds = verify_s[np.concatenate((np.zeros((width, 1), dtype=int), counts), axis=1)] + costs.draft_s(rows, length)
-        cut = (tokens / seconds).argmax(axis=1)
+        counts = np.concatenate((none, np.cumsum(inside, axis=1)), axis=1).astype(np.int64)
+        tokens = rows + others + np.concatenate((none, np.cumsum(gains * inside, axis=1)), axis=1)
+        seconds = verify_s[counts] + costs.draft_s(rows, length)
+        theta = tokens / seconds
+        if early_stop:
+            worse = (theta[:, 1:] <= theta[:, :-1]) & inside
+            cut = np.where(worse.any(axis=1), worse.argmax(axis=1), worse.shape[1])
+        else:
+            cut = theta.argmax(axis=1)
+        if room is not None:
+            cut = np.minimum(cut, (counts <= room).sum(axis=1) - 1)
         chosen = np.arange(width), cut
         value = float(tokens[chosen].sum() / seconds[chosen].sum())
         if best is None or value > best[0]:
@@ -200,6 +230,7 @@ class LoadAwareBudget(Budget):
     """
 
     needs_confidence = True
+    early_stop = True
     name = "load-aware"
 
     def __init__(self, costs: Costs | None = None, *, max_verify_tokens: int | None = None, skipping: bool = True) -> None:
@@ -217,7 +248,8 @@ class LoadAwareBudget(Budget):
 
     def with_cap(self, max_verify_tokens: int) -> LoadAwareBudget:
         """The same policy with a cap."""
-        return type(self)(self.costs, max_verify_tokens=max_verify_tokens, skipping=self.skipping)
+        most = max_verify_tokens if self.max_verify_tokens is None else min(max_verify_tokens, self.max_verify_tokens)
+        return type(self)(self.costs, max_verify_tokens=most, skipping=self.skipping)
 
     def __repr__(self) -> str:
         return self.name if self.max_verify_tokens is None else f"{self.name} within {self.max_verify_tokens} tokens"
@@ -234,10 +266,14 @@ class LoadAwareBudget(Budget):
         gamma, rows = live.block_size, len(live.requests)
         if self._memory is None or self._memory.block_size != gamma:
             self._memory = _Memory(gamma)
+            longest = self._known_costs().block_size
+            if gamma > longest:
+                raise ValueError(f"These costs are for blocks of up to {longest} tokens; the drafter's have {gamma}. Measure them with it.")
         memory, costs = self._memory, self._known_costs()
         memory.keep(live.requests)
         room = rows * gamma if self.max_verify_tokens is None else self.max_verify_tokens - rows
-        if room <= 0 or max(live.room) == 0:
+        gamma = min(gamma, room, max(live.room))
+        if gamma <= 0:
             return Proposal(0)
         if live.requests == self._resting:
             return self._probe_batch(live, gamma)  # The same rows, and nothing new is known of them.
@@ -247,13 +283,13 @@ class LoadAwareBudget(Budget):
         verify_s = costs.verify_s(rows, live.context_tokens)
         plain = rows / verify_s[0]
         limits = np.minimum(live.room, gamma)
+        how: dict[str, Any] = {"room": room, "early_stop": self.early_stop}
         lengths = sorted({n for n in (1, 2, 4) if n < gamma} | {gamma})
-        everyone = _outlook(samples, limits, verify_s, costs, lengths)
+        everyone = _outlook(samples, limits, verify_s, costs, lengths, **how)
         choice, best = Proposal(everyone.length), everyone.rate
         worth = np.flatnonzero(everyone.net_s > 0)
         if 0 < len(worth) < rows:
-            # The others take part in the pass with their anchors, and in nothing else.
-            some = self._with_others(samples[:, worth], limits[worth], verify_s, costs, lengths, rows - len(worth))
+            some = _outlook(samples[:, worth], limits[worth], verify_s, costs, lengths, others=rows - len(worth), **how)
             if some.rate > best:
                 choice, best = Proposal(some.length, tuple(worth.tolist())), some.rate
         if best <= plain:
@@ -263,13 +299,6 @@ class LoadAwareBudget(Budget):
         if self._drafted_rounds % _WHOLE_BLOCK_EVERY == 0:
             choice = Proposal(gamma, choice.rows)
         return self._draft(self._probe_rows(live, choice))
-
-    def _with_others(
-        self, samples: np.ndarray, limits: np.ndarray, verify_s: np.ndarray, costs: Costs, lengths: Sequence[int], others: int
-    ) -> _Outlook:
-        outlook = _outlook(samples, limits, verify_s, costs, lengths)
-        seconds = samples.shape[1] / outlook.rate  # of a round, were these rows all: their anchors alone count above
-        return _Outlook(outlook.length, outlook.rate + others / seconds, outlook.net_s)
 
     def _probe_batch(self, live: LiveRows, gamma: int) -> Proposal:
         """Nothing pays: rest, and look again after a while, with those rows that have rested longest."""
@@ -342,6 +371,7 @@ class LaggedLoadAwareBudget(LoadAwareBudget):
     Jagged costs do not stop it before a cliff, as they stop Algorithm 1. New rows, which have no history, count as survival 1.
     """
 
+    early_stop = False
     name = "load-aware-lag2"
 
     def __init__(self, costs: Costs | None = None, *, max_verify_tokens: int | None = None, skipping: bool = True) -> None:
@@ -358,7 +388,8 @@ class LaggedLoadAwareBudget(LoadAwareBudget):
                 before = history[0][:length]
                 old[r, : len(before)] = before
                 old[r, len(before) :] = before[-1] if len(before) else 1.0
-        self._before = {request: kept for request, kept in self._before.items() if request in set(requests)}
+        alive = set(requests)
+        self._before = {request: kept for request, kept in self._before.items() if request in alive}
         count = best_count(old, drafts.limits, round_s)
         return admit_top(survival, drafts.limits, count if most is None else min(count, most))
 

@@ -21,7 +21,7 @@ from hf_dspark.adapter_files import LoadedAdapter, adapter_base, config_of, inst
 from hf_dspark.adapters import adapter_names, unload
 from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
 from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
-from hf_dspark.calibration_files import check_calibration, write_calibration
+from hf_dspark.calibration_files import check_calibration, save_calibration
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.conversion import HUB_ARGUMENTS, TensorRecord, check_tensors
 from hf_dspark.errors import UnboundDrafterError
@@ -206,6 +206,7 @@ class DSparkDrafter(PreTrainedModel):
         loaded = super().from_pretrained(None, *model_args, config=stored.config, state_dict=state, **kwargs)
         drafter = loaded[0] if isinstance(loaded, tuple) else loaded
         drafter._carried = stored.carried
+        drafter.calibration = stored.calibration
         drafter.config.name_or_path = drafter.name_or_path = source
         return loaded
 
@@ -229,10 +230,10 @@ class DSparkDrafter(PreTrainedModel):
         Raises:
             RuntimeError: if several adapters are active, or none (`save_adapter` takes a name).
         """
-        if self.calibration is not None and is_main_process:
-            # Before the weights: what is uploaded from this folder is listed as they are written.
-            write_calibration(save_directory, self.calibration)
         if not adapter_names(self):
+            if is_main_process:
+                # Before the weights: what is uploaded from this folder is listed as they are written.
+                save_calibration(save_directory, self.calibration)
             arguments = {"state_dict": state_dict, "is_main_process": is_main_process, "push_to_hub": push_to_hub, **kwargs}
             super().save_pretrained(save_directory, **arguments)
             return

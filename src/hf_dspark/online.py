@@ -64,6 +64,7 @@ class OnlineCalibration:
         self.temperatures: list[float] | None = None
         self.history: list[OnlineState] = []
         self.seen = 0
+        self._next_look = every
         self._block_size = 0
         self._logits = np.empty((0, 0))
         self._judged = np.empty(0, dtype=np.int64)
@@ -94,7 +95,6 @@ class OnlineCalibration:
         if finished.confidence_logits is None:
             return
         logits = finished.confidence_logits.numpy()
-        before = self.seen
         for r, judged in enumerate(finished.judged):
             if judged:
                 place = self.seen % self.window
@@ -103,7 +103,7 @@ class OnlineCalibration:
                 self._judged[place] = judged
                 self._accepted[place] = finished.accepted[r]
                 self.seen += 1
-        if before // self.every != self.seen // self.every:
+        if self.seen >= self._next_look:
             self._look()
 
     @property
@@ -142,8 +142,11 @@ class OnlineCalibration:
             excess = found.ece - mean
             worst = max(worst, excess)
             drifted |= excess > max(self.tolerance, self.alarm * deviation)
+        self._next_look = self.seen + self.every
         if drifted and self.adapt:
             temperatures = self._refit(rounds, temperatures)
+            if self.temperatures == temperatures:
+                self._next_look = self.seen + self.window  # Temperatures do not cure it; nothing changes before the window does.
             self.temperatures = temperatures
         ece = float(np.mean(errors)) if errors else float("nan")
         self.history.append(OnlineState(self.seen, ece, worst, drifted, tuple(temperatures)))

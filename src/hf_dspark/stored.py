@@ -57,38 +57,43 @@ def open_drafter(
         ValueError: for a block longer than the checkpoint's.
     """
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
-    kind, config = _config(source, arguments, hub)
+    kind, config, own_block = _config(source, arguments, hub)
     found = list_tensors(source, arguments.get("variant"), **hub)
     expected = expected_tensors(config)
     carried_keys = (EMBEDDING_KEY, LM_HEAD_KEY) if kind == "deepspec" else ()
     matrix = torch.empty(config.vocab_size, config.hidden_size, device="meta")
     check_tensors({**expected, **dict.fromkeys(carried_keys, matrix)}, found, source)
-    calibration = _calibration(source, config, hub) if kind == "dspark" else None
+    calibration = _calibration(source, config, own_block, hub)
     return StoredDrafter(kind, config, found, {key: found.pop(key) for key in carried_keys}, calibration)
 
 
-def _calibration(source: str, config: DSparkConfig, hub: dict[str, Any]) -> dict[str, Any] | None:
+def _calibration(source: str, config: DSparkConfig, own_block: int | None, hub: dict[str, Any]) -> dict[str, Any] | None:
     """The calibration that lies beside the checkpoint; its temperatures go into the config where that has none.
 
+    Args:
+        own_block (`int`, *optional*): the block size that the checkpoint itself states; None where the caller gave temperatures, which win.
     Raises:
         CheckpointError: if the file cannot be used, or says something else than the config.
     """
+    if own_block is None:
+        return None
     record = read_calibration(source, **hub)
     if record is None:
         return None
-    temperatures = record["temperatures"][: config.block_size]
+    check_calibration(record, own_block, source)
+    temperatures = [float(t) for t in record["temperatures"][: config.block_size]]
     if config.confidence_temperatures is None:
-        check_calibration({**record, "temperatures": temperatures}, config.block_size, source)
-        config.confidence_temperatures = [float(t) for t in temperatures]
-    elif list(config.confidence_temperatures) != [float(t) for t in temperatures]:
+        config.confidence_temperatures = temperatures
+    elif list(config.confidence_temperatures) != temperatures:
         raise CheckpointError(
             f"{source!r}: calibration.json says temperatures {temperatures}, config.json {config.confidence_temperatures}; a confidence is "
-            "calibrated once. Calibrate again, or remove one of the two."
+            "calibrated once. Remove calibration.json, and calibrate again with --replace."
         )
-    return {**record, "temperatures": list(config.confidence_temperatures)}
+    return {**record, "temperatures": temperatures}
 
 
-def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Literal["dspark", "deepspec"], DSparkConfig]:
+def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Literal["dspark", "deepspec"], DSparkConfig, int | None]:
+    """The format, the config, and the checkpoint's own block size; None for that where the caller brings temperatures or a config."""
     raw = read_config(source, **hub)
     if raw is None:
         raise CheckpointError(
@@ -107,12 +112,13 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
             f"{source!r} was trained for blocks of {longest} tokens; got block_size={overrides['block_size']}. "
             f"Acceptance collapses beyond what was trained: use 1..{longest}."
         )
+    own_block = None if "confidence_temperatures" in overrides else longest
     shorter = overrides.get("block_size")
     if shorter is not None and "confidence_temperatures" not in overrides and raw.get("confidence_temperatures"):
         overrides["confidence_temperatures"] = raw["confidence_temperatures"][:shorter]  # positions do not change by what follows them
     config = arguments.pop("config", None)
     if isinstance(config, DSparkConfig):
-        return kind, config
+        return kind, config, None
     if kind == "deepspec":
-        return kind, deepspec_config(raw, source, **overrides)
-    return kind, DSparkConfig.from_pretrained(config or source, **hub, **overrides)
+        return kind, deepspec_config(raw, source, **overrides), own_block
+    return kind, DSparkConfig.from_pretrained(config or source, **hub, **overrides), own_block

@@ -103,7 +103,7 @@ def test_what_a_row_accepts_does_not_depend_on_when_it_last_drafted(pair):
 
     for first in (0, 1):
         hf_dspark.generate(target, drafter, **inputs, budget=EverySecond(first), online_calibration=Ears(first), max_new_tokens=12)
-    drafted = [a if len(a) else b for a, b in zip(seen[0], seen[1], strict=True)]
+    drafted = [a if len(a) else b for a, b in zip(seen[0], seen[1], strict=True)][:-1]  # the last round has no room for a draft
     whole: list[torch.Tensor] = []
 
     class Always(EverySecond):
@@ -112,7 +112,8 @@ def test_what_a_row_accepts_does_not_depend_on_when_it_last_drafted(pair):
 
     class AllEars(Ears):
         def learn(self, finished):
-            whole.append(finished.confidence_logits)
+            if finished.confidence_logits is not None:
+                whole.append(finished.confidence_logits)
 
     hf_dspark.generate(target, drafter, **inputs, budget=Always(0), online_calibration=AllEars(0), max_new_tokens=12)
     assert len(drafted) == len(whole) > 5

@@ -14,6 +14,7 @@ from hf_dspark.load_aware import (
     LONGEST_REST,
     LaggedLoadAwareBudget,
     LoadAwareBudget,
+    _outlook,
     admit_early_stop,
     admit_top,
     best_count,
@@ -168,6 +169,54 @@ def test_the_lagged_budget_reads_the_round_before_the_last() -> None:
 
     assert planned([0.95, 0.01], 0.01) == planned([0.95, 0.95], 0.95) > planned([0.01, 0.95], 0.95) == 0
     assert planned([], 0.5) == planned([0.01], 0.5) == 4  # without history of two rounds a row counts as survival 1
+
+
+def test_the_outlook_counts_what_the_definition_says() -> None:
+    """Tokens a second of drafting for some rows beside others: the mean over samples, with anchors of all rows, equals a sum by hand."""
+    random = np.random.default_rng(6)
+    for _ in range(300):
+        rows, others, gamma, width = int(random.integers(1, 4)), int(random.integers(0, 5)), 3, 2
+        samples = np.stack([survivals(random.random((rows, gamma))) for _ in range(width)])
+        costs = middling(gamma)
+        verify_s = costs.verify_s(rows + others)
+        length, room = int(random.integers(1, gamma + 1)), int(random.integers(0, rows * gamma + 1))
+        limits = random.integers(0, gamma + 1, rows)
+        for early in (False, True):
+            found = _outlook(samples, limits, verify_s, costs, [length], others=others, room=room, early_stop=early)
+            tokens = seconds = 0.0
+            for sample in samples:
+                round_s = verify_s + costs.draft_s(rows, length)
+                reach = np.minimum(limits, length)
+                gains = np.sort(np.concatenate([sample[r, : reach[r]] for r in range(rows)]))[::-1]
+                rates = [(rows + others + gains[:n].sum()) / round_s[n] for n in range(len(gains) + 1)]
+                if early:
+                    count = next((n for n in range(len(gains)) if rates[n + 1] <= rates[n]), len(gains))
+                else:
+                    count = int(np.argmax(rates))
+                count = min(count, room)
+                tokens += rows + others + gains[:count].sum()
+                seconds += round_s[count]
+            assert found.rate == pytest.approx(tokens / seconds)
+
+
+def test_a_budget_that_would_stop_early_does_not_draft_in_vain() -> None:
+    """Where the second token is dear and the later ones cheap, Algorithm 1 admits nothing, so after a look it rests."""
+    from tests.budgets import made_costs
+
+    dear = [1.0, 1.5, 1.53, 1.57, 1.6]
+    costs = made_costs(lambda b: dear[min(b, 5) - 1], lambda r, n: 0.1, 4, (1,))
+    given = torch.tensor([[0.45, 0.89, 0.95, 0.95]])
+    live = LiveRows((0,), 4, (4,))
+    budget = LoadAwareBudget(costs)
+    drafted = 0
+    for _ in range(60):
+        proposal = budget.propose(live)
+        n = proposal.length
+        drafted += n > 0
+        plan = tuple(budget.plan(Drafts((n,), given[:, :n], live))) if n else (0,)
+        assert plan == (0,)
+        budget.learn(FinishedRound((0,), (n,), plan, plan, plan, given[:, :n] if n else None))
+    assert drafted <= 6
 
 
 # ---------------------------------------------------------------------------------------------------------- drafting or not

@@ -83,6 +83,8 @@ def run_calibrate(
     own = Path(drafter_name).expanduser()
     if output is None and not own.is_dir():
         raise ValueError(f"--output FOLDER is needed: {drafter_name!r} is no folder on this disk that the calibration could be saved into")
+    if own.is_dir() and output is None and not (own / "config.json").is_file():
+        raise ValueError(f"{own} holds no config.json to note the temperatures in (an adapter?); name a folder for the whole with --output")
     texts = {path.stem: read_prompts(path, limit) for path in [*prompts, *others]}
     if len(texts) != len(prompts) + len(others):
         raise ValueError("two prompt files have the same name, and results are reported under it; rename one")

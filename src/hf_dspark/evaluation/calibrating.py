@@ -41,6 +41,8 @@ class RoundRecorder:
 
     def rounds(self) -> tuple[Rounds, np.ndarray]:
         """All rounds, and the request of each."""
+        if not self._judged:
+            raise DataError("nothing was drafted: every answer ended with its first token; give more prompts, or more --max-new-tokens")
         logits = np.concatenate(self._logits).astype(np.float64)
         return Rounds(logits, np.array(self._judged), np.array(self._accepted)), np.array(self._requests)
 

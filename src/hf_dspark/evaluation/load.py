@@ -44,7 +44,10 @@ class Contender:
 
     def __post_init__(self) -> None:
         if self.name not in (PLAIN, GENERATE, LOOKUP):
-            budget = make_budget(self.budget)
+            try:
+                budget = make_budget(self.budget)
+            except ValueError as error:
+                raise ValueError(f"{error} Also allowed here: {PLAIN!r}, {GENERATE!r}, {LOOKUP!r}.") from None
             if self.variant and not budget.needs_confidence:
                 raise ValueError(f"{self.name!r}: {self.budget!r} reads no confidences; write {self.budget!r}.")
 
@@ -183,12 +186,16 @@ def bench(
             listeners[contender.name] = {"": online, "@fixed": None, "@raw": _Raw(drafter.config.block_size)}[contender.variant]
     runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs, listeners)
     cells = {(n, c.name): _Cell() for n in concurrencies for c in contenders if c.name != LOOKUP or n == 1}
+    if not all(any(name == c.name for _, name in cells) for c in contenders):
+        raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
     for contender in contenders:  # first-use costs stay out of the figures
-        runner.run(contender, min(concurrencies), 0.5, 0)
+        runner.run(contender, min(n for n, name in cells if name == contender.name), 0.5, 0)
     turn = 0
     for repeat in range(repeats):
         for concurrency in concurrencies:
             order = [c for c in contenders if (concurrency, c.name) in cells]
+            if not order:
+                continue
             for contender in order[turn % len(order) :] + order[: turn % len(order)]:
                 runner.run(contender, concurrency, seconds, repeat, cells[concurrency, contender.name])
                 if on_cell is not None:
