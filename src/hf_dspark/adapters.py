@@ -368,7 +368,11 @@ def merge_adapter(drafter: DSparkDrafter, adapter_name: str | None = None) -> DS
     if dropped:
         logger.warning("Merging %s; the drafter loses its other adapters: %s.", ", ".join(chosen), ", ".join(dropped))
     unload(drafter, list(chosen))
-    warn_of_calibration(drafter)
+    if drafter.config.confidence_temperatures is not None:
+        logger.warning(
+            "The confidence temperatures were those of the drafter without the adapter; they are dropped. Calibrate the merged one."
+        )
+        drafter.drop_calibration()
     return drafter
 
 

@@ -347,12 +347,15 @@ def test_an_adapter_in_the_wrappers_forward_is_refused():
 
 
 def test_a_calibration_without_the_adapter_is_pointed_out_once(caplog):
-    """Temperatures stay as they are; the log says that they were measured without the adapter, once."""
+    """An adapter leaves temperatures as they are, and the log says once that they were measured without it; merging drops them."""
     _warn_once.cache_clear()
     drafter = tiny_drafter(tiny_llama())
     drafter.config.confidence_temperatures = [1.5] * 5
     with caplog.at_level(logging.WARNING):
         add_lora(drafter)
+        assert drafter.config.confidence_temperatures == [1.5] * 5
         merge_adapter(drafter)
     assert caplog.text.count("calibrate again, with the adapter active") == 1
-    assert drafter.config.confidence_temperatures == [1.5] * 5
+    assert caplog.text.count("Calibrate the merged one") == 1
+    assert drafter.config.confidence_temperatures is None
+    assert drafter.budget == "full"
