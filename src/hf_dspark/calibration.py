@@ -3,7 +3,7 @@
 A record of decoding is, for each round of a row: the confidence logits of the drafted tokens, how many of them were judged, and how many
 stood. Position k is known where k or more were judged; it survived where k or more stood.
 
-Source: paper section 3.2.1. Differs: ties of the grid search go to the lower Brier score.
+Source: paper section 3.2.1. Differs: of temperatures whose error is within the noise of the least, the one with the lowest Brier score.
 """
 
 from __future__ import annotations
@@ -179,6 +179,9 @@ def _position(rounds: Rounds, survival: np.ndarray, k: int) -> tuple[np.ndarray,
 def fit_temperatures(rounds: Rounds, grid: Sequence[float] | None = None) -> list[float]:
     """Sequential Temperature Scaling: T_1, then T_2 given T_1, .., each minimising the ECE of the cumulative product.
 
+    The error of a sample is noisy: of the temperatures within a standard deviation of the least error the one with the lowest Brier score
+    is taken, which keeps temperatures sane where few tokens survive.
+
     Source: paper section 3.2.1. Order-preserving at each position: every T is positive.
 
     Args:
@@ -199,13 +202,13 @@ def fit_temperatures(rounds: Rounds, grid: Sequence[float] | None = None) -> lis
     before = np.ones(len(rounds))
     temperatures = []
     for k in range(rounds.block_size):
-        best: tuple[float, float, float] | None = None
+        scores = []
         for temperature in candidates.tolist():
             predicted, observed = _position(rounds, before * _sigmoid(rounds.logits[:, k] / temperature), k)
-            score = round(expected_calibration_error(predicted, observed), 5), brier_score(predicted, observed), temperature
-            if best is None or score < best:
-                best = score
-        assert best is not None
-        temperatures.append(best[2])
-        before = before * _sigmoid(rounds.logits[:, k] / best[2])
+            error, brier = expected_calibration_error(predicted, observed), brier_score(predicted, observed)
+            scores.append((error, brier, temperature, noise_of_error(predicted, BINS)[1]))
+        least, _, _, deviation = min(scores)
+        _, chosen = min((brier, temperature) for error, brier, temperature, _ in scores if error <= least + deviation)
+        temperatures.append(chosen)
+        before = before * _sigmoid(rounds.logits[:, k] / chosen)
     return temperatures

@@ -25,18 +25,21 @@ class RowCosts:
         verify_s (`dict[int, dict[int, float]]`): by context tokens a row, then by tokens a row in the pass (anchor included): seconds
             of everything in a round but the draft: the target's pass, acceptance, bookkeeping.
         draft_s (`dict[int, float]`): by tokens drafted a row: seconds of drafting for all rows.
+        pad_s (`float`): seconds that each further token of the longest row costs all rows, over a pass of as many tokens in which rows
+            are equal: attention works on rows as long as the longest.
     Raises:
         ValueError: for an empty table or a time that is not positive and finite.
     """
 
     verify_s: Mapping[int, Mapping[int, float]]
     draft_s: Mapping[int, float]
+    pad_s: float = 0.0
 
     def __post_init__(self) -> None:
         times = [*self.draft_s.values(), *(s for column in self.verify_s.values() for s in column.values())]
         if not self.draft_s or not self.verify_s or not all(self.verify_s.values()):
             raise ValueError("A cost table needs at least one time of a pass and one of a draft; got none. Measure again.")
-        if not all(0 < s < float("inf") for s in times):
+        if not all(0 < s < float("inf") for s in times) or not 0 <= self.pad_s < float("inf"):
             raise ValueError(f"Times of a cost table must be positive and finite; got {times}. Measure again.")
 
     def per_row(self, block_size: int, context_tokens: int) -> np.ndarray:
@@ -55,6 +58,7 @@ class RowCosts:
         return {
             "verify_s": {str(c): {str(n): s for n, s in sorted(column.items())} for c, column in sorted(self.verify_s.items())},
             "draft_s": {str(n): s for n, s in sorted(self.draft_s.items())},
+            "pad_s": self.pad_s,
         }
 
     @classmethod
@@ -68,6 +72,7 @@ class RowCosts:
             return cls(
                 {int(c): {int(n): float(s) for n, s in column.items()} for c, column in record["verify_s"].items()},
                 {int(n): float(s) for n, s in record["draft_s"].items()},
+                float(record["pad_s"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a cost table ({type(error).__name__}: {error})") from None
@@ -113,6 +118,16 @@ class Costs:
             tokens = rows + np.arange(rows * self.block_size + 1)
             table = self._verify[key] = np.maximum.accumulate(_line(tokens, rows * np.arange(1, self.block_size + 2), curve))
         return table
+
+    def pad_s(self, rows: int) -> float:
+        """Seconds that each token by which the longest row exceeds the mean adds to a pass.
+
+        Args:
+            rows (`int`): live rows R.
+        """
+        known = sorted(self.rows)
+        values = [np.array(self.rows[r].pad_s) for r in known]
+        return max(float(values[0] if len(known) == 1 else _between(rows, known, values)), 0.0)
 
     def draft_s(self, rows: int, length: int) -> float:
         """Seconds of drafting `length` tokens for each of `rows` rows; 0 for nothing.

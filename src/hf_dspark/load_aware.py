@@ -54,12 +54,26 @@ def _lengths(order: np.ndarray, rows: int) -> list[int]:
     return np.bincount(order % rows, minlength=rows).tolist()
 
 
-def rate(gains: np.ndarray, rows: int, round_s: np.ndarray) -> np.ndarray:
-    """Theta of admitting the first 0, 1, .. tokens: expected tokens of the round over its seconds, `(1 + len(gains),)`."""
-    return (rows + np.concatenate(([0.0], np.cumsum(gains)))) / round_s[: len(gains) + 1]
+def rate(gains: np.ndarray, rows: int, round_s: np.ndarray, order: np.ndarray | None = None, pad_s: float = 0.0) -> np.ndarray:
+    """Theta of admitting the first 0, 1, .. tokens: expected tokens of the round over its seconds, `(1 + len(gains),)`.
+
+    Args:
+        gains (`numpy.ndarray` of shape `(n,)`): survivals in the order of admission.
+        rows (`int`): live rows.
+        round_s (`numpy.ndarray` of shape `(>= 1 + n,)`): seconds with 0, 1, .. drafted tokens, were they spread evenly over the rows.
+        order (`numpy.ndarray` of shape `(n,)`, *optional*): from `admission_order`; with it
+        pad_s (`float`): seconds for each token by which the longest row exceeds the mean.
+    """
+    seconds = round_s[: len(gains) + 1]
+    if order is not None and pad_s:
+        longest = np.concatenate(([0], np.maximum.accumulate(order // rows + 1)))
+        seconds = seconds + pad_s * np.maximum(longest - np.arange(len(gains) + 1) / rows, 0.0)
+    return (rows + np.concatenate(([0.0], np.cumsum(gains)))) / seconds
 
 
-def admit_early_stop(survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray, most: int | None = None) -> list[int]:
+def admit_early_stop(
+    survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray, most: int | None = None, pad_s: float = 0.0
+) -> list[int]:
     """Algorithm 1: admit tokens by survival while Theta strictly grows, stop at the first that does not help.
 
     The stop is what keeps the output exact: whether a token is admitted depends on larger survivals only, so on earlier tokens of its row.
@@ -69,23 +83,24 @@ def admit_early_stop(survival: np.ndarray, limits: Sequence[int], round_s: np.nd
         limits (`Sequence[int]`): most tokens of each row.
         round_s (`numpy.ndarray` of shape `(>= 1 + sum(limits),)`): seconds of the round with 0, 1, .. drafted tokens in its pass.
         most (`int`, *optional*): tokens in all.
+        pad_s (`float`): seconds for each token by which the longest row exceeds the mean.
     Returns:
         `list[int]`: l_r of each row.
     """
     order, gains = _gains(survival, limits)
-    theta = rate(gains, len(limits), round_s)
+    theta = rate(gains, len(limits), round_s, order, pad_s)
     worse = np.flatnonzero(theta[1:] <= theta[:-1])
     count = int(worse[0]) if len(worse) else len(gains)
     return _lengths(order[: count if most is None else min(count, most)], len(limits))
 
 
-def best_count(survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray) -> int:
+def best_count(survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray, pad_s: float = 0.0) -> int:
     """How many tokens the unconstrained search admits: the arg-max of Theta over all of them, whatever lies between.
 
     Not to be applied to the tokens whose survivals it has read: it looks past the cut.
     """
-    _, gains = _gains(survival, limits)
-    return int(rate(gains, len(limits), round_s).argmax())
+    order, gains = _gains(survival, limits)
+    return int(rate(gains, len(limits), round_s, order, pad_s).argmax())
 
 
 def admit_top(survival: np.ndarray, limits: Sequence[int], count: int) -> list[int]:
@@ -184,12 +199,15 @@ def _outlook(
     order = np.argsort(-flat, axis=1, kind="stable")
     gains, places = np.take_along_axis(flat, order, axis=1), positions[order]
     none = np.zeros((width, 1))
+    pad_s = costs.pad_s(rows + others)
     best: tuple[float, int, np.ndarray, np.ndarray] | None = None
     for length in lengths:
         inside = places < length
         counts = np.concatenate((none, np.cumsum(inside, axis=1)), axis=1).astype(np.int64)
         tokens = rows + others + np.concatenate((none, np.cumsum(gains * inside, axis=1)), axis=1)
-        seconds = verify_s[counts] + costs.draft_s(rows, length)
+        longest = np.concatenate((none, np.maximum.accumulate(np.where(inside, places + 1, 0), axis=1)), axis=1)
+        padding = pad_s * np.maximum(longest - counts / (rows + others), 0.0)
+        seconds = verify_s[counts] + padding + costs.draft_s(rows, length)
         theta = tokens / seconds
         if early_stop:
             worse = (theta[:, 1:] <= theta[:, :-1]) & inside
@@ -349,7 +367,7 @@ class LoadAwareBudget(Budget):
         return self._admit(survival, drafts, round_s, most)
 
     def _admit(self, survival: np.ndarray, drafts: Drafts, round_s: np.ndarray, most: int | None) -> list[int]:
-        return admit_early_stop(survival, drafts.limits, round_s, most)
+        return admit_early_stop(survival, drafts.limits, round_s, most, self._known_costs().pad_s(drafts.rows))
 
     def learn(self, finished: FinishedRound) -> None:
         if self._memory is None or finished.confidence is None:
@@ -390,7 +408,7 @@ class LaggedLoadAwareBudget(LoadAwareBudget):
                 old[r, len(before) :] = before[-1] if len(before) else 1.0
         alive = set(requests)
         self._before = {request: kept for request, kept in self._before.items() if request in alive}
-        count = best_count(old, drafts.limits, round_s)
+        count = best_count(old, drafts.limits, round_s, self._known_costs().pad_s(drafts.rows))
         return admit_top(survival, drafts.limits, count if most is None else min(count, most))
 
     def learn(self, finished: FinishedRound) -> None:

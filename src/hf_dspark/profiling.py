@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -26,13 +27,13 @@ from .decoding import Context, DecodingLoop
 from .embedded import cache_dir
 from .machine import device_name
 from .row_cache import RowCache
-from .scheduling import StaticBudget
+from .scheduling import Drafts, FullBudget, StaticBudget
 from .target import Target
 from .version import __version__
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 CONTEXTS = (128, 512)
 # Rows that are measured: powers of two; what lies between is read off the line, what lies beyond continues it.
 LARGEST_ROWS = 64
@@ -231,6 +232,13 @@ def profile_path(key: Mapping[str, Any], folder: Path | None = None) -> Path:
 # --------------------------------------------------------------------------------------------------------------- one measurement
 
 
+class _FirstRow(FullBudget):
+    """Verifies the block of the first row, and nothing of the others."""
+
+    def plan(self, drafts: Drafts) -> list[int]:
+        return [limit if r == 0 else 0 for r, limit in enumerate(drafts.limits)]
+
+
 class _Rounds:
     """The real loop over rows that hold `context` tokens of nothing, ready to go round."""
 
@@ -243,13 +251,16 @@ class _Rounds:
         vocab = target.model.config.get_text_config(decoder=True).vocab_size
         self.anchors = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows)).to(target.device)
 
-    def time(self, drafted: int, repeats: int) -> tuple[float, float]:
-        """Median seconds of a round that drafts and verifies `drafted` tokens a row: without its draft, and of its draft."""
+    def time(self, drafted: int, repeats: int, uneven: bool = False) -> tuple[float, float]:
+        """Median seconds of a round that drafts and verifies `drafted` tokens a row: without its draft, and of its draft.
+
+        `uneven` verifies them for the first row only.
+        """
         rows = self.rows
         loop = DecodingLoop(
             self.target,
             self.drafter,
-            StaticBudget(drafted),
+            _FirstRow() if uneven else StaticBudget(drafted),
             Sequences(self.anchors.new_zeros(rows, 1), 512, self.drafter.config.block_size + 1),
             RowProcessors([], rows),
             RowStopping([], rows),
@@ -279,6 +290,7 @@ def _measure_rows(target: Target, drafter: Any, rows: int, contexts: Sequence[in
     repeats = _REPEATS if rows <= 8 else 3
     verify: dict[int, dict[int, float]] = {}
     draft: dict[int, float] = {}
+    pad = 0.0
     for context in contexts:
         rounds = _Rounds(target, drafter, rows, context, sample)
         # The shape of the curve is taken at the first context; at others its ends suffice.
@@ -288,4 +300,10 @@ def _measure_rows(target: Target, drafter: Any, rows: int, contexts: Sequence[in
             column[1 + length], seconds = rounds.time(length, repeats)
             if length and context == contexts[0]:
                 draft[length] = max(seconds, 1e-9)
-    return RowCosts(verify, draft)
+        if context == contexts[0] and rows > 1:
+            # One row as long as can be beside rows of one token, against equal rows of as many tokens.
+            uneven, _ = rounds.time(gamma, repeats, uneven=True)
+            equal = RowCosts({context: column}, {1: 1.0}).per_row(gamma, context)
+            even = float(np.interp(1 + gamma / rows, np.arange(1, gamma + 2), equal))
+            pad = max(uneven - even, 0.0) / (gamma - gamma / rows)
+    return RowCosts(verify, draft, pad)

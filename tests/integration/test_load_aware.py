@@ -175,7 +175,7 @@ def test_a_profile_is_measured_for_what_is_missing_only(cache):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", '{"format": 99}', "[]", '{"format": 1, "key": {}, "block_size": 5, "tables": {"greedy": {"1": {}}}}']
+    "content", ["", "{", '{"format": 99}', "[]", '{"format": 2, "key": {}, "block_size": 5, "tables": {"greedy": {"1": {}}}}']
 )
 def test_a_file_of_no_use_is_ignored_with_one_line(cache, caplog, content):
     """Corrupt, foreign or stale: measured again, said once."""

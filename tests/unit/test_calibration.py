@@ -92,8 +92,10 @@ def test_without_the_fit_the_error_is_larger() -> None:
 
 
 def test_positions_are_fitted_left_to_right() -> None:
-    """T_1 is the grid's best for position 1 alone; T_2 the best for the product, with T_1 in it: by separate code, on a coarse grid."""
-    rounds, grid = simulated([2.0, 0.6], 3000), [0.5, 0.8, 1.0, 1.6, 2.2, 3.0]
+    """T_1 is the grid's best for position 1 alone; T_2 the best for the product, with T_1 in it: by separate code, on a grid so coarse that
+    no two temperatures are within the noise of each other.
+    """
+    rounds, grid = simulated([2.0, 0.5], 6000), [0.1, 0.5, 2.0, 8.0]
 
     def error(predicted: np.ndarray, observed: np.ndarray) -> float:
         total = 0.0
@@ -107,6 +109,16 @@ def test_positions_are_fitted_left_to_right() -> None:
     head = sigmoid(rounds.logits[:, 0] / first)
     second = min(grid, key=lambda t: error(head * sigmoid(rounds.logits[:, 1] / t), rounds.accepted > 1))
     assert fit_temperatures(rounds, grid) == [first, second]
+
+
+def test_few_survivors_do_not_drive_temperatures_to_extremes() -> None:
+    """Where hardly a token survives any temperature gives a small error; the choice stays within a factor of the truth."""
+    random = np.random.default_rng(8)
+    logits = random.standard_normal((3000, 3)) - 3.0
+    stands = random.random(logits.shape) < sigmoid(logits)
+    accepted = np.cumprod(stands, axis=1).sum(axis=1)
+    fitted = fit_temperatures(Rounds(logits, np.full(3000, 3), accepted))
+    assert all(0.4 < t < 2.5 for t in fitted)
 
 
 def test_the_order_of_a_position_is_kept() -> None:
