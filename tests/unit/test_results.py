@@ -26,7 +26,7 @@ def number(record: dict[str, Any], key: str) -> float:
     return value
 
 
-@pytest.mark.parametrize("name", ["passes", "demo", "eval_gsm8k", "eval_t0", "eval_t1", "divergence"])
+@pytest.mark.parametrize("name", ["passes", "demo", "eval_gsm8k", "eval_t0", "eval_t1", "divergence", "bench"])
 def test_every_result_says_where_it_was_taken(name: str) -> None:
     """Processor, threads and the versions of torch and transformers."""
     machine = result(name)["machine"]
@@ -165,3 +165,41 @@ def test_every_fp32_text_is_identical() -> None:
     assert record["fp32"]["divergences"] == []
     assert record["fp32_identical"] is True
     assert all(counts["identical"] == counts["rows"] for counts in record["fp32"]["methods"].values())
+
+
+# ------------------------------------------------------------------------------------------------------- budgets and calibration
+
+
+def calibration() -> dict[str, Any]:
+    return json.loads((RESULTS.parent / "calibration.json").read_text(encoding="utf-8"))
+
+
+def test_confidences_tell_survivors_from_casualties() -> None:
+    """AUC of at least 0.80 on the held-out prompts and on every other domain."""
+    record = calibration()
+    for part in [*record["files"].values(), *record["others"].values()]:
+        assert number(part["after"], "auc") >= 0.80
+
+
+def test_calibrated_confidences_can_be_trusted_elsewhere_too() -> None:
+    """At most 3% of calibration error on prompts of other kinds; on its own kind calibration lowers it, to under 2%."""
+    record = calibration()
+    assert all(number(part["after"], "ece") <= 0.03 for part in record["others"].values())
+    (own,) = record["files"].values()
+    assert number(own["after"], "ece") < min(number(own["before"], "ece"), 0.02)
+
+
+def test_the_shipped_drafter_holds_its_calibration() -> None:
+    """The temperatures of the config are those of the record, one a block position."""
+    config = json.loads((RESULTS.parent / "config.json").read_text(encoding="utf-8"))
+    assert config["confidence_temperatures"] == calibration()["temperatures"]
+    assert len(calibration()["temperatures"]) == BLOCK_SIZE
+
+
+def test_the_load_aware_budget_beats_verifying_everything_in_a_crowd() -> None:
+    """At 16 and 32 requests in flight by a factor of 1.2 and more; and it verifies less of a block the more there are."""
+    record = result("bench")
+    ratios = {row["concurrency"]: row for row in record["summary"]}
+    assert all(number(ratios[n], "load_aware_over_full") >= 1.2 for n in (16, 32))
+    verified = [c["verified_tokens_per_request"] for c in record["cells"] if c["budget"] == "load-aware"]
+    assert verified[0] > verified[3] > verified[5]
