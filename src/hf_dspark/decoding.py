@@ -193,8 +193,8 @@ class DecodingLoop:
         return LiveRows(tuple(self.live), gamma, tuple(room), max(self.context.target.lengths), self.sample)
 
     def propose(self, live: LiveRows) -> Proposal:
-        """What the budget wants drafted; nothing where no row has room for a drafted token."""
-        if not self.drafts or max(live.room) == 0:
+        """What the budget wants drafted, checked."""
+        if not self.drafts:
             return Proposal(0)
         proposal = self.budget.propose(live)
         rows = proposal.rows

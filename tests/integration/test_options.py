@@ -347,8 +347,7 @@ def test_a_shorter_block(block_size):
     w = world()
     out = explicit(w.target, w.drafter, w.inputs(3), block_size=block_size, return_dict_in_generate=True)
     assert torch.equal(out.sequences, plain_tokens("llama", 3))
-    # A round in which no row has room for a drafted token drafts none.
-    assert all(row.drafted in (block_size * row.rounds, block_size * (row.rounds - 1)) for row in out.stats.rows)
+    assert all(row.drafted == block_size * row.rounds for row in out.stats.rows)
     assert counts(out)[0] > 0
 
 
