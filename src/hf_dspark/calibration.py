@@ -167,6 +167,22 @@ def quality(rounds: Rounds, temperatures: Sequence[float] | None) -> list[Positi
     return out
 
 
+def calibration_errors(rounds: Rounds, temperatures: Sequence[float] | None) -> list[tuple[int, float, float, float]]:
+    """For each block position: samples, calibration error, and mean and deviation of what chance would show; NaN without samples.
+
+    Args:
+        rounds (`Rounds`): what was seen.
+        temperatures (`Sequence[float]`, *optional*): T_1..T_gamma; ones where None.
+    """
+    survival = rounds.survival(temperatures)
+    out = []
+    for k in range(rounds.block_size):
+        predicted, observed = _position(rounds, survival[:, k], k)
+        chance = noise_of_error(predicted) if len(predicted) else (float("nan"), float("nan"))
+        out.append((len(predicted), expected_calibration_error(predicted, observed), *chance))
+    return out
+
+
 def _position(rounds: Rounds, survival: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Predictions and outcomes at block position k (from 0), where the outcome is known."""
     known = rounds.judged > k

@@ -105,7 +105,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             taps = self.taps.take()[0, : committed - known]
             self.drafter.extend_context(taps, RowLayout([known], [committed - known], input_ids.device), self.cache)
             self.cache.lengths[0] = committed
-        live = LiveRows((0,), self.block_size, (min(room, self.block_size),), committed, self.do_sample)
+        live = LiveRows((0,), self.block_size, (min(room, self.block_size),), committed)
         proposal = self.budget.propose(live)
         if proposal.length == 0:
             self._round = None

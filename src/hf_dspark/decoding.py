@@ -168,10 +168,9 @@ class DecodingLoop:
         live = self.look()
         proposal = self.propose(live)
         block = self.draft(starts, proposal)
-        confidence = None if block.confidence is None else block.confidence.cpu()
-        raw = None if block.confidence_logits is None or self.listener is None else block.confidence_logits.cpu()
+        confidence = block.confidence.cpu() if self.budget.needs_confidence and block.confidence is not None else None
         drafted, lengths = self.plan(proposal, live, confidence)
-        block = block.truncate(max(lengths))
+        raw, block = block.confidence_logits, block.truncate(max(lengths))
         layout = RowLayout(starts, [1 + length for length in lengths], self.anchors.device)
         ids = torch.cat([self.anchors[:, None], block.tokens], dim=1).flatten()[layout.flat_index]
         with self.watch.measure("verify"):
@@ -179,6 +178,8 @@ class DecodingLoop:
         verdict, scores = self.accept(logits, block, layout)
         accepted, judged = self.commit(block, verdict, layout, scores, logits, taps, drafted)
         self.stats.rounds += 1
+        # The device has been waited for, so a listener's copy of the confidences costs no wait of its own.
+        raw = raw.cpu() if self.listener is not None and raw is not None else None
         over = FinishedRound(live.requests, tuple(drafted), tuple(lengths), tuple(accepted), tuple(judged), confidence, raw)
         self.budget.learn(over)
         if self.listener is not None:
@@ -190,7 +191,7 @@ class DecodingLoop:
         limits = [self.stopping.limit(row) for row in self.live]
         ends = zip(limits, self.live, strict=True)
         room = [gamma if limit is None else min(limit - self.sequences.lengths[row] - 1, gamma) for limit, row in ends]
-        return LiveRows(tuple(self.live), gamma, tuple(room), max(self.context.target.lengths), self.sample)
+        return LiveRows(tuple(self.live), gamma, tuple(room), max(self.context.target.lengths))
 
     def propose(self, live: LiveRows) -> Proposal:
         """What the budget wants drafted, checked."""
@@ -212,8 +213,8 @@ class DecodingLoop:
             return DraftBlock(self.anchors.new_empty(len(self.live), 0))
         rows = proposal.rows
         self.drafting = self.live if rows is None else [self.live[r] for r in rows]
+        self.catch_up()
         with self.watch.measure("draft"):
-            self.catch_up()
             block = draft_block(
                 self.drafter,
                 self.anchors if rows is None else self.anchors[torch.tensor(rows, device=self.anchors.device)],
@@ -363,7 +364,8 @@ class DecodingLoop:
         counts = [sum(map(len, of_row)) for of_row in pieces]
         starts = [self.context.drafter.lengths[place] - count for place, count in zip(places, counts, strict=True)]
         layout = RowLayout(starts, counts, self.anchors.device, row_ids=places)
-        self.drafter.extend_context(torch.cat([taps for of_row in pieces for taps in of_row]), layout, self.context.drafter)
+        with self.watch.measure("draft"):
+            self.drafter.extend_context(torch.cat([taps for of_row in pieces for taps in of_row]), layout, self.context.drafter)
         self.unread.clear()
         self.unread_tokens = 0
 

@@ -8,6 +8,7 @@ rounds only.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -66,9 +67,27 @@ def rate(gains: np.ndarray, rows: int, round_s: np.ndarray, order: np.ndarray | 
     """
     seconds = round_s[: len(gains) + 1]
     if order is not None and pad_s:
-        longest = np.concatenate(([0], np.maximum.accumulate(order // rows + 1)))
-        seconds = seconds + pad_s * np.maximum(longest - np.arange(len(gains) + 1) / rows, 0.0)
-    return (rows + np.concatenate(([0.0], np.cumsum(gains)))) / seconds
+        seconds = seconds + _padding_s(order // rows, np.arange(len(gains) + 1), rows, pad_s)
+    return (rows + _from_none(gains)) / seconds
+
+
+def _from_none(values: np.ndarray) -> np.ndarray:
+    """Running sums along the last dimension, beginning with the sum of nothing."""
+    return np.concatenate((np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)), axis=-1)
+
+
+def _padding_s(places: np.ndarray, counts: np.ndarray, rows: int, pad_s: float) -> np.ndarray:
+    """Seconds of padding with the first 0, 1, .. tokens admitted.
+
+    Args:
+        places (`numpy.ndarray` of shape `(.., n)`): block position (from 0) of each token in the order of admission; -1 where it counts for
+            nothing.
+        counts (`numpy.ndarray` of shape `(.., 1 + n)`): drafted tokens in the pass.
+        rows (`int`): live rows.
+        pad_s (`float`): seconds for each token by which the longest row exceeds the mean.
+    """
+    longest = np.concatenate((np.zeros((*places.shape[:-1], 1)), np.maximum.accumulate(places + 1, axis=-1)), axis=-1)
+    return pad_s * np.maximum(longest - counts / rows, 0.0)
 
 
 def admit_early_stop(
@@ -198,16 +217,14 @@ def _outlook(
     flat = np.where(np.arange(gamma)[:, None] < limits, samples.transpose(0, 2, 1), 0.0).reshape(width, -1)
     order = np.argsort(-flat, axis=1, kind="stable")
     gains, places = np.take_along_axis(flat, order, axis=1), positions[order]
-    none = np.zeros((width, 1))
     pad_s = costs.pad_s(rows + others)
     best: tuple[float, int, np.ndarray, np.ndarray] | None = None
     for length in lengths:
         inside = places < length
-        counts = np.concatenate((none, np.cumsum(inside, axis=1)), axis=1).astype(np.int64)
-        tokens = rows + others + np.concatenate((none, np.cumsum(gains * inside, axis=1)), axis=1)
-        longest = np.concatenate((none, np.maximum.accumulate(np.where(inside, places + 1, 0), axis=1)), axis=1)
-        padding = pad_s * np.maximum(longest - counts / (rows + others), 0.0)
-        seconds = verify_s[counts] + padding + costs.draft_s(rows, length)
+        counts = _from_none(inside).astype(np.int64)
+        tokens = rows + others + _from_none(gains * inside)
+        padding_s = _padding_s(np.where(inside, places, -1), counts, rows + others, pad_s)
+        seconds = verify_s[counts] + padding_s + costs.draft_s(rows, length)
         theta = tokens / seconds
         if early_stop:
             worse = (theta[:, 1:] <= theta[:, :-1]) & inside
@@ -256,18 +273,28 @@ class LoadAwareBudget(Budget):
         self.costs = costs
         self.max_verify_tokens = max_verify_tokens
         self.skipping = skipping
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a call."""
         self._memory: _Memory | None = None
         self._idle, self._rest, self._drafted_rounds = 0, FIRST_REST, 0
         self._resting: tuple[int, ...] = ()
         self._draft_s = 0.0
 
     def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
-        return type(self)(self.costs or costs(), max_verify_tokens=self.max_verify_tokens, skipping=self.skipping)
+        fresh = copy.copy(self)
+        fresh.costs = self.costs or costs()
+        fresh._forget()
+        return fresh
 
     def with_cap(self, max_verify_tokens: int) -> LoadAwareBudget:
         """The same policy with a cap."""
         most = max_verify_tokens if self.max_verify_tokens is None else min(max_verify_tokens, self.max_verify_tokens)
-        return type(self)(self.costs, max_verify_tokens=most, skipping=self.skipping)
+        fresh = copy.copy(self)
+        fresh.max_verify_tokens = most
+        fresh._forget()
+        return fresh
 
     def __repr__(self) -> str:
         return self.name if self.max_verify_tokens is None else f"{self.name} within {self.max_verify_tokens} tokens"
@@ -321,17 +348,18 @@ class LoadAwareBudget(Budget):
     def _probe_batch(self, live: LiveRows, gamma: int) -> Proposal:
         """Nothing pays: rest, and look again after a while, with those rows that have rested longest."""
         assert self._memory is not None
-        for request in live.requests:
-            self._memory.rows[request].idle += 1
+        rows = [self._memory.rows[request] for request in live.requests]
+        for row in rows:
+            row.idle += 1
         self._idle += 1
         if self._idle < self._rest:
             return Proposal(0)
         self._resting = ()
         self._idle, self._rest = 0, min(2 * self._rest, LONGEST_REST)
-        longest = sorted(range(len(live.requests)), key=lambda r: -self._memory.rows[live.requests[r]].idle)[:_PROBE_ROWS]  # type: ignore[union-attr]
+        longest = sorted(range(len(rows)), key=lambda r: -rows[r].idle)[:_PROBE_ROWS]
         for r in longest:
-            self._memory.rows[live.requests[r]].idle = 0
-        return Proposal(gamma, tuple(sorted(longest)) if len(longest) < len(live.requests) else None)
+            rows[r].idle = 0
+        return Proposal(gamma, tuple(sorted(longest)) if len(longest) < len(rows) else None)
 
     def _probe_rows(self, live: LiveRows, choice: Proposal) -> Proposal:
         """Rows that rest beside others are looked at again, each at growing intervals of its own."""
@@ -392,8 +420,8 @@ class LaggedLoadAwareBudget(LoadAwareBudget):
     early_stop = False
     name = "load-aware-lag2"
 
-    def __init__(self, costs: Costs | None = None, *, max_verify_tokens: int | None = None, skipping: bool = True) -> None:
-        super().__init__(costs, max_verify_tokens=max_verify_tokens, skipping=skipping)
+    def _forget(self) -> None:
+        super()._forget()
         self._before: dict[int, deque[np.ndarray]] = {}
 
     def _admit(self, survival: np.ndarray, drafts: Drafts, round_s: np.ndarray, most: int | None) -> list[int]:

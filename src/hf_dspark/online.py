@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .calibration import FEWEST_ROUNDS, FORMAT, Rounds, fit_temperatures, noise_of_error, quality
+from .calibration import FEWEST_ROUNDS, FORMAT, Rounds, calibration_errors, fit_temperatures
 from .scheduling import FinishedRound
 
 logger = logging.getLogger(__name__)
@@ -131,15 +131,13 @@ class OnlineCalibration:
         rounds = self.rounds
         temperatures = self.temperatures
         assert temperatures is not None
-        survival = rounds.survival(temperatures)
         errors: list[float] = []
         worst, drifted = 0.0, False
-        for k, found in enumerate(quality(rounds, temperatures)):
-            if found.rounds < FEWEST_ROUNDS // 4:
+        for samples, error, mean, deviation in calibration_errors(rounds, temperatures):
+            if samples < FEWEST_ROUNDS // 4:
                 continue
-            errors.append(found.ece)
-            mean, deviation = noise_of_error(survival[rounds.judged > k, k])
-            excess = found.ece - mean
+            errors.append(error)
+            excess = error - mean
             worst = max(worst, excess)
             drifted |= excess > max(self.tolerance, self.alarm * deviation)
         self._next_look = self.seen + self.every

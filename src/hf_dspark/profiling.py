@@ -202,7 +202,7 @@ def profile_key(target: Any, drafter: Any) -> dict[str, Any]:
     own = drafter.config
     device = target.get_input_embeddings().weight.device
     return {
-        "target": Path(str(getattr(target.config, "_name_or_path", None) or "")).name,
+        "target": getattr(target.config, "_name_or_path", None),
         "revision": getattr(target.config, "_commit_hash", None),
         "architecture": type(target).__name__,
         "shape": [config.num_hidden_layers, config.hidden_size, config.vocab_size],

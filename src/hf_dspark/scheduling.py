@@ -23,14 +23,12 @@ class LiveRows:
         block_size (`int`): gamma, the most that can be drafted.
         room (`tuple[int, ...]`): most tokens of each row that can be of use: gamma, or fewer where the row is about to end.
         context_tokens (`int`): tokens that the longest row holds.
-        sample (`bool`): tokens are drawn; arg-max otherwise.
     """
 
     requests: tuple[int, ...]
     block_size: int
     room: tuple[int, ...]
     context_tokens: int = 0
-    sample: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class FinishedRound:
         verified (`tuple[int, ...]`): of these, sent to verification.
         accepted (`tuple[int, ...]`): of these, standing.
         judged (`tuple[int, ...]`): of the verified ones, those before the row's end: what was decided about later ones is unknown.
-        confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host.
-        confidence_logits (`torch.Tensor` of shape `(R, n)`, *optional*): the same before calibration and sigmoid.
+        confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host; given where the budget needs it.
+        confidence_logits (`torch.Tensor` of shape `(R, n)`, *optional*): the same before calibration and sigmoid; where someone listens.
     """
 
     requests: tuple[int, ...]

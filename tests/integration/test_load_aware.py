@@ -73,6 +73,34 @@ def test_any_part_of_the_rows_can_be_drafted_for(family, sample):
     assert all(0 < row.drafted < drafter.config.block_size * row.rounds for row in out.stats.rows)
 
 
+def test_a_long_rest_piles_up_no_taps(pair, monkeypatch):
+    """While nothing is drafted the drafter is brought up to date every so many tokens, and the text stays plain generation's."""
+    from hf_dspark.decoding import DecodingLoop
+
+    target, drafter, inputs = pair
+    most, catch_up = [0], DecodingLoop.catch_up
+
+    def watched(loop):
+        most[0] = max(most[0], loop.unread_tokens)
+        catch_up(loop)
+        assert loop.unread_tokens == 0
+        assert not loop.unread
+
+    class Never(hf_dspark.Budget):
+        def propose(self, live):
+            return Proposal(0)
+
+        def plan(self, drafts):
+            raise AssertionError("nothing was drafted")
+
+    monkeypatch.setattr(DecodingLoop, "catch_up", watched)
+    out = hf_dspark.generate(
+        target, drafter, **inputs, budget=Never(), prefill_chunk_size=20, max_new_tokens=24, eos_token_id=98, do_sample=False
+    )
+    assert torch.equal(out, plain(target, inputs))
+    assert 20 < most[0] <= 20 + len(RAGGED)
+
+
 def test_what_a_row_accepts_does_not_depend_on_when_it_last_drafted(pair):
     """A drafter that has caught up drafts what it would have drafted anyway: acceptance in full rounds is the same as without pauses.
 

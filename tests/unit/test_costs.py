@@ -60,6 +60,16 @@ def test_beyond_what_was_measured_the_line_goes_on() -> None:
     assert costs.draft_s(16, 7) == pytest.approx(64.0)
 
 
+def test_padding_lies_on_the_line() -> None:
+    """Its price is read between measured numbers of rows, and is never negative."""
+    costs = Costs({1: RowCosts({1: {1: 1.0}}, {1: 1.0}), 3: RowCosts({1: {1: 1.0}}, {1: 1.0}, 0.4)}, 1)
+    assert costs.pad_s(1) == 0.0
+    assert costs.pad_s(2) == pytest.approx(0.2)
+    assert costs.pad_s(5) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="positive and finite"):
+        RowCosts({1: {1: 1.0}}, {1: 1.0}, -0.1)
+
+
 def test_nothing_costs_nothing() -> None:
     """No rows or no tokens, no time of a draft."""
     costs = Costs({1: table(1)}, 7)

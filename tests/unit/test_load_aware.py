@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -27,9 +28,10 @@ from tests.budgets import flat, full_machine, jagged, middling
 CASES = 2000
 
 
-def theta(survival: np.ndarray, lengths: tuple[int, ...], round_s: np.ndarray) -> float:
-    """Expected tokens of a round over its seconds, straight from the definition."""
-    return (len(lengths) + sum(survival[r, :n].sum() for r, n in enumerate(lengths))) / round_s[sum(lengths)]
+def theta(survival: np.ndarray, lengths: tuple[int, ...], round_s: np.ndarray, pad_s: float = 0.0) -> float:
+    """Expected tokens of a round over its seconds, straight from the definition; rows are padded to the longest."""
+    seconds = round_s[sum(lengths)] + pad_s * (max(lengths) - sum(lengths) / len(lengths))
+    return (len(lengths) + sum(survival[r, :n].sum() for r, n in enumerate(lengths))) / seconds
 
 
 def random_case(random: np.random.Generator, convex: bool) -> tuple[np.ndarray, list[int], np.ndarray]:
@@ -65,8 +67,9 @@ def test_the_early_stop_equals_brute_force_on_convex_costs() -> None:
         assert theta(survival, tuple(lengths), round_s) == pytest.approx(best, rel=1e-12)
 
 
-def test_the_early_stop_equals_a_straight_loop() -> None:
-    """Algorithm 1 written out as the paper has it gives the same lengths, on any cost curve, ties and all."""
+@pytest.mark.parametrize("pad_s", [0.0, 0.1, 1.0])
+def test_the_early_stop_equals_a_straight_loop(pad_s: float) -> None:
+    """Algorithm 1 written out as the paper has it gives the same lengths, on any cost curve and price of padding, ties and all."""
     random = np.random.default_rng(2)
     for _ in range(CASES):
         survival, limits, round_s = random_case(random, convex=False)
@@ -75,14 +78,14 @@ def test_the_early_stop_equals_a_straight_loop() -> None:
         queue = sorted(((r, j) for r in rows for j in range(limits[r])), key=lambda p: (-survival[p], p[1], p[0]))
         for r, j in queue:
             longer = [n + (i == r) for i, n in enumerate(lengths)]
-            if not theta(survival, tuple(longer), round_s) > theta(survival, tuple(lengths), round_s) * (1 + 1e-15):
+            if not theta(survival, tuple(longer), round_s, pad_s) > theta(survival, tuple(lengths), round_s, pad_s) * (1 + 1e-15):
                 break
             assert lengths[r] == j
             lengths = longer
-        got = admit_early_stop(survival, limits, round_s)
+        got = admit_early_stop(survival, limits, round_s, pad_s=pad_s)
         # Sums in another order may differ in the last bit, which decides where Theta is constant.
         if got != lengths:
-            assert theta(survival, tuple(got), round_s) == pytest.approx(theta(survival, tuple(lengths), round_s), rel=1e-12)
+            assert theta(survival, tuple(got), round_s, pad_s) == pytest.approx(theta(survival, tuple(lengths), round_s, pad_s), rel=1e-12)
 
 
 def test_plans_are_feasible() -> None:
@@ -97,17 +100,18 @@ def test_plans_are_feasible() -> None:
         assert sum(kept) == min(most, sum(free))
 
 
-def test_the_early_stop_never_looks_past_its_cut() -> None:
+@pytest.mark.parametrize("pad_s", [0.0, 0.3])
+def test_the_early_stop_never_looks_past_its_cut(pad_s: float) -> None:
     """Whether token k of a row is verified does not change with the row's confidences from k + 1 on: they depend on x_k."""
     random = np.random.default_rng(4)
     for _ in range(CASES):
         survival, limits, round_s = random_case(random, convex=False)
         row = int(random.integers(len(limits)))
         k = int(random.integers(survival.shape[1]))  # token k + 1 in the paper's counting
-        lengths = admit_early_stop(survival, limits, round_s)
+        lengths = admit_early_stop(survival, limits, round_s, pad_s=pad_s)
         other = survival.copy()
         other[row, k + 1 :] = other[row, k] * survivals(random.random((1, survival.shape[1])))[0, : survival.shape[1] - k - 1]
-        assert (lengths[row] > k) == (admit_early_stop(other, limits, round_s)[row] > k)
+        assert (lengths[row] > k) == (admit_early_stop(other, limits, round_s, pad_s=pad_s)[row] > k)
 
 
 def test_the_unconstrained_search_does_look_past_its_cut() -> None:
@@ -115,6 +119,16 @@ def test_the_unconstrained_search_does_look_past_its_cut() -> None:
     round_s = 1 / np.array([1.0, 0.5, 0.45])
     plans = [admit_top(s, [2], best_count(s, [2], round_s)) for s in (survivals(np.array([[0.8, c]])) for c in (0.9, 0.0))]
     assert plans == [[2], [0]]
+
+
+def test_the_unconstrained_search_counts_padding() -> None:
+    """No other number of top tokens gives more tokens a second, padding included."""
+    random = np.random.default_rng(7)
+    for _ in range(CASES // 4):
+        survival, limits, round_s = random_case(random, convex=False)
+        count = best_count(survival, limits, round_s, 0.2)
+        values = [theta(survival, tuple(admit_top(survival, limits, n)), round_s, 0.2) for n in range(sum(limits) + 1)]
+        assert values[count] == pytest.approx(max(values), rel=1e-12)
 
 
 def test_ties_go_to_earlier_positions() -> None:
@@ -177,7 +191,7 @@ def test_the_outlook_counts_what_the_definition_says() -> None:
     for _ in range(300):
         rows, others, gamma, width = int(random.integers(1, 4)), int(random.integers(0, 5)), 3, 2
         samples = np.stack([survivals(random.random((rows, gamma))) for _ in range(width)])
-        costs = middling(gamma)
+        costs = Costs({r: replace(one, pad_s=0.15) for r, one in middling(gamma).rows.items()}, gamma)
         verify_s = costs.verify_s(rows + others)
         length, room = int(random.integers(1, gamma + 1)), int(random.integers(0, rows * gamma + 1))
         limits = random.integers(0, gamma + 1, rows)
@@ -187,7 +201,10 @@ def test_the_outlook_counts_what_the_definition_says() -> None:
             for sample in samples:
                 round_s = verify_s + costs.draft_s(rows, length)
                 reach = np.minimum(limits, length)
-                gains = np.sort(np.concatenate([sample[r, : reach[r]] for r in range(rows)]))[::-1]
+                pairs = sorted(((sample[r, j], j) for r in range(rows) for j in range(reach[r])), reverse=True)
+                gains = np.array([gain for gain, _ in pairs])
+                longest = [max((j + 1 for _, j in pairs[:n]), default=0) for n in range(len(pairs) + 1)]
+                round_s = np.array([round_s[n] + 0.15 * (longest[n] - n / (rows + others)) for n in range(len(pairs) + 1)])
                 rates = [(rows + others + gains[:n].sum()) / round_s[n] for n in range(len(gains) + 1)]
                 if early:
                     count = next((n for n in range(len(gains)) if rates[n + 1] <= rates[n]), len(gains))

@@ -17,8 +17,10 @@ from hf_dspark.cli.options import (
     Drafter,
     Dtype,
     Json,
+    Limit,
     MaxNewTokens,
     MaxVerifyTokens,
+    PromptFiles,
     Seed,
     Target,
     Temperature,
@@ -132,13 +134,10 @@ def generate(
 
 @app.command(name="eval")
 def evaluate(
-    prompts: Annotated[
-        list[Path],
-        typer.Option(exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts; give it again for more files."),
-    ],
+    prompts: PromptFiles,
     target: Target = "smollm2",
     drafter: Drafter = "smollm2-dspark",
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each file to use, from its top.")] = None,
+    limit: Limit = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hf_dspark.cli.options import Device, Drafter, Dtype, Json, MaxNewTokens, Seed, Target, Temperature, TopP
+from hf_dspark.cli.options import Device, Drafter, Dtype, Json, Limit, MaxNewTokens, PromptFiles, Seed, Target, Temperature, TopP
 
 DEFAULT_BUDGETS = "plain,full,static:1,static:2,static:4,threshold:0.5,load-aware,load-aware-lag2"
-PromptFiles = Annotated[
-    list[Path], typer.Option(exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts; give it again for more files.")
-]
 
 
 def _numbers(text: str) -> list[int]:
@@ -53,7 +50,7 @@ def calibrate(
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, readable=True, help="Prompts of another domain to judge on, not to fit; repeat it."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each file to use, from its top.")] = None,
+    limit: Limit = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -107,7 +104,7 @@ def bench(
             "part), `plain` (no drafting), `generate` (transformers' batched call), `prompt-lookup` (its lookup, at concurrency 1)."
         ),
     ] = DEFAULT_BUDGETS,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each file to use, from its top.")] = None,
+    limit: Limit = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,3 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 MaxVerifyTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of one verification pass, anchors included; caps any budget.")
 ]
+PromptFiles = Annotated[
+    list[Path], typer.Option(exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts; give it again for more files.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Prompts of each file to use, from its top.")]

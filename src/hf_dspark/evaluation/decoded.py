@@ -7,7 +7,6 @@ from outside; knows no trainer.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 import torch
 
-from hf_dspark.errors import DataError
 from hf_dspark.evaluation.benchmark import acceptance_of_row
+from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.metrics import AcceptanceCounts, machine_record
 from hf_dspark.evaluation.prompts import encode, read_prompts
 from hf_dspark.evaluation.tables import machine_line
@@ -163,14 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         record = _measure(args)
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except (DataError, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(f"{render_decoded(record)} {machine_line(record)}")
-    return 0
+        write_record(args.json, record)
+        print(f"{render_decoded(record)} {machine_line(record)}")
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

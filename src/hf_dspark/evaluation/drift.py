@@ -9,7 +9,6 @@ Both runs decode the same requests in the same order with the load-aware budget;
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_dspark.budgets import make_budget
-from hf_dspark.errors import DataError
 from hf_dspark.evaluation.benchmark import end_ids_of
+from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.prompts import encode, read_prompts
 from hf_dspark.evaluation.serving import serve
@@ -118,12 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plots", type=Path)
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (DataError, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -142,7 +136,7 @@ def _run(args: argparse.Namespace) -> None:
         "runs": runs,
         "machine": machine_record(target.device),
     }
-    args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(args.json, record)
     if args.plots is not None:
         plot_drift(record, args.plots / "drift.png")
     for name, run in runs.items():

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class _Cell:
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "rest"), 0.0))
 
     def add(self, served: Served) -> None:
+        """Count one run of this package's loop."""
         self.rates.append(served.emitted / served.seconds)
         self.tokens += served.emitted
         self.seconds += served.seconds
@@ -110,11 +112,13 @@ class _Cell:
             self.parts[part] += seconds
 
     def add_call(self, tokens: Sequence[int], seconds: float) -> None:
+        """Count one call of transformers' `generate`: new tokens of each row, and its time."""
         self.tokens += sum(tokens)
         self.seconds += seconds
         self.users += [n / seconds for n in tokens]
 
     def to_json(self, concurrency: int, name: str) -> dict[str, Any]:
+        """Returns the cell of the result file: rates over the repeats, counts over all of them."""
         users = sorted(self.users)
         total = sum(self.parts.values())
         return {
@@ -178,12 +182,7 @@ def bench(
     if costs is None and any(c.drafts and make_budget(c.budget).needs_confidence for c in contenders):
         profile = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=not sampling.greedy)
         costs = profile.costs(not sampling.greedy)
-    listeners: dict[str, Any] = {}
-    for contender in contenders:
-        if contender.drafts and make_budget(contender.budget).needs_confidence:
-            online = OnlineCalibration()
-            online.check(drafter.config)
-            listeners[contender.name] = {"": online, "@fixed": None, "@raw": _Raw(drafter.config.block_size)}[contender.variant]
+    listeners = {c.name: _listener(c, drafter.config) for c in contenders if c.drafts and make_budget(c.budget).needs_confidence}
     runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs, listeners)
     cells = {(n, c.name): _Cell() for n in concurrencies for c in contenders if c.name != LOOKUP or n == 1}
     if not all(any(name == c.name for _, name in cells) for c in contenders):
@@ -219,9 +218,25 @@ def bench(
             "drafter_dtype": str(drafter.dtype).removeprefix("torch."),
             "calibrated": drafter.config.confidence_temperatures is not None,
         },
-        "profile": None if profile is None else profile.to_json(),
+        "profile": None if profile is None else _shareable(profile.to_json()),
         "machine": machine_record(target.device),
     }
+
+
+def _listener(contender: Contender, config: Any) -> Any:
+    """What stands between the confidences and the budget of a contender, over all its runs."""
+    if contender.variant == "@fixed":
+        return None
+    if contender.variant == "@raw":
+        return _Raw(config.block_size)
+    online = OnlineCalibration()
+    online.check(config)
+    return online
+
+
+def _shareable(profile: dict[str, Any]) -> dict[str, Any]:
+    """A profile's record without folders of the machine it was made on."""
+    return {**profile, "key": {**profile["key"], "target": Path(profile["key"]["target"] or "").name}}
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -259,6 +274,7 @@ class _Runner:
     listeners: dict[str, Any]
 
     def run(self, contender: Contender, concurrency: int, seconds: float, repeat: int, cell: _Cell | None = None) -> None:
+        """Run a contender once and add what came out to `cell`; None throws it away."""
         cell = cell if cell is not None else _Cell()
         queue = self._queue(concurrency, repeat)
         if contender.name in (GENERATE, LOOKUP):

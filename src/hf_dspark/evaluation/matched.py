@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from hf_dspark.errors import DataError
+from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.decoded import DecodedTau
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.prompts import encode, read_prompts
@@ -151,12 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plots", type=Path)
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (DataError, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -194,11 +189,6 @@ def _run(args: argparse.Namespace) -> None:
             raise DataError(f"{args.json} holds a comparison with other settings; name another file, or remove it")
         record["drafters"] = stored["drafters"]
 
-    def keep() -> None:
-        waiting = args.json.with_suffix(".tmp")
-        waiting.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(waiting, args.json)
-
     chosen = {name: VARIANTS[name] for name in args.variants or VARIANTS}
     compare(
         target,
@@ -209,7 +199,7 @@ def _run(args: argparse.Namespace) -> None:
         config,
         chosen,
         record,
-        keep,
+        lambda: write_record(args.json, record),
         max_new_tokens=args.max_new_tokens,
         batch_size=args.decode_batch,
     )

@@ -80,36 +80,17 @@ def serve(
     Returns:
         `Served`.
     """
-    target = Target(model, [] if drafter is None else drafter.config.target_layer_ids)
-    if drafter is not None:
-        drafter.bind(model)
     count = len(prompts)
     new = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    device = target.device
-    ids = [torch.tensor(list(prompt), device=device) for prompt in prompts]
     check_length(model, max(len(p) + n for p, n in zip(prompts, new, strict=True)))
-    # The loop counts each row from its own prompt: no padding, rows of ids begin where their prompt does.
-    sequences = Sequences(torch.zeros(count, 0, dtype=torch.long, device=device), max(new), 16)
-    warpers: list[Any] = [] if temperature in (0.0, 1.0) else [TemperatureLogitsWarper(temperature)]
-    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    block_size = 1 if drafter is None else drafter.config.block_size
-    loop = DecodingLoop(
-        target,
-        drafter,
-        budget,
-        sequences,
-        RowProcessors(warpers, count),
-        RowStopping([EosTokenCriteria(list(end_ids))] if end_ids else [], count, new),
-        sample=temperature > 0,
-        block_size=block_size,
-        generator=torch.Generator(device=device).manual_seed(seed),
-        listener=listener,
-    )
+    loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener)
+    device = loop.target.device
+    ids = [torch.tensor(list(prompt), device=device) for prompt in prompts]
     spans: list[tuple[float, float] | None] = [None] * count
     joined: dict[int, float] = {}
     waiting = 0
     row_rounds = 0
-    with torch.inference_mode(), target.open():
+    with torch.inference_mode(), loop.target.open():
         start = time.perf_counter()
         on_clock = not steady
         while waiting < count or loop.live:
@@ -142,8 +123,41 @@ def serve(
         setattr(loop.stats, f"t_{name}_s", value)
     loop.stats.t_total_s = seconds
     emitted = sum(row.generated for row in loop.stats.rows)
-    tokens = [sequences.ids[r, : sequences.lengths[r]].tolist() for r in range(count)]
+    tokens = [loop.sequences.ids[r, : loop.sequences.lengths[r]].tolist() for r in range(count)]
     return Served(tokens, spans, emitted, seconds, loop.stats, row_rounds)
+
+
+def _loop(
+    model: Any,
+    drafter: Any,
+    limits: list[int],
+    budget: Budget,
+    end_ids: Sequence[int],
+    temperature: float,
+    top_p: float,
+    seed: int,
+    listener: RoundListener | None,
+) -> DecodingLoop:
+    """The decoding loop with a row of its own for each request, of which none has joined yet."""
+    target = Target(model, [] if drafter is None else drafter.config.target_layer_ids)
+    if drafter is not None:
+        drafter.bind(model)
+    count = len(limits)
+    warpers: list[Any] = [] if temperature in (0.0, 1.0) else [TemperatureLogitsWarper(temperature)]
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return DecodingLoop(
+        target,
+        drafter,
+        budget,
+        # The loop counts each row from the end of its own prompt: what is kept of a request are its new tokens.
+        Sequences(torch.zeros(count, 0, dtype=torch.long, device=target.device), max(limits), 16),
+        RowProcessors(warpers, count),
+        RowStopping([EosTokenCriteria(list(end_ids))] if end_ids else [], count, limits),
+        sample=temperature > 0,
+        block_size=1 if drafter is None else drafter.config.block_size,
+        generator=torch.Generator(device=target.device).manual_seed(seed),
+        listener=listener,
+    )
 
 
 def _reset(loop: DecodingLoop) -> DecodingStats:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_dspark.adapter_files import fingerprint
 from hf_dspark.errors import DataError
+from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.prompts import encode, read_prompts
@@ -91,14 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         record = _run(args)
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except (DataError, ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(render_shift(record))
-    return 0
+        write_record(args.json, record)
+        print(render_shift(record))
+
+    return run_command(run)
 
 
 if __name__ == "__main__":
