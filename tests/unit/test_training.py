@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_dspark.errors import CheckpointError
 from hf_dspark.modeling_dspark import DSparkDrafter
 from hf_dspark.training import (
-    MasterAdamW,
+    MasterOptimizer,
     ResponseRow,
     TargetStates,
     Trainer,
@@ -347,7 +347,7 @@ def test_evaluation_repeats_itself_and_changes_nothing(tmp_path):
 def test_master_weights_gather_updates_too_small_for_bfloat16():
     """Sixty steps of 1e-4 move a bf16 weight of 1.0, though one step alone rounds away."""
     parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = MasterAdamW([parameter])
+    optimizer = MasterOptimizer([parameter])
     seen = []
     for _ in range(60):
         parameter.grad = torch.ones_like(parameter)
@@ -358,10 +358,59 @@ def test_master_weights_gather_updates_too_small_for_bfloat16():
     assert float(optimizer.masters[0][0]) == pytest.approx(1 - 60e-4, abs=1e-4)
 
 
+def test_muon_moves_hidden_matrices_by_its_own_rule_and_the_rest_by_adamws():
+    """A matrix follows torch.optim.Muon alone on a float32 copy, a vector and a vocabulary matrix follow torch.optim.AdamW."""
+    torch.manual_seed(0)
+    shapes = [(96, 64), (64,), (9000, 64)]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    muon = torch.optim.Muon(alone[:1], lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(alone[1:], lr=0.01, weight_decay=0.0)
+    optimizer = MasterOptimizer(parameters, kind="muon")
+    for _ in range(3):
+        for ours, theirs in zip(parameters, alone, strict=True):
+            theirs.grad = torch.randn_like(ours)
+            ours.grad = theirs.grad.clone()
+        optimizer.step(0.01, clip=1e9)
+        muon.step()
+        adamw.step()
+    for ours, theirs in zip(parameters, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_that_was_saved_goes_on_as_if_it_had_not_been(kind):
+    """Two steps, saved and loaded into a fresh one between, equal two steps in a row, bit for bit."""
+
+    def fresh():
+        torch.manual_seed(1)
+        return [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 96), (96,))]
+
+    def step(optimizer, seed):
+        torch.manual_seed(seed)
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step(0.01, clip=1.0)
+
+    through = MasterOptimizer(fresh(), kind=kind)
+    step(through, 2)
+    step(through, 3)
+    first = MasterOptimizer(fresh(), kind=kind)
+    step(first, 2)
+    second = MasterOptimizer(fresh(), kind=kind)
+    second.load_state_dict(first.state_dict())
+    step(second, 3)
+    for one, other in zip(through.parameters, second.parameters, strict=True):
+        assert torch.equal(one, other)
+    if kind == "muon":
+        with pytest.raises(CheckpointError, match="another optimizer"):
+            MasterOptimizer(fresh()).load_state_dict(first.state_dict())
+
+
 def test_gradient_that_is_not_finite_changes_no_weight():
     """The step is skipped and its norm reported."""
     parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = MasterAdamW([parameter])
+    optimizer = MasterOptimizer([parameter])
     parameter.grad = torch.tensor([float("nan"), 1.0])
     assert optimizer.step(0.1, clip=1.0) != optimizer.step(0.1, clip=1.0)
     assert parameter.tolist() == [1.0, 1.0]

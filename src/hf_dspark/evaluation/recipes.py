@@ -9,14 +9,17 @@ from typing import Any
 from hf_dspark.errors import DataError
 from hf_dspark.evaluation.tables import empty_plot, machine_line, markdown_table, number, percent, save_plot
 
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon on the backbone's matrices, AdamW on the rest"}
+
 
 def render_recipe(record: Mapping[str, Any]) -> str:
     """Facts of a training run, from the `recipe.json` of `hf-dspark train` or `hf-dspark finetune`."""
     shape, settings = record["arguments"].get("shape"), record["arguments"]["training"]
     facts = [*(_shape_facts(record, shape) if shape else _finetuning_facts(record)), *_data_facts(record["data"])]
     parts = f" in {settings['accumulation']} parts" if settings["accumulation"] > 1 else ""
+    optimizer = _OPTIMIZERS[settings.get("optimizer", "adamw")]
     facts += [
-        ("optimizer", f"AdamW, peak rate {settings['learning_rate']:g}, weight decay {settings['weight_decay']:g}"),
+        ("optimizer", f"{optimizer}, peak rate {settings['learning_rate']:g}, weight decay {settings['weight_decay']:g}"),
         ("a step", f"{settings['batch_size']} sequences{parts} x at most {settings['num_anchors']} anchors"),
         ("loss", _loss(settings)),
     ]

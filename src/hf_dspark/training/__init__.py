@@ -29,7 +29,7 @@ from hf_dspark.training.losses import (
     weight_totals,
 )
 from hf_dspark.training.objective import BlockObjective, Blocks
-from hf_dspark.training.optimizer import MasterAdamW
+from hf_dspark.training.optimizer import MasterOptimizer
 from hf_dspark.training.states import TargetStates
 from hf_dspark.training.trainer import Progress, Trainer
 
@@ -41,7 +41,7 @@ __all__ = [
     "DataSet",
     "LossResult",
     "LossWeights",
-    "MasterAdamW",
+    "MasterOptimizer",
     "Progress",
     "ResponseRow",
     "Tally",

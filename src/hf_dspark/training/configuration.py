@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hf_dspark.training.losses import LossWeights
+from hf_dspark.training.optimizer import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class TrainingConfig:
         learning_rate (`float`): peak, after the warm-up.
         warmup (`float`): share of the run with a linearly rising learning rate; a cosine to 0 follows.
         clip (`float`): largest gradient norm.
-        weight_decay (`float`): of AdamW.
+        optimizer (`str`): `"adamw"`, or `"muon"`: Muon on the backbone's matrices, AdamW on the rest.
+        weight_decay (`float`): of the optimizer.
         ce_start, ce_end, ce_anneal (`float`): CE weight falls linearly from start to end over that first share of the
             run.
         total_variation, confidence, decay, soft_labels (`float`): see `LossWeights`.
@@ -52,6 +54,7 @@ class TrainingConfig:
     learning_rate: float = 1.5e-3
     warmup: float = 0.04
     clip: float = 1.0
+    optimizer: str = "adamw"
     weight_decay: float = 0.0
     ce_start: float = 1.0
     ce_end: float = 0.1
@@ -94,6 +97,8 @@ class TrainingConfig:
         for name in ("warmup", "ce_anneal"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 up to, not including, 1. It is a share of the run.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}. Correct the training configuration.")
         if not 0 <= self.soft_labels <= 1:
             raise ValueError(f"soft_labels is {self.soft_labels}; allowed: 0 to 1. It is a share of the cross entropy.")
         if not 0 <= self.states_memory_gib < float("inf"):

@@ -1,4 +1,5 @@
-"""AdamW on float32 masters of low-precision weights, over one process or several. Does not know models, losses or files."""
+"""AdamW, or Muon beside it, on float32 masters of low-precision weights, over one process or several. Does not know models, losses or
+files."""
 
 from __future__ import annotations
 
@@ -12,29 +13,51 @@ from torch import Tensor, nn
 from hf_dspark.errors import CheckpointError
 from hf_dspark.training.sharding import gathered, like, whole
 
+OPTIMIZERS = ("adamw", "muon")
 
-class MasterAdamW:
-    """AdamW on float32 copies of the parameters, which themselves stay in the dtype they compute in.
+# Matrices whose rows or columns are tokens, and those of a rank this small, are AdamW's.
+_WIDEST, _NARROWEST = 8192, 64
+
+
+class MasterOptimizer:
+    """AdamW or Muon on float32 copies of the parameters, which themselves stay in the dtype they compute in.
+
+    Muon orthogonalises the momentum of a matrix; it is for matrices between hidden states. Norms, biases and the sequential head's
+    vocabulary matrices stay with AdamW, and Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
 
     Gradients of the parts of a step are added up in float32, and over processes where there are several.
 
+    Source: torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`.
+
     Args:
         parameters: trainable tensors of the drafter, any float dtype.
+        kind (`str`): `"adamw"` or `"muon"`.
         weight_decay (`float`): decoupled.
         reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where the
             gradients arrive reduced (one process, or FSDP).
+    Raises:
+        ValueError: for Muon where this torch has none, and on shards of matrices.
     """
 
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
         *,
+        kind: str = "adamw",
         weight_decay: float = 0.0,
         reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=weight_decay, fused=True)
+        matrices = [i for i, master in enumerate(self.masters) if kind == "muon" and _is_hidden_matrix(master)]
+        others = [i for i in range(len(self.masters)) if i not in matrices]
+        # Each optimizer with the indices of its masters.
+        self.parts: list[tuple[torch.optim.Optimizer, list[int]]] = []
+        if others:
+            of_others = [self.masters[i] for i in others]
+            self.parts.append((torch.optim.AdamW(of_others, lr=0.0, weight_decay=weight_decay, fused=True), others))
+        if matrices:
+            self.parts.append((_muon([self.masters[i] for i in matrices], weight_decay), matrices))
         self._reduce = reduce
 
     @torch.no_grad()
@@ -61,11 +84,13 @@ class MasterAdamW:
         self._reduce_gradients()
         norm = float(whole(nn.utils.clip_grad_norm_(self.masters, clip)))
         if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
+            for optimizer, _ in self.parts:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                optimizer.step()
             self.copy_back()
-        self.optimizer.zero_grad()
+        for optimizer, _ in self.parts:
+            optimizer.zero_grad()
         return norm
 
     def _reduce_gradients(self) -> None:
@@ -82,17 +107,20 @@ class MasterAdamW:
             parameter.copy_(master)
 
     def state_dict(self, keep: bool = True) -> dict[str, Any]:
-        """Masters and AdamW's state, put together from their shards where there are several; all processes must call it.
+        """Masters and the optimizers' states, put together from their shards where there are several; all processes must call it.
 
         Args:
             keep (`bool`): False in processes that will not write them; sharded tensors are None there.
         """
-        state = self.optimizer.state_dict()
-        moments = {
-            index: {name: gathered(value, keep) if torch.is_tensor(value) else value for name, value in of_one.items()}
-            for index, of_one in state["state"].items()
-        }
-        return {"masters": [gathered(master, keep) for master in self.masters], "optimizer": {**state, "state": moments}}
+        states = []
+        for optimizer, _ in self.parts:
+            state = optimizer.state_dict()
+            moments = {
+                index: {name: gathered(value, keep) if torch.is_tensor(value) else value for name, value in of_one.items()}
+                for index, of_one in state["state"].items()
+            }
+            states.append({**state, "state": moments})
+        return {"masters": [gathered(master, keep) for master in self.masters], "optimizers": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, whatever the number of processes was.
@@ -109,13 +137,31 @@ class MasterAdamW:
         with torch.no_grad():
             for master, value in zip(self.masters, saved, strict=True):
                 master.copy_(like(value, master))
-        stored = state["optimizer"]
-        moments = {
-            index: {
-                name: like(value, self.masters[index]) if torch.is_tensor(value) and value.dim() else value
-                for name, value in of_one.items()
+        # Checkpoints of AdamW alone, from before there was another, hold one state.
+        stored_states = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
+        if [len(s["param_groups"][0]["params"]) for s in stored_states] != [len(indices) for _, indices in self.parts]:
+            raise CheckpointError(
+                "the checkpoint is of another optimizer; allowed: the same. Give its --optimizer, or another output folder."
+            )
+        for (optimizer, indices), stored in zip(self.parts, stored_states, strict=True):
+            moments = {
+                index: {
+                    name: like(value, self.masters[indices[index]]) if torch.is_tensor(value) and value.dim() else value
+                    for name, value in of_one.items()
+                }
+                for index, of_one in stored["state"].items()
             }
-            for index, of_one in stored["state"].items()
-        }
-        self.optimizer.load_state_dict({**stored, "state": moments})
+            optimizer.load_state_dict({**stored, "state": moments})
         self.copy_back()
+
+
+def _is_hidden_matrix(master: Tensor) -> bool:
+    return master.dim() == 2 and min(master.shape) >= _NARROWEST and max(master.shape) <= _WIDEST
+
+
+def _muon(masters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer is 'muon', which torch {torch.__version__} does not have; allowed: torch 2.9 or newer, or 'adamw'.")
+    if any(type(master) is not Tensor for master in masters):
+        raise ValueError("optimizer is 'muon', which needs whole matrices, and FSDP shards them; allowed here: 'adamw'.")
+    return torch.optim.Muon(masters, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

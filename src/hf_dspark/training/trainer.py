@@ -26,7 +26,7 @@ from hf_dspark.training.files import RunFolder, flat_metrics
 from hf_dspark.training.identity import drafter_identity
 from hf_dspark.training.losses import LossResult, LossWeights, Tally, weight_totals
 from hf_dspark.training.objective import BlockObjective, Blocks
-from hf_dspark.training.optimizer import MasterAdamW
+from hf_dspark.training.optimizer import MasterOptimizer
 from hf_dspark.training.sharding import gathered, shard
 
 _SKIPS_IN_A_ROW = 10
@@ -133,8 +133,9 @@ class Trainer:
             if adapter_names(drafter):
                 raise ValueError("an adapter is too small to be sharded; leave FSDP out, and let every process hold it whole.")
             shard(self.objective)
-        self.optimizer = MasterAdamW(
+        self.optimizer = MasterOptimizer(
             [p for p in self.objective.parameters() if p.requires_grad],
+            kind=config.optimizer,
             weight_decay=config.weight_decay,
             reduce=torch.distributed.all_reduce if self.processes > 1 and not self.sharded else None,
         )
