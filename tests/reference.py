@@ -30,6 +30,8 @@ class ReferenceDrafter:
     confidence_with_markov: bool
     draft_ids: torch.Tensor | None = None  # target id of each draft id
     activation: str = "silu"
+    first_slot: int = 0  # 1 where the anchor's own slot predicts nothing
+    windows: dict[int, int] | None = None  # layer -> a query sees keys that lie fewer than so many positions before it
 
     def rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight."""
@@ -70,14 +72,16 @@ class ReferenceDrafter:
         w = self.weights
         context = self.context(taps)
         start = len(taps)
-        xs = [self.embedding[anchor]] + [self.embedding[self.mask_id]] * (self.gamma - 1)
+        xs = [self.embedding[anchor]] + [self.embedding[self.mask_id]] * (self.gamma + self.first_slot - 1)
         for layer in range(self.num_layers):
             name = f"layers.{layer}"
             pairs = [self.key_value(layer, context[t], t) for t in range(start)]
             normed = [self.rms(x, w[f"{name}.input_layernorm.weight"]) for x in xs]
             pairs += [self.key_value(layer, a, start + k) for k, a in enumerate(normed)]
             new = []
+            every, window = pairs, (self.windows or {}).get(layer)
             for k, (x, a) in enumerate(zip(xs, normed, strict=True)):
+                pairs = every if window is None else [pair for t, pair in enumerate(every) if start + k - t < window]
                 q = (w[f"{name}.self_attn.q_proj.weight"] @ a).view(self.num_heads, self.head_dim)
                 outputs = []
                 for j in range(self.num_heads):
@@ -92,7 +96,7 @@ class ReferenceDrafter:
                 gate = self.act(w[f"{name}.mlp.gate_proj.weight"] @ b)
                 new.append(x + w[f"{name}.mlp.down_proj.weight"] @ (gate * (w[f"{name}.mlp.up_proj.weight"] @ b)))
             xs = new
-        return torch.stack([self.rms(x, w["norm.weight"]) for x in xs])
+        return torch.stack([self.rms(x, w["norm.weight"]) for x in xs[self.first_slot :]])
 
     def base_logits(self, h: torch.Tensor) -> torch.Tensor:
         """U, `(gamma, V_draft)`."""

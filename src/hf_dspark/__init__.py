@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CheckpointError,
         DataError,
         DSparkError,
+        HubError,
         OutputError,
         UnboundDrafterError,
         UnsupportedOptionError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .online import OnlineCalibration
     from .profiling import CostProfile
     from .scheduling import Budget, FullBudget, StaticBudget, ThresholdBudget
+    from .sharing.push import push_calibration
     from .statistics import DecodingStats, RowStats
 
 _HOME = {
@@ -51,6 +53,7 @@ _HOME = {
     "DecodingStats": "statistics",
     "FullBudget": "scheduling",
     "GenerateDSparkOutput": "generation",
+    "HubError": "errors",
     "LaggedLoadAwareBudget": "load_aware",
     "LoadAwareBudget": "load_aware",
     "OnlineCalibration": "online",
@@ -64,6 +67,7 @@ _HOME = {
     "generate": "integration",
     "install": "integration",
     "make_budget": "budgets",
+    "push_calibration": "sharing.push",
     "uninstall": "integration",
 }
 
@@ -81,6 +85,7 @@ __all__ = [
     "DecodingStats",
     "FullBudget",
     "GenerateDSparkOutput",
+    "HubError",
     "LaggedLoadAwareBudget",
     "LoadAwareBudget",
     "OnlineCalibration",
@@ -95,6 +100,7 @@ __all__ = [
     "generate",
     "install",
     "make_budget",
+    "push_calibration",
     "uninstall",
 ]
 

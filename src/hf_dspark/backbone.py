@@ -83,7 +83,8 @@ def cached_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     Args:
         q (`torch.Tensor` of shape `(R, gamma, H, D)`): queries.
         keys, values (`torch.Tensor` of shape `(R, Hkv, S, D)`): a view of the cache.
-        mask (`torch.BoolTensor` of shape `(R, 1, 1, S)`, *optional*): true where a row may look; `None` for everywhere.
+        mask (`torch.BoolTensor` of shape `(R, 1, 1, S)` or `(R, 1, gamma, S)`, *optional*): true where a row, or each of its
+            queries, may look; `None` for everywhere.
     Returns:
         `torch.Tensor` of shape `(R, gamma, H * D)`.
     """
@@ -91,6 +92,8 @@ def cached_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     groups = q.shape[2] // heads
     # Query heads that share a key head lie along the query length, so that keys and values are not expanded.
     q = q.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if mask is not None and mask.shape[2] != 1:
+        mask = mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     return out.unflatten(2, (groups, gamma)).permute(0, 3, 1, 2, 4).flatten(2)
 

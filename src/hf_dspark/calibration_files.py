@@ -62,6 +62,18 @@ def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None
     return check_calibration(record, length, source)
 
 
+def find_calibration(source: str, **hub_arguments: Any) -> dict[str, Any]:
+    """The calibration in a folder or repository that holds one, whether or not it holds a drafter.
+
+    Raises:
+        CheckpointError: where there is none, or it cannot be used.
+    """
+    record = read_calibration(source, **hub_arguments)
+    if record is None:
+        raise CheckpointError(f"{source!r} holds no {FILE_NAME}. Name a folder or repository that one was written to.")
+    return record
+
+
 def write_calibration(folder: str | Path, record: Mapping[str, Any]) -> Path:
     """Write `calibration.json` into a folder, whole or not at all."""
     path = Path(folder) / FILE_NAME

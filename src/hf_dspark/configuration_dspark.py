@@ -31,7 +31,9 @@ class DSparkConfig(Qwen3Config):
     refused.
 
     Args:
-        block_size (`int`): gamma, tokens drafted a round. The anchor's slot is the first that predicts.
+        block_size (`int`): gamma, tokens drafted a round.
+        sample_from_anchor (`bool`): whether the anchor's slot is the first that predicts (DSpark). Where not (z-lab's DFlash), the
+            block has one slot more, and the first mask's slot predicts the token at its own place.
         num_target_layers (`int`): decoder layers of the target.
         target_layer_ids (`list[int]`): taps, strictly increasing; i is the output of the target's decoder layer i, -1
             its embeddings.
@@ -50,6 +52,8 @@ class DSparkConfig(Qwen3Config):
         target_name (`str`, *optional*): the target's name or path, for messages and model cards.
         confidence_temperatures (`list[float]`, *optional*): T_1..T_gamma of Sequential Temperature Scaling (section
             3.2.1).
+        layer_types, sliding_window: layers of type `"sliding_attention"` let a query see keys that lie fewer than `sliding_window`
+            positions before it; within the block all see all. Needs `use_sliding_window=True`.
     Raises:
         ValueError: if a value is out of range or contradicts another one.
     """
@@ -58,6 +62,7 @@ class DSparkConfig(Qwen3Config):
 
     num_hidden_layers: int = 5
     block_size: int = 7
+    sample_from_anchor: bool = True
     num_target_layers: int = 36
     target_layer_ids: list[int] | tuple[int, ...] = (1, 9, 17, 25, 33)
     mask_token_id: int | None = None
@@ -129,11 +134,16 @@ class DSparkConfig(Qwen3Config):
                 "the target's embedding and head."
             )
         check_temperatures(self.confidence_temperatures, self.block_size)
-        if any(kind != "full_attention" for kind in self.layer_types):
+        kinds = set(self.layer_types or ())
+        if kinds - {"full_attention", "sliding_attention"} or len(self.layer_types or ()) != self.num_hidden_layers:
             raise ValueError(
-                f"Every drafter layer must be 'full_attention'; got layer_types={self.layer_types}. Sliding windows in "
-                "the drafter are "
-                "not supported: pass layer_types=None and use_sliding_window=False."
+                f"layer_types must name 'full_attention' or 'sliding_attention' for each of the {self.num_hidden_layers} drafter "
+                f"layers; got {self.layer_types}."
+            )
+        if "sliding_attention" in kinds and (self.sliding_window is None or self.sliding_window <= self.block_size):
+            raise ValueError(
+                f"Layers with 'sliding_attention' need use_sliding_window=True and a sliding_window longer than a block "
+                f"({self.block_size}); got {self.sliding_window}. Pass both, or layer_types=None."
             )
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in STATIC_ROPE_TYPES:
@@ -142,6 +152,16 @@ class DSparkConfig(Qwen3Config):
                 "rotated keys in "
                 "its cache, so frequencies must not depend on the length of the text."
             )
+
+    @property
+    def block_slots(self) -> int:
+        """Slots of a whole block: gamma, and one more where the anchor's predicts nothing."""
+        return self.block_size + self.first_slot
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot that predicts: 0 (the anchor's) or 1."""
+        return 0 if self.sample_from_anchor else 1
 
     @classmethod
     def from_target_config(

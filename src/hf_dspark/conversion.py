@@ -6,17 +6,22 @@ zero, so everything that does not fit is refused, all of it at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, Qwen3Config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.errors import CheckpointError
@@ -341,12 +346,56 @@ def same_weights(stored: TensorRecord, weight: torch.Tensor) -> bool:
 
 
 def cached_path(name_or_path: str, filename: str, **hub_arguments: Any) -> str | None:
-    return cached_file(
+    """Path of a checkpoint's file, downloaded where it has to be; None where the checkpoint has no such file.
+
+    Raises:
+        CheckpointError: if what was just downloaded is not what the Hub says it is; it is thrown away then.
+    """
+    was_there = isinstance(_in_cache(name_or_path, filename, hub_arguments), str)
+    path = cached_file(
         name_or_path,
         filename,
         **hub_arguments,
         _raise_exceptions_for_missing_entries=False,
     )
+    if path is not None and not was_there:
+        _check_download(Path(path), name_or_path)
+    return path
+
+
+def commit_of(name_or_path: str, **hub_arguments: Any) -> str | None:
+    """The commit that a revision of a repository stands for; None for a folder, and where there is no config.json."""
+    if Path(name_or_path).is_dir():
+        return None
+    return extract_commit_hash(cached_path(name_or_path, "config.json", **hub_arguments), None)
+
+
+def _in_cache(name_or_path: str, filename: str, hub: Mapping[str, Any]) -> Any:
+    if Path(name_or_path).is_dir() or hub.get("force_download"):
+        return None
+    filename = f"{hub['subfolder']}/{filename}" if hub.get("subfolder") else filename
+    try:
+        return try_to_load_from_cache(name_or_path, filename, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
+    except HFValidationError:
+        return None
+
+
+def _check_download(path: Path, source: str) -> None:
+    """The Hub's cache names a large file by its SHA-256; the download itself only checks its length."""
+    blob = path.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    with blob.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    if digest.hexdigest() != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path.name} of {source!r} arrived damaged: its SHA-256 is {digest.hexdigest()[:16]}.., the Hub's is {blob.name[:16]}... "
+            "It was thrown away. Load it again."
+        )
 
 
 def _with_variant(filename: str, variant: str | None) -> str:

@@ -6,6 +6,7 @@ DSparkError
 ├── BindingError (ValueError)              drafter and target do not fit each other
 ├── CheckpointError (ValueError)           a checkpoint that is partial, foreign or malformed
 ├── DataError (ValueError)                 a row or file of prompts or responses that cannot be used
+├── HubError (OSError)                     the Hub refused, or could not be reached
 ├── OutputError (OSError)                  something could not be written: a full disk, a missing right
 └── UnboundDrafterError (RuntimeError)     a drafter used before it knows its target
 """
@@ -44,6 +45,10 @@ class CheckpointError(DSparkError, ValueError):
 
 class DataError(DSparkError, ValueError):
     """A prompt or response file, or a row of it, that cannot be used."""
+
+
+class HubError(DSparkError, OSError):
+    """The Hub did not take what was to be pushed, or could not be reached."""
 
 
 class OutputError(DSparkError, OSError):

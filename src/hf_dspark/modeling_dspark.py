@@ -21,7 +21,7 @@ from hf_dspark.adapter_files import LoadedAdapter, adapter_base, config_of, inst
 from hf_dspark.adapters import adapter_names, unload
 from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
 from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
-from hf_dspark.calibration_files import check_calibration, save_calibration
+from hf_dspark.calibration_files import check_calibration, find_calibration, save_calibration
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.conversion import HUB_ARGUMENTS, TensorRecord, check_tensors
 from hf_dspark.errors import UnboundDrafterError
@@ -173,7 +173,8 @@ class DSparkDrafter(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): folder or Hub repository.
-            kwargs: as in `PreTrainedModel.from_pretrained`; fields of `DSparkConfig` override the stored ones.
+            kwargs: as in `PreTrainedModel.from_pretrained`; fields of `DSparkConfig` override the stored ones. `calibration=` takes the
+                temperatures from another repository or folder, or from a record in memory, instead of the checkpoint's own.
         Returns:
             `DSparkDrafter`.
         Raises:
@@ -181,6 +182,13 @@ class DSparkDrafter(PreTrainedModel):
                 in one list.
             ValueError: for a block longer than the checkpoint's.
         """
+        elsewhere = kwargs.pop("calibration", None)
+        if elsewhere is not None:
+            loaded = cls.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            drafter = loaded[0] if isinstance(loaded, tuple) else loaded
+            shared = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs and key not in ("revision", "subfolder")}
+            drafter.set_calibration(elsewhere if isinstance(elsewhere, Mapping) else find_calibration(str(elsewhere), **shared))
+            return loaded
         if pretrained_model_name_or_path is None:
             config, state = kwargs.get("config"), kwargs.get("state_dict")
             if isinstance(config, DSparkConfig) and state is not None:
@@ -234,15 +242,34 @@ class DSparkDrafter(PreTrainedModel):
             if is_main_process:
                 # Before the weights: what is uploaded from this folder is listed as they are written.
                 save_calibration(save_directory, self.calibration)
-            arguments = {"state_dict": state_dict, "is_main_process": is_main_process, "push_to_hub": push_to_hub, **kwargs}
-            super().save_pretrained(save_directory, **arguments)
+            super().save_pretrained(save_directory, state_dict=state_dict, is_main_process=is_main_process, **kwargs)
+            if push_to_hub and is_main_process:
+                self._push_as_asked(save_directory, kwargs)
             return
         if is_main_process:
             save_adapter(self, save_directory, state_dict=state_dict)
-        if push_to_hub:
-            known = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-            repo_id = kwargs.get("repo_id") or Path(save_directory).name
-            self.push_to_hub(repo_id, **{key: kwargs[key] for key in known if key in kwargs})
+            if push_to_hub:
+                self._push_as_asked(save_directory, kwargs)
+
+    def _push_as_asked(self, folder: str | Path, options: dict[str, Any]) -> None:
+        known = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
+        self.push_to_hub(options.get("repo_id") or Path(folder).name, **{key: options[key] for key in known if key in options})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Push the drafter, or the adapter that it holds, to the Hub: weights, config, calibration, results and a card, in one commit.
+
+        Args:
+            repo_id (`str`): `owner/name`; made where it is missing.
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`, `max_shard_size` and `tags` as
+                in `PreTrainedModel.push_to_hub`; `licence` for the card.
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        Raises:
+            HubError: if the Hub refuses, or cannot be reached.
+        """
+        from hf_dspark.sharing.push import push_drafter  # a door of the model, but work of a layer above it
+
+        return push_drafter(self, repo_id, **options)
 
     def load_adapter(
         self,
@@ -395,9 +422,9 @@ class DSparkDrafter(PreTrainedModel):
     ) -> torch.Tensor:
         """Run the backbone on one block a row: [anchor, mask, .., mask], all positions at once.
 
-        The anchor sits at its own position, `starts[r]`, right after the context; it is the first position that
-        predicts. The block's keys and values are scratch: they lie in the cache beyond `lengths` and are overwritten
-        later.
+        The anchor sits at its own position, `starts[r]`, right after the context; it is the first slot that predicts, or, with
+        `config.sample_from_anchor` false, the one before that. The block's keys and values are scratch: they lie in the cache beyond
+        `lengths` and are overwritten later.
 
         Source: paper section 3.1.1.
 
@@ -414,22 +441,29 @@ class DSparkDrafter(PreTrainedModel):
             UnboundDrafterError: before `bind`.
         """
         gamma = self._check_gamma(gamma)
-        rows = len(starts)
-        layout = RowLayout(starts, [gamma] * rows, self.hidden_norm.weight.device, row_ids=row_ids)
-        x = self._block_inputs(anchor_ids, gamma)
-        rope = self._rope(x, layout.positions.view(rows, gamma))
+        rows, first = len(starts), self.config.first_slot
+        slots = gamma + first
+        layout = RowLayout(starts, [slots] * rows, self.hidden_norm.weight.device, row_ids=row_ids)
+        x = self._block_inputs(anchor_ids, slots)
+        positions = layout.positions.view(rows, slots)
+        rope = self._rope(x, positions)
         mask = None
+        places = torch.arange(layout.max_end, device=x.device)
         if min(starts) != max(starts):
-            mask = torch.arange(layout.max_end, device=x.device) < layout.ends[:, None, None, None]
+            mask = places < layout.ends[:, None, None, None]
+        near = None
+        if self._slides:
+            near = places > positions[:, None, :, None] - cast(int, self.config.sliding_window)
+            near = near if mask is None else near & mask
 
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             cache.write(i, k.flatten(0, 1), v.flatten(0, 1), layout)
             keys, values = cache.view(i, layout)
-            return cached_attention(q, keys, values, mask)
+            return cached_attention(q, keys, values, near if self._is_sliding(i) else mask)
 
         for layer in self.layers:
             x = layer(x, rope, attend)
-        return self.norm(x)
+        return self.norm(x)[:, first:]
 
     def base_logits(self, h: torch.Tensor) -> torch.Tensor:
         """U: the target's frozen head on the drafter's hidden states, at draft ids only where those are fewer.
@@ -576,8 +610,10 @@ class DSparkDrafter(PreTrainedModel):
         length = context.shape[1]
         anchors = anchor_positions.shape[1]
         anchor_positions = anchor_positions.to(context.device)
-        x = self._block_inputs(anchor_ids, gamma).flatten(1, 2)
-        steps = torch.arange(gamma, device=x.device)
+        first = self.config.first_slot
+        slots = gamma + first
+        x = self._block_inputs(anchor_ids, slots).flatten(1, 2)
+        steps = torch.arange(slots, device=x.device)
         rope = self._rope(x, (anchor_positions[..., None] + steps).flatten(1))
         past = torch.arange(length, device=x.device)
         context_rope = self._rope(context, past[None])
@@ -585,17 +621,21 @@ class DSparkDrafter(PreTrainedModel):
         sees_context = past < anchor_positions[..., None]
         if context_mask is not None:
             sees_context = sees_context & context_mask.to(device=x.device, dtype=torch.bool)[:, None, :]
-        hidden_keys = ~sees_context.repeat_interleave(gamma, dim=1)[:, None, None]
+        hidden_keys = ~sees_context.repeat_interleave(slots, dim=1)[:, None, None]
+        far_keys = hidden_keys
+        if self._slides:
+            queries = (anchor_positions[..., None] + steps).flatten(1)
+            far_keys = hidden_keys | (past <= queries[..., None] - cast(int, self.config.sliding_window))[:, None, None]
 
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             attention = self._attention(i)
             context_k, context_v = attention.keys_values(context, context_rope)
             dropout = attention.attention_dropout if self.training else 0.0
-            return block_attention(q, k, v, context_k, context_v, hidden_keys, gamma, dropout)
+            return block_attention(q, k, v, context_k, context_v, far_keys if self._is_sliding(i) else hidden_keys, slots, dropout)
 
         for layer in self.layers:
             x = layer(x, rope, attend)
-        return self.norm(x).unflatten(1, (anchors, gamma))
+        return self.norm(x).unflatten(1, (anchors, slots))[:, :, first:]
 
     # For wrappers that go through `forward` (data parallel, PEFT).
     forward = training_hidden
@@ -613,6 +653,13 @@ class DSparkDrafter(PreTrainedModel):
     def _attention(self, layer: int) -> DSparkAttention:
         return cast(DSparkLayer, self.layers[layer]).self_attn
 
+    def _is_sliding(self, layer: int) -> bool:
+        return cast(list[str], self.config.layer_types)[layer] == "sliding_attention"
+
+    @property
+    def _slides(self) -> bool:
+        return "sliding_attention" in cast(list[str], self.config.layer_types)
+
     def _check_gamma(self, gamma: int | None) -> int:
         longest = self.config.block_size
         if gamma is None:
@@ -624,11 +671,11 @@ class DSparkDrafter(PreTrainedModel):
             )
         return gamma
 
-    def _block_inputs(self, anchor_ids: torch.Tensor, gamma: int) -> torch.Tensor:
+    def _block_inputs(self, anchor_ids: torch.Tensor, slots: int) -> torch.Tensor:
         """Embeddings of [anchor, mask, .., mask], `(..., gamma, d)` in the drafter's dtype, from ids `(...,)`."""
         borrowed = self._require_bound()
         weight = self.hidden_norm.weight
-        ids = anchor_ids.new_full((*anchor_ids.shape, gamma), self.config.mask_token_id)
+        ids = anchor_ids.new_full((*anchor_ids.shape, slots), self.config.mask_token_id)
         ids[..., 0] = anchor_ids
         return borrowed.embed(ids).to(weight.device, weight.dtype)
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import is_offline_mode
 
 from hf_dspark.calibration_files import check_calibration, read_calibration
 from hf_dspark.configuration_dspark import DSparkConfig
@@ -19,6 +21,7 @@ from hf_dspark.conversion import (
     TensorRecord,
     check_own_config,
     check_tensors,
+    commit_of,
     deepspec_config,
     list_tensors,
     read_config,
@@ -57,6 +60,9 @@ def open_drafter(
         ValueError: for a block longer than the checkpoint's.
     """
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
+    commit = commit_of(source, **hub)
+    if commit is not None:  # all files from one commit, whatever is pushed meanwhile
+        hub["revision"] = arguments["revision"] = commit
     kind, config, own_block = _config(source, arguments, hub)
     found = list_tensors(source, arguments.get("variant"), **hub)
     expected = expected_tensors(config)
@@ -96,8 +102,13 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
     """The format, the config, and the checkpoint's own block size; None for that where the caller brings temperatures or a config."""
     raw = read_config(source, **hub)
     if raw is None:
+        where = (
+            ""
+            if Path(source).is_dir() or not is_offline_mode()
+            else ", as far as the cache knows (the Hub is offline: HF_HUB_OFFLINE is set)"
+        )
         raise CheckpointError(
-            f"{source!r} holds no config.json. Give the folder or repository of a drafter; adapters are loaded "
+            f"{source!r} holds no config.json{where}. Give the folder or repository of a drafter; adapters are loaded "
             "onto one with drafter.load_adapter(adapter)."
         )
     kind = recognise_format(raw, source)

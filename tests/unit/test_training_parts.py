@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.evaluation.card import write_training_card
 from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
+from hf_dspark.sharing.card import write_training_card
 from hf_dspark.training import ResponseRow, TargetStates, Trainer, collate
 from hf_dspark.training.files import RunFolder, flat_metrics
 from hf_dspark.training.identity import load_weights

@@ -1,0 +1,339 @@
+"""A Hub on this machine's loopback: the part of the Hub's HTTP interface that pushing and pulling model repositories uses.
+
+Real `huggingface_hub` code talks to it; nothing is replaced on the client's side but the endpoint. Repositories live in
+memory, every commit is kept. Faults are asked for by name (`hub.faults`), and every request is on record (`hub.requests`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_loopback"  # the only token that may write, and read private repositories
+USER = "user"
+
+
+@dataclass
+class Repository:
+    """One model repository: commits (path -> content), and the branches that point at them."""
+
+    name: str
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    pull_requests: int = 0
+
+    def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
+        text = json.dumps([self.name, len(self.commits), message])
+        sha = hashlib.sha1(text.encode()).hexdigest()
+        self.commits[sha], self.messages[sha], self.branches[branch] = files, message, sha
+        return sha
+
+    def find(self, revision: str) -> str | None:
+        """The commit of a branch or of its own name."""
+        return self.branches.get(revision) or (revision if revision in self.commits else None)
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        return self.commits[self.branches[revision]]
+
+
+class LoopbackHub:
+    """A running Hub; `url` is its endpoint.
+
+    Attributes:
+        repositories: by name.
+        requests: `"METHOD path"` of every request, in order.
+        faults: what goes wrong: `"upload"` and `"commit"` answer 503 so many times, `"truncate"` sends so many files half and hangs up,
+            `"flip"` sends so many files with one byte changed.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.faults: Counter[str] = Counter()
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def add(self, name: str, files: dict[str, bytes], *, private: bool = False, branch: str = "main") -> Repository:
+        """Put files into a repository, as one commit on top of what the branch held."""
+        repository = self.repositories.setdefault(name, Repository(name, private))
+        before = repository.commits.get(repository.branches.get(branch, ""), {})
+        repository.commit(branch, {**before, **files}, "put here by a test")
+        return repository
+
+    def take_fault(self, name: str) -> bool:
+        if self.faults[name] <= 0:
+            return False
+        self.faults[name] -= 1
+        return True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LoopbackHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    # ------------------------------------------------------------------------------------------------------- answering
+
+    def _answer(self, status: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self._answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline().strip() or b"0", 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _token(self) -> str | None:
+        value = self.headers.get("Authorization", "")
+        return value.removeprefix("Bearer ") or None
+
+    def _repository(self, name: str, *, write: bool) -> Repository | None:
+        """The repository, or None after having refused: a wrong token is 401, a missing or hidden repository 404 (401 to nobody)."""
+        token = self._token()
+        if token not in (None, TOKEN) or (write and token is None):
+            self._refuse(401, "", "Invalid username or password.")
+            return None
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and token is None):
+            self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+            return None
+        return repository
+
+    # -------------------------------------------------------------------------------------------------------- methods
+
+    def _route(self) -> None:
+        parts = urlsplit(self.path)
+        path, query = parts.path, parse_qs(parts.query)
+        self.hub.requests.append(f"{self.command} {path}")
+        body = self._body()
+        for pattern, method, answer in self._routes:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in method.split():
+                answer(self, *(unquote(group) for group in match.groups()), body=body, query=query)
+                return
+        self._refuse(404, "EntryNotFound", f"no such address: {self.command} {path}")
+
+    do_GET = do_HEAD = do_POST = do_PUT = _route
+
+    def _whoami(self, body: bytes, query: Any) -> None:
+        if self._token() != TOKEN:
+            self._refuse(401, "", "Invalid username or password.")
+            return
+        self._answer(200, {"name": USER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def _create(self, body: bytes, query: Any) -> None:
+        if self._token() != TOKEN:
+            self._refuse(401, "", "Invalid username or password.")
+            return
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        if name in self.hub.repositories:
+            self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
+            return
+        private = bool(asked.get("private") or asked.get("visibility") == "private")
+        repository = self.hub.repositories[name] = Repository(name, private)
+        repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+        self._answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+
+    def _yaml(self, body: bytes, query: Any) -> None:
+        text = json.loads(body)["content"]
+        errors = [] if text.startswith("---\n") else [{"message": "no metadata"}]
+        self._answer(200 if not errors else 400, {"errors": errors, "warnings": []})
+
+    def _info(self, name: str, revision: str = "main", *, body: bytes, query: Any) -> None:
+        repository = self._repository(name, write=False)
+        if repository is None:
+            return
+        sha = repository.find(revision)
+        if sha is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        siblings = [{"rfilename": path} for path in repository.commits[sha]]
+        self._answer(200, {"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
+
+    def _tree(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
+        repository = self._repository(name, write=False)
+        if repository is None:
+            return
+        sha = repository.find(revision)
+        if sha is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        files = repository.commits[sha].items()
+        self._answer(200, [{"type": "file", "path": path, "size": len(data), "oid": _oid(data)} for path, data in files])
+
+    def _branch(self, name: str, branch: str, *, body: bytes, query: Any) -> None:
+        repository = self._repository(name, write=True)
+        if repository is None:
+            return
+        if branch in repository.branches:
+            self._refuse(409, "", "Reference already exists")
+            return
+        start = (json.loads(body) if body else {}).get("startingPoint") or "main"
+        repository.branches[branch] = repository.branches[start]
+        self._answer(200, {})
+
+    def _preupload(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
+        repository = self._repository(name, write=True)
+        if repository is None:
+            return
+        if repository.find(revision) is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        large = (".safetensors", ".png", ".gz")
+        files = [
+            {"path": one["path"], "uploadMode": "lfs" if one["path"].endswith(large) else "regular", "shouldIgnore": False}
+            for one in json.loads(body)["files"]
+        ]
+        self._answer(200, {"files": files})
+
+    def _batch(self, name: str, *, body: bytes, query: Any) -> None:
+        if self._repository(name, write=True) is None:
+            return
+        objects = []
+        for one in json.loads(body)["objects"]:
+            known = one["oid"] in self.hub.objects
+            actions = {} if known else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}", "header": {}}}}
+            objects.append({**one, **actions})
+        self._answer(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
+
+    def _put_object(self, oid: str, *, body: bytes, query: Any) -> None:
+        if self.hub.take_fault("upload"):
+            self._answer(503, {"error": "try again"})
+            return
+        if hashlib.sha256(body).hexdigest() != oid:
+            self._answer(400, {"error": "the checksum does not match"})
+            return
+        self.hub.objects[oid] = body
+        self._answer(200)
+
+    def _commit(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
+        repository = self._repository(name, write=True)
+        if repository is None:
+            return
+        if self.hub.take_fault("commit"):
+            self._answer(503, {"error": "try again"})
+            return
+        if repository.find(revision) is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        files, message = dict(repository.commits[repository.find(revision) or ""]), ""
+        for line in body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                message = value["summary"]
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                if value["oid"] not in self.hub.objects:
+                    self._refuse(400, "", f"{value['path']} was not uploaded")
+                    return
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif item["key"] == "deletedFile":
+                files.pop(value["path"], None)
+        opened = {}
+        if "create_pr" in query:
+            repository.pull_requests += 1
+            revision = f"refs/pr/{repository.pull_requests}"
+            opened = {"pullRequestUrl": f"{self.hub.url}/{name}/discussions/{repository.pull_requests}"}
+        sha = repository.commit(revision, files, message)
+        self._answer(200, {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", **opened})
+
+    def _resolve(self, name: str, revision: str, path: str, *, body: bytes, query: Any) -> None:
+        repository = self._repository(name, write=False)
+        if repository is None:
+            return
+        sha = repository.find(revision)
+        if sha is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
+        data = repository.commits[sha].get(path)
+        if data is None:
+            self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+            return
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "ETag": f'"{_oid(data)}"',
+            "X-Repo-Commit": sha,
+            "X-Linked-Size": str(len(data)),
+            "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest() if path.endswith(".safetensors") else _oid(data)}"',
+        }
+        if self.command == "GET" and path.endswith(".safetensors"):
+            if self.hub.take_fault("truncate"):
+                self.send_response(200)
+                for key, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                self.close_connection = True
+                return
+            if self.hub.take_fault("flip"):
+                middle = len(data) // 2
+                data = data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                first, last = int(asked[1]), int(asked[2] or len(data) - 1)
+                part = data[first : last + 1]
+                self._answer(206, part, {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"})
+                return
+        self._answer(200, data, headers)
+
+    _repo = r"([^/]+/[^/]+)"
+    _routes = (
+        (r"/api/whoami-v2", "GET", _whoami),
+        (r"/api/repos/create", "POST", _create),
+        (r"/api/validate-yaml", "POST", _yaml),
+        (rf"/api/models/{_repo}", "GET", _info),
+        (rf"/api/models/{_repo}/revision/(.+)", "GET", _info),
+        (rf"/api/models/{_repo}/tree/([^/]+)", "GET", _tree),
+        (rf"/api/models/{_repo}/branch/(.+)", "POST", _branch),
+        (rf"/api/models/{_repo}/preupload/(.+)", "POST", _preupload),
+        (rf"/api/models/{_repo}/commit/(.+)", "POST", _commit),
+        (rf"/{_repo}\.git/info/lfs/objects/batch", "POST", _batch),
+        (r"/lfs/([0-9a-f]+)", "PUT", _put_object),
+        (rf"/{_repo}/resolve/([^/]+)/(.+)", "GET HEAD", _resolve),
+    )
+
+
+def _oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
