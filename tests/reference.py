@@ -6,6 +6,7 @@ Nothing of the package is imported here. Speed is no aim; that nothing is shared
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,9 @@ class ReferenceDrafter:
     draft_ids: torch.Tensor | None = None  # target id of each draft id
     activation: str = "silu"
     first_slot: int = 0  # 1 where the anchor's own slot predicts nothing
-    windows: dict[int, int] | None = None  # layer -> a query sees keys that lie fewer than so many positions before it
+    sees: dict[int, Callable[[int, int, int], bool]] | None = None  # layer -> whether a query sees a key, from positions and the anchor's
+    softcap: float | None = None
+    rotated: float = 1.0  # share of the pairs that turn
 
     def rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight."""
@@ -41,7 +44,7 @@ class ReferenceDrafter:
         """Rotate pair (i, i + D/2) by position * theta^(-2i/D)."""
         half = self.head_dim // 2
         out = x.clone()
-        for i in range(half):
+        for i in range(int(self.rotated * self.head_dim // 2)):
             angle = torch.tensor(float(position)) * (1.0 / self.theta ** torch.tensor(2.0 * i / self.head_dim))
             c, s = torch.cos(angle), torch.sin(angle)
             out[i] = x[i] * c - x[i + half] * s
@@ -79,9 +82,9 @@ class ReferenceDrafter:
             normed = [self.rms(x, w[f"{name}.input_layernorm.weight"]) for x in xs]
             pairs += [self.key_value(layer, a, start + k) for k, a in enumerate(normed)]
             new = []
-            every, window = pairs, (self.windows or {}).get(layer)
+            every, sees = pairs, (self.sees or {}).get(layer)
             for k, (x, a) in enumerate(zip(xs, normed, strict=True)):
-                pairs = every if window is None else [pair for t, pair in enumerate(every) if start + k - t < window]
+                pairs = every if sees is None else [pair for t, pair in enumerate(every) if sees(start + k, t, start)]
                 q = (w[f"{name}.self_attn.q_proj.weight"] @ a).view(self.num_heads, self.head_dim)
                 outputs = []
                 for j in range(self.num_heads):
@@ -101,7 +104,8 @@ class ReferenceDrafter:
     def base_logits(self, h: torch.Tensor) -> torch.Tensor:
         """U, `(gamma, V_draft)`."""
         rows = self.lm_head if self.draft_ids is None else self.lm_head[self.draft_ids]
-        return torch.stack([rows @ h_k for h_k in h])
+        u = torch.stack([rows @ h_k for h_k in h])
+        return u if self.softcap is None else self.softcap * torch.tanh(u / self.softcap)
 
     def bias(self, previous: int, h_k: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """B_k, `(V_draft,)`, and the next state: Eqs. 5 and 6."""
@@ -142,3 +146,41 @@ class ReferenceDrafter:
                 feature = torch.cat([feature, w["markov_head.markov_w1.weight"][previous[k]]])
             out.append(w["confidence_head.proj.weight"][0] @ feature + w["confidence_head.proj.bias"][0])
         return torch.stack(out)
+
+
+@dataclass
+class Gemma4Reference(ReferenceDrafter):
+    """The same with a Gemma 4 stack: four norms a layer, scores as they are, values normed, a scalar a layer."""
+
+    def key_value(self, layer: int, x: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        w, name = self.weights, f"layers.{layer}.self_attn"
+        k = (w[f"{name}.k_proj.weight"] @ x).view(self.num_kv_heads, self.head_dim)
+        v = k if f"{name}.v_proj.weight" not in w else (w[f"{name}.v_proj.weight"] @ x).view(self.num_kv_heads, self.head_dim)
+        one = torch.ones(self.head_dim)
+        keys = [self.rope(self.rms(k[j], w[f"{name}.k_norm.weight"]), position) for j in range(self.num_kv_heads)]
+        return torch.stack(keys), torch.stack([self.rms(v[j], one) for j in range(self.num_kv_heads)])
+
+    def hidden(self, anchor: int, taps: torch.Tensor) -> torch.Tensor:
+        w, context, start = self.weights, self.context(taps), len(taps)
+        xs = [self.embedding[anchor]] + [self.embedding[self.mask_id]] * (self.gamma - 1)
+        for layer in range(self.num_layers):
+            name = f"layers.{layer}"
+            normed = [self.rms(x, w[f"{name}.input_layernorm.weight"]) for x in xs]
+            pairs = [self.key_value(layer, c, t) for t, c in enumerate([*context, *normed])]
+            new = []
+            for k, (x, a) in enumerate(zip(xs, normed, strict=True)):
+                q = (w[f"{name}.self_attn.q_proj.weight"] @ a).view(self.num_heads, self.head_dim)
+                outputs = []
+                for j in range(self.num_heads):
+                    shared = j * self.num_kv_heads // self.num_heads
+                    query = self.rope(self.rms(q[j], w[f"{name}.self_attn.q_norm.weight"]), start + k)
+                    probabilities = torch.softmax(torch.stack([query @ key[shared] for key, _ in pairs]), 0)
+                    outputs.append(sum(p * value[shared] for p, (_, value) in zip(probabilities, pairs, strict=True)))
+                attended = w[f"{name}.self_attn.o_proj.weight"] @ torch.cat(outputs)
+                x = x + self.rms(attended, w[f"{name}.post_attention_layernorm.weight"])
+                b = self.rms(x, w[f"{name}.pre_feedforward_layernorm.weight"])
+                gate = self.act(w[f"{name}.mlp.gate_proj.weight"] @ b)
+                fed = w[f"{name}.mlp.down_proj.weight"] @ (gate * (w[f"{name}.mlp.up_proj.weight"] @ b))
+                new.append((x + self.rms(fed, w[f"{name}.post_feedforward_layernorm.weight"])) * w[f"{name}.layer_scalar"])
+            xs = new
+        return torch.stack([self.rms(x, w["norm.weight"]) for x in xs])

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from hf_dspark.adapters import (
     plain_drafter,
     warn_of_calibration,
 )
-from hf_dspark.conversion import HUB_ARGUMENTS
+from hf_dspark.checkpoints import HUB_ARGUMENTS
 from hf_dspark.embedded import DRAFTER_NAME, embedded_drafter_path
 from hf_dspark.errors import CheckpointError, UnsupportedOptionError
 from hf_dspark.version import __version__
@@ -91,6 +92,8 @@ def fingerprint(drafter: Any) -> str:
     config = drafter.config
     rope = config.rope_parameters or {}
     essentials = {name: getattr(config, name) for name in _ESSENTIALS}
+    if not config.markov_rank and config.draft_vocab_size is None:
+        essentials["vocab_size"] = 0  # no weight depends on it, and some formats do not say it
     essentials["rope"] = {name: rope.get(name) for name in ("rope_type", "rope_theta", "factor")}
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
     own = type(drafter)._expected_tensors(config)
@@ -101,6 +104,23 @@ def fingerprint(drafter: Any) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def check_fitted_to(calibration: Mapping[str, Any], drafter: Any, source: str) -> None:
+    """Refuse a calibration that says that it was fitted to other weights. One that does not say passes, and so do weights in float16.
+
+    Raises:
+        CheckpointError: naming both fingerprints.
+    """
+    stated = calibration.get("drafter_fingerprint")
+    if stated is None or drafter.dtype == torch.float16:
+        return
+    found = fingerprint(drafter)
+    if stated != found:
+        raise CheckpointError(
+            f"The calibration of {source} was fitted to a drafter with fingerprint {str(stated)[:16]}, this one's is {found[:16]}. "
+            "Temperatures of other weights say nothing: calibrate this drafter, or load the one that they belong to."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -367,6 +387,12 @@ def _cached(source: str, file: str, hub: dict[str, Any], optional: bool = False)
 
 def _read_sidecar(source: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     path = _cached(source, SIDECAR_FILE, hub, optional=True)
+    return None if path is None else _read_json(path, source)
+
+
+def read_adapter_json(source: str, file: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """One of an adapter's JSON files; None where there is none."""
+    path = _cached(source, file, hub)
     return None if path is None else _read_json(path, source)
 
 

@@ -34,11 +34,11 @@ class DSparkAttention(Qwen3Attention):
 
     def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Queries of shape `(..., heads, head_dim)`, normalised and rotated, from `x` of shape `(..., d)`."""
-        return _rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
+        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
 
     def keys_values(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (normalised and rotated) and values, each `(..., kv_heads, head_dim)`, from `x` of shape `(..., d)`."""
-        keys = _rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
+        keys = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))), rope)
         return keys, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
@@ -107,6 +107,7 @@ def block_attention(
     hidden_keys: torch.Tensor,
     gamma: int,
     dropout: float = 0.0,
+    causal: bool = False,
 ) -> torch.Tensor:
     """One softmax over the context and the query's own block; scores against other blocks never exist.
 
@@ -117,6 +118,7 @@ def block_attention(
         hidden_keys (`torch.BoolTensor` of shape `(B, 1, 1, A * gamma, S)`): true where a query must not look.
         gamma (`int`): block length.
         dropout (`float`): probability of dropping an attention weight.
+        causal (`bool`): within its block a query does not see what follows it.
     Returns:
         `torch.Tensor` of shape `(B, A * gamma, H * D)`.
     """
@@ -134,6 +136,9 @@ def block_attention(
     k, v = (t.unflatten(1, (anchors, gamma)).permute(0, 3, 1, 2, 4) for t in (k, v))  # (B, Hkv, A, gamma, D)
     outside = (q.flatten(2, 3) @ context_k.permute(0, 2, 3, 1)).unflatten(2, (groups, rows))
     inside = by_row(by_block(q) @ k.transpose(-1, -2))  # (B, Hkv, g, A * gamma, gamma)
+    if causal:
+        later = torch.ones(gamma, gamma, dtype=torch.bool, device=q.device).triu(1)
+        inside = inside.masked_fill(later.repeat(anchors, 1), float("-inf"))
     weights = torch.cat((outside.masked_fill(hidden_keys, float("-inf")), inside), dim=-1).softmax(dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)
@@ -143,6 +148,7 @@ def block_attention(
     return out.permute(0, 3, 1, 2, 4).flatten(2)
 
 
-def _rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """`x` of shape `(..., heads, head_dim)` turned by its positions' angles."""
     cos, sin = rope
     return x * cos + rotate_half(x) * sin

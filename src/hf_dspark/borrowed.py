@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_dspark.configuration_dspark import DSparkConfig
-from hf_dspark.conversion import EMBEDDING_KEY, LM_HEAD_KEY, TensorRecord, same_weights
+from hf_dspark.checkpoints import EMBEDDING_KEY, LM_HEAD_KEY, TensorRecord, same_weights
+from hf_dspark.configuration_dspark import DSparkConfig, check_tap_ids
 from hf_dspark.errors import BindingError, CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -25,11 +25,12 @@ logger = logging.getLogger(__name__)
 class Borrowed:
     """The target's embedding and head, outside the module tree: not saved, moved, cast or copied with the drafter."""
 
-    def __init__(self, target: PreTrainedModel, embedding: nn.Module, head: nn.Module, softcap: float | None) -> None:
+    def __init__(self, target: PreTrainedModel, embedding: nn.Module, head: nn.Module, softcap: float | None, raw: bool = False) -> None:
         self.target = weakref.ref(target)
         self.embedding = embedding
         self.head = head
-        self.softcap = softcap
+        self.softcap = None if raw else softcap
+        self.raw = raw
         self._reduced: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Borrowed:
@@ -44,6 +45,8 @@ class Borrowed:
             weight = getattr(self.embedding, "weight", None)
             if weight is not None and weight.device.type != "meta":
                 ids = ids.to(weight.device)
+                if self.raw and weight.is_floating_point():
+                    return F.embedding(ids, weight)
             return self.embedding(ids)
 
     def logits(self, h: torch.Tensor, draft_ids: torch.Tensor | None) -> torch.Tensor:
@@ -111,8 +114,13 @@ def check_fit(config: DSparkConfig, draft_token_ids: torch.Tensor | None, target
             ("vocabulary", config.vocab_size, text.vocab_size),
             ("decoder layers", config.num_target_layers, text.num_hidden_layers),
         )
-        if own != theirs
+        if own != theirs and own not in (None, 0)
     ]
+    if config.num_target_layers is None:
+        try:
+            check_tap_ids(config.target_layer_ids, text.num_hidden_layers)
+        except ValueError as error:
+            wrong.append(f"taps: {error}")
     weight = getattr(embedding, "weight", None)
     if weight is not None and weight.is_floating_point() and weight.dim() == 2:
         rows, width = weight.shape
@@ -141,11 +149,18 @@ def check_fit(config: DSparkConfig, draft_token_ids: torch.Tensor | None, target
         )
 
 
-def check_carried(carried: Mapping[str, TensorRecord], target: PreTrainedModel, embedding: nn.Module, head: nn.Module) -> None:
-    """Compare the copies of embedding and head that a DeepSpec file carried with the target's own.
+def check_carried(
+    carried: Mapping[str, TensorRecord],
+    target: PreTrainedModel,
+    embedding: nn.Module,
+    head: nn.Module,
+    draft_token_ids: torch.Tensor | None = None,
+) -> None:
+    """Compare the copies of embedding and head that a foreign file carried with the target's own.
 
     Args:
         carried (`Mapping[str, TensorRecord]`): the copies, by tensor name; may be empty.
+        draft_token_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): rows of the head that the copy holds; all where None.
         target (`PreTrainedModel` or a PEFT wrapper): the target.
         embedding, head (`nn.Module`): its embedding and head.
     Raises:
@@ -166,6 +181,8 @@ def check_carried(carried: Mapping[str, TensorRecord], target: PreTrainedModel, 
             continue
         if not Path(record.path).exists():
             raise CheckpointError(f"{record.path} is gone, but its {key} must be compared with the target's. Load the drafter again.")
+        if key == LM_HEAD_KEY and draft_token_ids is not None:
+            weight = weight.detach()[draft_token_ids.to(weight.device)]
         if not same_weights(record, weight):
             differs.append(f"{key}: stored {record.shape}, target's {tuple(weight.shape)}")
     if differs:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from .calibration import FORMAT
+from .checkpoints import cached_path
 from .configuration_dspark import check_temperatures
-from .conversion import cached_path
 from .errors import CheckpointError
 
 FILE_NAME = "calibration.json"
 
 
 def check_calibration(record: Any, block_size: int, source: str) -> dict[str, Any]:
-    """The record, if it is a calibration for blocks of this size.
+    """The record, if it is a calibration for blocks of this size; SGLang's and TensorRT-LLM's files become records of ours.
 
     Args:
         record: what was read or made.
@@ -25,6 +25,7 @@ def check_calibration(record: Any, block_size: int, source: str) -> dict[str, An
     Raises:
         CheckpointError: otherwise.
     """
+    record = _as_ours(record)
     if not isinstance(record, Mapping) or record.get("format") != FORMAT or not isinstance(record.get("temperatures"), list):
         raise CheckpointError(
             f"The calibration of {source!r} is not one that this version reads (format {FORMAT}, with a list `temperatures`). "
@@ -38,6 +39,25 @@ def check_calibration(record: Any, block_size: int, source: str) -> dict[str, An
     except ValueError as error:
         raise CheckpointError(f"The calibration of {source!r} does not fit this drafter: {error}") from error
     return dict(record)
+
+
+def _as_ours(record: Any) -> Any:
+    """SGLang's `{temperatures, dataset, num_samples, ece_before, ece_after}` and TensorRT-LLM's `sts_temperatures` name no format."""
+    if not isinstance(record, Mapping) or "format" in record:
+        return record
+    temperatures = record.get("temperatures", record.get("sts_temperatures"))
+    rest = {key: value for key, value in record.items() if key != "sts_temperatures"}
+    return {"format": FORMAT, **rest, "temperatures": temperatures} if isinstance(temperatures, list) else record
+
+
+def for_sglang(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that SGLang's reader looks for beside `temperatures`, from a record of ours."""
+    return {
+        "dataset": ", ".join(one["file"] for one in record["data"]),
+        "num_samples": sum(one["rounds_fitted"] for one in record["data"]),
+        "ece_before": [one["ece"] for one in record["before"]["positions"]],
+        "ece_after": [one["ece"] for one in record["after"]["positions"]],
+    }
 
 
 def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None:
@@ -58,6 +78,7 @@ def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None
         raise CheckpointError(
             f"{FILE_NAME} of {source!r} cannot be read ({error}). Remove the file, and calibrate again with --replace."
         ) from error
+    record = _as_ours(record)
     length = len(record["temperatures"]) if isinstance(record, Mapping) and isinstance(record.get("temperatures"), list) else 0
     return check_calibration(record, length, source)
 

@@ -15,7 +15,8 @@ MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 
 # Only frequencies that never change with the length of the text: the keys of the context stay in the drafter's cache,
 # rotated once.
-STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+BACKBONES = ("qwen3", "gemma4")
 _ROPE_KEYS = {
     *("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
     *("beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate"),
@@ -34,7 +35,8 @@ class DSparkConfig(Qwen3Config):
         block_size (`int`): gamma, tokens drafted a round.
         sample_from_anchor (`bool`): whether the anchor's slot is the first that predicts (DSpark). Where not (z-lab's DFlash), the
             block has one slot more, and the first mask's slot predicts the token at its own place.
-        num_target_layers (`int`): decoder layers of the target.
+        num_target_layers (`int`, *optional*): decoder layers of the target; `None` where the checkpoint's format does not say.
+        vocab_size (`int`): V of the target; 0 where the checkpoint's format does not say, which a drafter without heads can do without.
         target_layer_ids (`list[int]`): taps, strictly increasing; i is the output of the target's decoder layer i, -1
             its embeddings.
         mask_token_id (`int`, *optional*): token id fed at block positions 2..gamma; a drafter cannot be built without
@@ -52,8 +54,14 @@ class DSparkConfig(Qwen3Config):
         target_name (`str`, *optional*): the target's name or path, for messages and model cards.
         confidence_temperatures (`list[float]`, *optional*): T_1..T_gamma of Sequential Temperature Scaling (section
             3.2.1).
+        backbone (`str`): `"qwen3"`, or `"gemma4"` (four norms a layer, unscaled scores, normed values, a scalar a layer).
+        attention_k_eq_v (`bool`): values are the keys before norm and rotation; `"gemma4"` only.
+        raw_embeddings (`bool`): read the target's embedding rows and logits as stored, without the scaling and soft-cap that some
+            families put around them. So trained: speculators' drafters.
         layer_types, sliding_window: layers of type `"sliding_attention"` let a query see keys that lie fewer than `sliding_window`
             positions before it; within the block all see all. Needs `use_sliding_window=True`.
+        window_from_anchor (`bool`): count the window from the anchor for all slots of a block, not from each slot.
+        causal_sliding_block (`bool`): in sliding layers a slot does not see the slots behind it.
     Raises:
         ValueError: if a value is out of range or contradicts another one.
     """
@@ -63,7 +71,7 @@ class DSparkConfig(Qwen3Config):
     num_hidden_layers: int = 5
     block_size: int = 7
     sample_from_anchor: bool = True
-    num_target_layers: int = 36
+    num_target_layers: int | None = 36
     target_layer_ids: list[int] | tuple[int, ...] = (1, 9, 17, 25, 33)
     mask_token_id: int | None = None
     markov_rank: int = 256
@@ -76,6 +84,11 @@ class DSparkConfig(Qwen3Config):
     target_model_type: str | None = None
     target_name: str | None = None
     confidence_temperatures: list[float] | tuple[float, ...] | None = None
+    backbone: str = "qwen3"
+    attention_k_eq_v: bool = False
+    raw_embeddings: bool = False
+    window_from_anchor: bool = False
+    causal_sliding_block: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.target_layer_ids = list(self.target_layer_ids)
@@ -95,11 +108,13 @@ class DSparkConfig(Qwen3Config):
         _check_positive(
             block_size=self.block_size,
             num_hidden_layers=self.num_hidden_layers,
-            num_target_layers=self.num_target_layers,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
         )
+        if self.num_target_layers is not None:
+            _check_positive(num_target_layers=self.num_target_layers)
+        if self.vocab_size != 0 or self.markov_rank or self.draft_vocab_size is not None:
+            _check_positive(vocab_size=self.vocab_size)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads; got {self.num_attention_heads} and "
@@ -108,12 +123,16 @@ class DSparkConfig(Qwen3Config):
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even, because RoPE rotates pairs; got {self.head_dim}. Pass head_dim=.")
         check_tap_ids(self.target_layer_ids, self.num_target_layers)
-        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < (self.vocab_size or self.mask_token_id + 1):
             raise ValueError(
                 f"mask_token_id must be a row of the target's embedding, 0..{self.vocab_size - 1}; got "
                 f"{self.mask_token_id}. "
                 "Choose a token that the tokenizer does not use in text."
             )
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {BACKBONES}; got {self.backbone!r}.")
+        if self.attention_k_eq_v and self.backbone != "gemma4":
+            raise ValueError(f"attention_k_eq_v is for the backbone 'gemma4'; got {self.backbone!r}.")
         if self.markov_rank < 0:
             raise ValueError(f"markov_rank must be 0 (no sequential head) or positive; got {self.markov_rank}.")
         if self.markov_head_type not in MARKOV_HEAD_TYPES:
@@ -272,12 +291,12 @@ def spread_taps(num_target_layers: int, num_taps: int = 5) -> list[int]:
     return [first + int(i * step + 0.5) for i in range(count)]
 
 
-def check_tap_ids(tap_ids: Sequence[int], num_target_layers: int) -> None:
+def check_tap_ids(tap_ids: Sequence[int], num_target_layers: int | None) -> None:
     """Refuse taps that are out of range, unordered, or on the target's last layer.
 
     Args:
         tap_ids (`list[int]`): layer ids, -1 for the embeddings.
-        num_target_layers (`int`): decoder layers of the target.
+        num_target_layers (`int`, *optional*): decoder layers of the target; without it only the order is checked.
     Raises:
         ValueError: naming the first rule that is broken.
     """
@@ -285,6 +304,10 @@ def check_tap_ids(tap_ids: Sequence[int], num_target_layers: int) -> None:
         raise ValueError(f"target_layer_ids must be a non-empty list of integers; got {tap_ids}.")
     if any(b <= a for a, b in pairwise(tap_ids)):
         raise ValueError(f"target_layer_ids must be strictly increasing; got {tap_ids}.")
+    if num_target_layers is None:
+        if tap_ids[0] < -1:
+            raise ValueError(f"target_layer_ids must be -1 (the embeddings) or more; got {tap_ids}.")
+        return
     if tap_ids[0] < -1 or tap_ids[-1] >= num_target_layers:
         raise ValueError(
             f"target_layer_ids must lie in -1..{num_target_layers - 2} for a target of {num_target_layers} layers; got {tap_ids}."
@@ -343,9 +366,9 @@ def _rope_parameters(text: PreTrainedConfig) -> dict[str, Any]:
     rope = {key: value for key, value in rope.items() if key in _ROPE_KEYS and value is not None}
     theta = rope.get("rope_theta") or _first(text, "rope_theta") or 10000.0
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in STATIC_ROPE_TYPES:
+    if rope_type not in STATIC_ROPE_TYPES or rope_type == "proportional":
         logger.info(
-            "Target RoPE type %r changes with the text's length; the drafter uses default RoPE, theta %s.",
+            "Target RoPE type %r changes with the text's length or turns only a part; the drafter uses default RoPE, theta %s.",
             rope_type,
             theta,
         )

@@ -17,13 +17,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from hf_dspark.adapter_files import LoadedAdapter, adapter_base, config_of, install_adapter, load_adapter, save_adapter
+from hf_dspark.adapter_files import LoadedAdapter, adapter_base, check_fitted_to, config_of, install_adapter, load_adapter, save_adapter
 from hf_dspark.adapters import adapter_names, unload
 from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
+from hf_dspark.backbone_gemma4 import Gemma4Layer, Gemma4Norm
 from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
 from hf_dspark.calibration_files import check_calibration, find_calibration, save_calibration
+from hf_dspark.checkpoints import HUB_ARGUMENTS, TensorRecord, check_tensors
 from hf_dspark.configuration_dspark import DSparkConfig
-from hf_dspark.conversion import HUB_ARGUMENTS, TensorRecord, check_tensors
 from hf_dspark.errors import UnboundDrafterError
 from hf_dspark.heads import ConfidenceHead, SequentialHead, build_head
 from hf_dspark.initialisation import copy_last_layers
@@ -54,7 +55,7 @@ class DSparkDrafter(PreTrainedModel):
     base_model_prefix = "drafter"
     main_input_name = "taps"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DSparkLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["DSparkLayer", "Gemma4Layer"]
     _supports_sdpa = True
 
     is_dspark_drafter = True
@@ -68,9 +69,10 @@ class DSparkDrafter(PreTrainedModel):
             )
         d = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(d, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList([DSparkLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = Qwen3RMSNorm(d, eps=config.rms_norm_eps)
+        norm, layer = (Gemma4Norm, Gemma4Layer) if config.backbone == "gemma4" else (Qwen3RMSNorm, DSparkLayer)
+        self.hidden_norm = norm(d, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList([layer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = norm(d, eps=config.rms_norm_eps)
         self.rotary_emb = DSparkRotaryEmbedding(config)
         self.markov_head = build_head(config)
         self.confidence_head: ConfidenceHead | None = None
@@ -165,9 +167,10 @@ class DSparkDrafter(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *model_args: Any, **kwargs: Any) -> DSparkDrafter:
-        """Load a drafter, strictly, in this package's own format or DeepSpec's (`Qwen3DSparkModel`, DSpark and DFlash).
+        """Load a drafter, strictly, in this package's own format or another one of `hf_dspark.formats`: DeepSpec's, speculators',
+        z-lab's, SpecForge's, Model-Optimizer's, transformers' own DFlash.
 
-        Copies of embedding and head that DeepSpec's files carry are not loaded; `bind` compares them with the target's.
+        Copies of embedding and head that some files carry are not loaded; `bind` compares them with the target's.
         The drafter comes unbound: `generate` binds it, or `bind(target)` does. An adapter's folder gives the drafter that
         it names as its base, with the adapter on it, not merged.
 
@@ -187,7 +190,9 @@ class DSparkDrafter(PreTrainedModel):
             loaded = cls.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             drafter = loaded[0] if isinstance(loaded, tuple) else loaded
             shared = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs and key not in ("revision", "subfolder")}
-            drafter.set_calibration(elsewhere if isinstance(elsewhere, Mapping) else find_calibration(str(elsewhere), **shared))
+            record = elsewhere if isinstance(elsewhere, Mapping) else find_calibration(str(elsewhere), **shared)
+            check_fitted_to(record, drafter, "the record" if isinstance(elsewhere, Mapping) else repr(str(elsewhere)))
+            drafter.set_calibration(record)
             return loaded
         if pretrained_model_name_or_path is None:
             config, state = kwargs.get("config"), kwargs.get("state_dict")
@@ -204,7 +209,7 @@ class DSparkDrafter(PreTrainedModel):
             drafter.load_adapter(source, **of_adapter, **shared)
             return loaded
         stored = open_drafter(source, kwargs, cls._expected_tensors)
-        if stored.kind == "dspark":
+        if stored.form is None:
             loaded = super().from_pretrained(source, *model_args, config=stored.config, **{**kwargs, "use_safetensors": True})
             drafter = loaded[0] if isinstance(loaded, tuple) else loaded
             drafter.calibration = stored.calibration
@@ -348,17 +353,19 @@ class DSparkDrafter(PreTrainedModel):
             `DSparkDrafter`: itself.
         Raises:
             BindingError: listing everything that does not fit; also when the copies of embedding or head that a
-                DeepSpec file carried differ from the target's.
+                foreign file carried differ from the target's.
         """
         embedding, head = input_output_embeddings(target)
         borrowed = self._borrowed
         if borrowed is not None and borrowed.embedding is embedding and borrowed.head is head:
             return self
         check_fit(self.config, self.draft_token_ids, target, embedding)
-        check_carried(self._carried, target, embedding, head)
+        check_carried(self._carried, target, embedding, head, self.draft_token_ids)
         self._carried = {}
         softcap = getattr(target.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-        self._borrowed = Borrowed(target, embedding, head, softcap)
+        if not self.config.vocab_size:  # nothing of this drafter depends on it, but transformers asks for it
+            self.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        self._borrowed = Borrowed(target, embedding, head, softcap, raw=self.config.raw_embeddings)
         return self
 
     @property
@@ -453,7 +460,9 @@ class DSparkDrafter(PreTrainedModel):
             mask = places < layout.ends[:, None, None, None]
         near = None
         if self._slides:
-            near = places > positions[:, None, :, None] - cast(int, self.config.sliding_window)
+            near = self._near(places, positions, positions[:, :1])[:, None]
+            if self.config.causal_sliding_block:
+                near = near & (places <= positions[:, None, :, None])
             near = near if mask is None else near & mask
 
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -625,13 +634,15 @@ class DSparkDrafter(PreTrainedModel):
         far_keys = hidden_keys
         if self._slides:
             queries = (anchor_positions[..., None] + steps).flatten(1)
-            far_keys = hidden_keys | (past <= queries[..., None] - cast(int, self.config.sliding_window))[:, None, None]
+            far_keys = hidden_keys | ~self._near(past, queries, anchor_positions.repeat_interleave(slots, dim=1))[:, None, None]
 
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             attention = self._attention(i)
             context_k, context_v = attention.keys_values(context, context_rope)
             dropout = attention.attention_dropout if self.training else 0.0
-            return block_attention(q, k, v, context_k, context_v, far_keys if self._is_sliding(i) else hidden_keys, slots, dropout)
+            sliding = self._is_sliding(i)
+            causal = sliding and self.config.causal_sliding_block
+            return block_attention(q, k, v, context_k, context_v, far_keys if sliding else hidden_keys, slots, dropout, causal)
 
         for layer in self.layers:
             x = layer(x, rope, attend)
@@ -655,6 +666,11 @@ class DSparkDrafter(PreTrainedModel):
 
     def _is_sliding(self, layer: int) -> bool:
         return cast(list[str], self.config.layer_types)[layer] == "sliding_attention"
+
+    def _near(self, keys: torch.Tensor, queries: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """Which keys at positions `(S,)` lie in the window of queries at `(B, Q)`, whose anchors are at `(B, Q)`: `(B, Q, S)`."""
+        first = anchors if self.config.window_from_anchor else queries
+        return keys > (first - cast(int, self.config.sliding_window)).expand_as(queries)[..., None]
 
     @property
     def _slides(self) -> bool:

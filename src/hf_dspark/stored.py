@@ -5,39 +5,43 @@ DSparkConfig; knows no modules and no target.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
 
 from hf_dspark.calibration_files import check_calibration, read_calibration
-from hf_dspark.configuration_dspark import DSparkConfig
-from hf_dspark.conversion import (
+from hf_dspark.checkpoints import (
     EMBEDDING_KEY,
     HUB_ARGUMENTS,
     LM_HEAD_KEY,
     TensorRecord,
-    check_own_config,
+    cached_path,
     check_tensors,
     commit_of,
-    deepspec_config,
     list_tensors,
     read_config,
-    recognise_format,
 )
+from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.errors import CheckpointError
+from hf_dspark.formats.own import check_own_config
+from hf_dspark.formats.reading import Format, foreign_config, recognise_format
+
+T2D_KEY = "t2d"
+_MASK_FILE = "mask_embedding.pt"
 
 
 @dataclasses.dataclass
 class StoredDrafter:
-    """A checkpoint that was found complete: its format, its config, where its tensors lie.
+    """A checkpoint that was found complete: its format (None: this package's own), its config, where its tensors lie.
 
-    `carried` are a DeepSpec file's copies of the target's embedding and head, which are no tensors of the drafter.
+    `carried` are a foreign file's copies of the target's embedding and head, which are no tensors of the drafter.
     """
 
-    kind: Literal["dspark", "deepspec"]
+    form: Format | None
     config: DSparkConfig
     tensors: dict[str, TensorRecord]
     carried: dict[str, TensorRecord]
@@ -63,14 +67,56 @@ def open_drafter(
     commit = commit_of(source, **hub)
     if commit is not None:  # all files from one commit, whatever is pushed meanwhile
         hub["revision"] = arguments["revision"] = commit
-    kind, config, own_block = _config(source, arguments, hub)
+    form, config, own_block = _config(source, arguments, hub)
     found = list_tensors(source, arguments.get("variant"), **hub)
+    check_sizes(config, found, source)
     expected = expected_tensors(config)
-    carried_keys = (EMBEDDING_KEY, LM_HEAD_KEY) if kind == "deepspec" else ()
-    matrix = torch.empty(config.vocab_size, config.hidden_size, device="meta")
-    check_tensors({**expected, **dict.fromkeys(carried_keys, matrix)}, found, source)
+    if form is None:
+        check_tensors(expected, found, source)
+        return StoredDrafter(None, config, found, {}, _calibration(source, config, own_block, hub))
+    if not config.sample_from_anchor and cached_path(source, _MASK_FILE, **hub) is not None:
+        raise CheckpointError(f"{source!r} keeps a mask embedding of its own in {_MASK_FILE}, a pickle, which is never read.")
+    found = form.rename(found)
+    t2d = found.pop(T2D_KEY, None)
+    if config.draft_vocab_size is None:
+        found.pop("d2t", None)  # an identity, where it is there at all
+    copies = {
+        EMBEDDING_KEY: torch.empty(config.vocab_size, config.hidden_size, device="meta"),
+        LM_HEAD_KEY: torch.empty(config.draft_vocab_size or config.vocab_size, config.hidden_size, device="meta"),
+    }
+    carried = {key: copy for key, copy in copies.items() if form.carries == "must" or key in found}
+    check_tensors({**expected, **carried}, found, source)
+    _check_vocabulary_map(config, found, t2d, source)
     calibration = _calibration(source, config, own_block, hub)
-    return StoredDrafter(kind, config, found, {key: found.pop(key) for key in carried_keys}, calibration)
+    return StoredDrafter(form, config, found, {key: found.pop(key) for key in carried}, calibration)
+
+
+def check_sizes(config: DSparkConfig, found: Mapping[str, TensorRecord], source: str) -> None:
+    """Refuse a config that asks for more than its files hold, before anything of that size is made."""
+    stored = sum(math.prod(record.shape) for record in found.values())
+    d, layers = config.hidden_size, config.num_hidden_layers
+    head = config.markov_rank * (config.vocab_size + (config.draft_vocab_size or config.vocab_size))
+    mlp = 3 * d * config.intermediate_size
+    asked = head + layers * (mlp + d * config.head_dim * 2 * config.num_attention_heads) + len(config.target_layer_ids) * d * d
+    if asked > 2 * stored + 4096:
+        raise CheckpointError(
+            f"config.json of {source!r} asks for about {asked:,} numbers, its files hold {stored:,}. Nothing was allocated. Download it "
+            "again, or check that config.json belongs to these weights."
+        )
+
+
+def _check_vocabulary_map(config: DSparkConfig, found: Mapping[str, TensorRecord], t2d: TensorRecord | None, source: str) -> None:
+    """Refuse a draft vocabulary whose two maps disagree, or that leaves the target's."""
+    if config.draft_vocab_size is None:
+        return
+    ids = found["d2t"].read() + torch.arange(config.draft_vocab_size)
+    if ids.min() < 0 or ids.max() >= config.vocab_size or ids.unique().numel() != len(ids):
+        raise CheckpointError(f"d2t of {source!r} does not map draft ids to distinct ids in 0..{config.vocab_size - 1}.")
+    if t2d is None:
+        return
+    mask = t2d.read().to(torch.bool)
+    if len(mask) != config.vocab_size or not torch.equal(mask.nonzero()[:, 0], ids.sort().values):
+        raise CheckpointError(f"d2t and t2d of {source!r} name different draft vocabularies. Download it again.")
 
 
 def _calibration(source: str, config: DSparkConfig, own_block: int | None, hub: dict[str, Any]) -> dict[str, Any] | None:
@@ -98,26 +144,27 @@ def _calibration(source: str, config: DSparkConfig, own_block: int | None, hub: 
     return {**record, "temperatures": temperatures}
 
 
-def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Literal["dspark", "deepspec"], DSparkConfig, int | None]:
+def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Format | None, DSparkConfig, int | None]:
     """The format, the config, and the checkpoint's own block size; None for that where the caller brings temperatures or a config."""
     raw = read_config(source, **hub)
     if raw is None:
-        where = (
-            ""
-            if Path(source).is_dir() or not is_offline_mode()
-            else ", as far as the cache knows (the Hub is offline: HF_HUB_OFFLINE is set)"
-        )
+        offline = is_offline_mode() and not Path(source).is_dir()
+        where = ", as far as the cache knows (offline: HF_HUB_OFFLINE is set)" if offline else ""
         raise CheckpointError(
             f"{source!r} holds no config.json{where}. Give the folder or repository of a drafter; adapters are loaded "
             "onto one with drafter.load_adapter(adapter)."
         )
-    kind = recognise_format(raw, source)
-    if kind == "dspark":
+    form = recognise_format(raw, source)
+    stated = None
+    if form is None:
         check_own_config(raw, source)
+        longest, temperatures = raw.get("block_size"), raw.get("confidence_temperatures")
+    else:
+        stated = foreign_config(form, raw, source)
+        longest, temperatures = stated.block_size, stated.confidence_temperatures
 
     fields = {f.name for f in dataclasses.fields(DSparkConfig)} - {"dtype"}
     overrides = {key: arguments.pop(key) for key in list(arguments) if key in fields}
-    longest = raw.get("block_size")
     if isinstance(longest, int) and overrides.get("block_size", longest) > longest:
         raise ValueError(
             f"{source!r} was trained for blocks of {longest} tokens; got block_size={overrides['block_size']}. "
@@ -125,11 +172,14 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
         )
     own_block = None if "confidence_temperatures" in overrides else longest
     shorter = overrides.get("block_size")
-    if shorter is not None and "confidence_temperatures" not in overrides and raw.get("confidence_temperatures"):
-        overrides["confidence_temperatures"] = raw["confidence_temperatures"][:shorter]  # positions do not change by what follows them
+    if shorter is not None and "confidence_temperatures" not in overrides and temperatures:
+        overrides["confidence_temperatures"] = list(temperatures)[:shorter]  # positions do not change by what follows them
     config = arguments.pop("config", None)
     if isinstance(config, DSparkConfig):
-        return kind, config, None
-    if kind == "deepspec":
-        return kind, deepspec_config(raw, source, **overrides), own_block
-    return kind, DSparkConfig.from_pretrained(config or source, **hub, **overrides), own_block
+        return form, config, None
+    if form is not None:
+        return form, foreign_config(form, raw, source, **overrides), own_block
+    try:
+        return form, DSparkConfig.from_pretrained(config or source, **hub, **overrides), own_block
+    except (TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"config.json of {source!r} cannot be used: {type(error).__name__}: {error}.") from error

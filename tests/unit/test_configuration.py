@@ -40,7 +40,10 @@ SMALL = {
         ({"confidence_temperatures": [1.0] * 6 + [0.0]}, "positive and finite"),
         ({"num_attention_heads": 3}, "multiple of num_key_value_heads"),
         ({"head_dim": 7}, "must be even"),
-        ({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "full_attention"),
+        ({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, "full_attention"),
+        ({"backbone": "mamba"}, "backbone must be one of"),
+        ({"attention_k_eq_v": True}, "attention_k_eq_v is for"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
     ],
 )

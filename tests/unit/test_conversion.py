@@ -316,7 +316,7 @@ def test_keys_that_change_the_meaning_are_refused(tmp_path, target, change: dict
     [
         ({"mask_token_id": V}, r"mask_token_id must be a row .* got 97"),
         ({"target_layer_ids": [1, 3]}, "must not hold the last layer"),
-        ({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "full_attention"),
+        ({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "sliding_attention"),
     ],
 )
 def test_deepspec_configs_are_validated_like_our_own(tmp_path, target, change: dict[str, Any], message: str) -> None:
@@ -328,15 +328,9 @@ def test_deepspec_configs_are_validated_like_our_own(tmp_path, target, change: d
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4_text"}, "Gemma4DSparkModel"),
-        (
-            {"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dflash_config": {"mask_token_id": 1}},
-            "z-lab's DFlashDraftModel",
-        ),
-        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "dspark"}}, "Model-Optimizer"),
-        ({"architectures": ["DSparkDraftModel"], "dflash_config": {}}, "SpecForge"),
-        ({"architectures": ["DSparkSpeculator"], "speculators_model_type": "dspark"}, "speculators"),
-        ({"model_type": "muse_glimmer_assistant"}, "muse_glimmer_assistant"),
+        ({"architectures": ["DFlash2DraftModel"], "model_type": "qwen3"}, "DFlash 2"),
+        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}}, "Domino"),
+        ({"speculators_model_type": "eagle3"}, "no DSpark or DFlash drafter"),
         (
             {"architectures": ["DeepseekV4ForCausalLM"], "dspark_block_size": 5, "dspark_markov_rank": 256},
             "DeepSeek-V4",
@@ -351,6 +345,24 @@ def test_other_formats_are_refused_by_name(tmp_path, config: dict[str, Any], nam
     with pytest.raises(CheckpointError, match=name) as caught:
         DSparkDrafter.from_pretrained(tmp_path)
     assert "Readable are" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4_text"}, "Gemma4DSparkModel"),
+        ({"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dflash_config": {"mask_token_id": 1}}, "z-lab DFlashDraftModel"),
+        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "dspark"}}, "Model-Optimizer"),
+        ({"architectures": ["DSparkDraftModel"], "dflash_config": {}}, "SpecForge"),
+        ({"architectures": ["DSparkSpeculator"], "speculators_model_type": "dspark"}, "speculators"),
+        ({"model_type": "muse_glimmer_assistant"}, "muse_glimmer_assistant"),
+    ],
+)
+def test_incomplete_configs_of_readable_formats_are_refused_by_name(tmp_path, config: dict[str, Any], name: str) -> None:
+    """A readable format whose config leaves out what it needs is named, with a missing key."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{name}.*Missing keys"):
+        DSparkDrafter.from_pretrained(tmp_path)
 
 
 def test_config_that_is_not_json_is_refused(tmp_path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hf_dspark.cli import budget_app
+from hf_dspark.cli import budget_app, sharing_app
 from hf_dspark.cli.options import (
     BatchSize,
     Budget,
@@ -54,7 +54,9 @@ def root(
         typer.echo(f"hf-dspark {_version()}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        raise typer.BadParameter("no command given; choose one of demo, generate, eval, profile, calibrate, bench, data, train, finetune.")
+        raise typer.BadParameter(
+            "no command given; choose one of demo, generate, eval, profile, calibrate, bench, data, train, finetune, info, convert, push."
+        )
 
 
 @app.command()
@@ -482,3 +484,8 @@ def finetune(
         "seed": seed,
     }
     run_finetune(options, config, drafter_name=drafter, lora=lora)
+
+
+app.command()(sharing_app.info)
+app.command()(sharing_app.convert)
+app.command()(sharing_app.push)

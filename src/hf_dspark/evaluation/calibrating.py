@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from hf_dspark.adapter_files import fingerprint
 from hf_dspark.calibration import BINS, FEWEST_ROUNDS, FORMAT, PositionQuality, Rounds, fit_temperatures, quality, reliability
+from hf_dspark.calibration_files import for_sglang
 from hf_dspark.errors import DataError
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import serve
@@ -139,9 +141,11 @@ def calibrate(
         **_before_and_after(domain, temperatures),
         "files": {name: _before_and_after(part, temperatures) for name, part in test_parts.items()},
         "others": {},
+        "drafter_fingerprint": fingerprint(drafter),
         "seed": seed,
         "machine": machine_record(target.device),
     }
+    record |= for_sglang(record)
     for name, prompts in (others or {}).items():
         rounds, _ = record_rounds(target, drafter, prompts, **options)
         record["others"][name] = _before_and_after(rounds, temperatures)

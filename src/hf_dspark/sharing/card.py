@@ -46,9 +46,9 @@ def render_card(
     Raises:
         CheckpointError: for a file that is not what its name says.
     """
-    adapter = (folder / ADAPTER_CONFIG).is_file()
-    config = _read(folder / ("adapter_config.json" if adapter else "config.json"))
     sidecar, recipe = _read(folder / SIDECAR_FILE), _read(folder / "recipe.json")
+    adapter = (folder / ADAPTER_CONFIG).is_file() or "lora" in recipe
+    config = _read(folder / (ADAPTER_CONFIG if adapter else "config.json"))
     calibration, decoded = _read(folder / CALIBRATION), _read(folder / DECODED)
     target = (sidecar if adapter else config).get("target_name" if not adapter else "target")
     target = target or recipe.get("arguments", {}).get("options", {}).get("target")
@@ -107,7 +107,7 @@ def write_training_card(folder: Path, recipe: Mapping[str, Any], drafter: Any) -
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     card = render_card(folder, name=folder.name, title=folder.resolve().parent.name)
     if drafter.config.target_name:
-        card.data.base_model = drafter.config.target_name
+        card.data["base_model"] = drafter.config.target_name
     card.save(folder / "README.md")
 
 
@@ -145,7 +145,7 @@ def _shape(config: Mapping[str, Any]) -> str:
 
 def _results(decoded: Mapping[str, Any], calibration: Mapping[str, Any]) -> list[EvalResult]:
     """Measured tau by prompt set and temperature, and the calibration's error, as the Hub's metadata takes them."""
-    task = {"task_type": "text-generation", "task_name": "Speculative decoding"}
+    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Speculative decoding"}
     found = [
         EvalResult(
             **task,

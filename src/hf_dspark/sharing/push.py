@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
@@ -22,7 +22,7 @@ from hf_dspark.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from hf_dspark.adapters import adapter_names
 from hf_dspark.calibration_files import FILE_NAME as CALIBRATION
 from hf_dspark.calibration_files import check_calibration, read_calibration, write_calibration
-from hf_dspark.conversion import list_tensors
+from hf_dspark.checkpoints import list_tensors
 from hf_dspark.errors import CheckpointError, HubError
 from hf_dspark.sharing.card import CURVE, DIAGRAM, MARKER, render_card
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What a broken connection raises: the HTTP library behind huggingface_hub has had several names.
-_TransportError = HfHubHTTPError.__bases__[0]
+_TransportError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 _ATTEMPTS = 3
 # Files of an earlier push that say something else than the new one, where the new one does not bring them.

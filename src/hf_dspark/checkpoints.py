@@ -13,123 +13,27 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import get_safetensors_metadata, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, Qwen3Config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-OWN_MODEL_TYPE = "dspark"
-DEEPSPEC_ARCHITECTURES = ("Qwen3DSparkModel",)
 EMBEDDING_KEY = "embed_tokens.weight"
 LM_HEAD_KEY = "lm_head.weight"
 
 # Arguments of from_pretrained that say where files are, and nothing about the model.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
-_DEEPSPEC_REQUIRED = (
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
-    *(
-        "head_dim",
-        "rms_norm_eps",
-        "block_size",
-        "num_target_layers",
-        "target_layer_ids",
-        "mask_token_id",
-        "markov_rank",
-    ),
-    "enable_confidence_head",
-)
-_DEEPSPEC_KEYS = (
-    *(
-        "block_size",
-        "num_target_layers",
-        "target_layer_ids",
-        "mask_token_id",
-        "num_anchors",
-        "markov_rank",
-        "markov_head_type",
-    ),
-    *("enable_confidence_head", "confidence_head_with_markov", "confidence_temperatures"),
-)
-# Keys of other formats, or of backbones that are not Qwen3: each changes what the same tensors mean.
-_FOREIGN_KEYS = (
-    *(
-        "dflash_config",
-        "sample_from_anchor",
-        "shift_label",
-        "projector_type",
-        "draft_vocab_size",
-        "aux_hidden_state_layer_ids",
-    ),
-    *("transformer_layer_config", "final_logit_softcapping", "attention_k_eq_v", "logit_scale", "logits_scaling"),
-    *("attn_logit_softcapping", "query_pre_attn_scalar", "quantization_config", "sts_temperatures"),
-)
-_HARMLESS_KEYS = {
-    *("torch_dtype", "rope_theta", "rope_scaling", "auto_map", "_name_or_path", "name_or_path", "_attn_implementation"),
-    *("_attn_implementation_autoset", "attn_implementation", "model_type", "architectures", "transformers_version"),
-}
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 _INTEGER = {"I64", "I32", "I16", "I8", "U8"}
-
-
-def recognise_format(config: Mapping[str, Any], source: str) -> Literal["dspark", "deepspec"]:
-    """Say which of the two readable formats a `config.json` belongs to, or refuse it by name.
-
-    Args:
-        config (`Mapping`): the parsed `config.json`.
-        source (`str`): path or repository, for the message.
-    Returns:
-        `"dspark"` for this package's own format, `"deepspec"` for `Qwen3DSparkModel` (DSpark and DFlash variants).
-    Raises:
-        CheckpointError: for every other format, saying which one it is.
-    """
-    architectures = list(config.get("architectures") or [])
-    model_type = config.get("model_type")
-    dflash = config.get("dflash_config") or {}
-    if "speculators_model_type" in config or "speculators_config" in config:
-        found = f"a speculators checkpoint (speculators_model_type {config.get('speculators_model_type')!r})"
-    elif "Gemma4DSparkModel" in architectures:
-        found = "DeepSpec's Gemma4DSparkModel, whose backbone is not a Qwen3 stack"
-    elif model_type == "muse_glimmer_assistant":
-        found = "transformers' native DFlash format (model_type 'muse_glimmer_assistant')"
-    elif "DSparkDraftModel" in architectures:
-        found = "SpecForge's DSparkDraftModel"
-    elif "DFlashDraftModel" in architectures and dflash.get("projector_type") == "dspark":
-        found = "NVIDIA Model-Optimizer's DFlashDraftModel with projector_type 'dspark'"
-    elif "DFlashDraftModel" in architectures or "dflash_config" in config:
-        found = "z-lab's DFlashDraftModel, whose first predicting slot is 1"
-    elif any(key.startswith("dspark_") for key in config):
-        found = "a DeepSeek-V4 checkpoint with its own dspark_* keys, which needs that target's kernels"
-    elif model_type == OWN_MODEL_TYPE:
-        return "dspark"
-    elif any(name in DEEPSPEC_ARCHITECTURES for name in architectures):
-        return "deepspec"
-    elif any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in architectures):
-        names = ", ".join(architectures)
-        found = f"a target model ({names}), not a drafter; DSparkDrafter.from_target makes a drafter for it"
-    else:
-        found = f"an unknown format (model_type {model_type!r}, architectures {architectures})"
-    raise CheckpointError(
-        f"{source!r} is {found}. Readable are this package's own format (model_type 'dspark') and DeepSpec's "
-        f"{', '.join(DEEPSPEC_ARCHITECTURES)} (DSpark and DFlash). Convert it, or choose another checkpoint."
-    )
 
 
 def read_config(name_or_path: str, **hub_arguments: Any) -> dict[str, Any] | None:
@@ -153,74 +57,6 @@ def read_config(name_or_path: str, **hub_arguments: Any) -> dict[str, Any] | Non
     if not isinstance(config, dict):
         raise CheckpointError(f"config.json of {name_or_path!r} holds a {type(config).__name__}, not an object.")
     return config
-
-
-def check_own_config(raw: Mapping[str, Any], source: str) -> None:
-    """Refuse a config of this package's own format that leaves out keys which defaults would fill silently.
-
-    Args:
-        raw (`Mapping`): the parsed `config.json`.
-        source (`str`): path or repository, for the message.
-    Raises:
-        CheckpointError: listing every missing key.
-    """
-    missing = [key for key in (*_DEEPSPEC_REQUIRED, "markov_head_type", "rope_parameters") if raw.get(key) is None]
-    if missing:
-        raise CheckpointError(
-            f"config.json of {source!r} lacks {', '.join(missing)}. Save the drafter again with save_pretrained, or download it again."
-        )
-
-
-def deepspec_config(raw: Mapping[str, Any], source: str, **overrides: Any) -> DSparkConfig:
-    """Translate DeepSpec's config into this package's.
-
-    DeepSpec writes a copy of the target's config plus its own keys; `model_type` there is the target's.
-
-    Args:
-        raw (`Mapping`): the parsed `config.json`.
-        source (`str`): path or repository, for messages.
-        overrides: fields of `DSparkConfig` that the caller wants otherwise.
-    Returns:
-        `DSparkConfig`.
-    Raises:
-        CheckpointError: listing every key that is missing, and every key that would change the tensors' meaning.
-    """
-    required = list(_DEEPSPEC_REQUIRED)
-    if raw.get("markov_rank"):
-        required.append("markov_head_type")
-    if raw.get("enable_confidence_head"):
-        required.append("confidence_head_with_markov")
-    missing = [key for key in required if raw.get(key) is None]
-    if not (raw.get("rope_parameters") or raw.get("rope_theta")):
-        missing.append("rope_theta (or rope_parameters)")
-    foreign = [f"{key}={raw[key]!r}" for key in _FOREIGN_KEYS if raw.get(key) not in (None, False)]
-    if missing or foreign:
-        raise CheckpointError(
-            f"config.json of {source!r} is not a DeepSpec {DEEPSPEC_ARCHITECTURES[0]} config that can be read. "
-            f"Missing keys: {', '.join(missing) or 'none'}. Keys that this reader does not understand: "
-            f"{', '.join(foreign) or 'none'}."
-        )
-    known = {*Qwen3Config().to_dict(), *PreTrainedConfig().to_dict(), *_DEEPSPEC_KEYS}
-    unknown = sorted(key for key in raw if key not in known | _HARMLESS_KEYS)
-    if unknown:
-        logger.warning("config.json of %r has keys that are not used: %s.", source, ", ".join(unknown))
-    fields = {key: value for key, value in raw.items() if key in known and key not in _HARMLESS_KEYS}
-    # The stored value is the target's; DeepSpec's own model reads RoPE from rope_parameters first, then from the older
-    # pair of keys.
-    fields.update({key: raw[key] for key in ("rope_theta", "rope_scaling") if raw.get(key) is not None})
-    fields.pop("dtype", None)
-    try:
-        return DSparkConfig(
-            **{
-                **fields,
-                "target_model_type": raw.get("model_type"),
-                "target_name": raw.get("_name_or_path") or None,
-                "architectures": ["DSparkDrafter"],
-                **overrides,
-            }
-        )
-    except ValueError as error:
-        raise CheckpointError(f"config.json of {source!r} cannot be used: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -291,6 +127,25 @@ def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments:
             f"{name_or_path!r} is incomplete: its index names {len(absent)} tensors that its files do not "
             f"hold.{shards}\n" + "\n".join(f"  missing: {name}" for name in absent)
         )
+    return found
+
+
+def tensor_shapes(name_or_path: str, **hub_arguments: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors dtype of every tensor; from the Hub only the headers of the files are fetched.
+
+    Raises:
+        CheckpointError: if there are no safetensors files, or one is damaged.
+    """
+    here = isinstance(_in_cache(name_or_path, SAFE_WEIGHTS_NAME, hub_arguments), str)
+    if Path(name_or_path).is_dir() or here or hub_arguments.get("subfolder") or is_offline_mode():
+        return {name: (record.shape, record.dtype) for name, record in list_tensors(name_or_path, **hub_arguments).items()}
+    try:
+        metadata = get_safetensors_metadata(name_or_path, revision=hub_arguments.get("revision"), token=hub_arguments.get("token"))
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(f"{name_or_path!r} holds no readable safetensors files ({error}).") from error
+    found = {}
+    for file in metadata.files_metadata.values():
+        found.update({name: (tuple(info.shape), str(info.dtype)) for name, info in file.tensors.items()})
     return found
 
 
