@@ -52,7 +52,7 @@ def read_config(name_or_path: str, **hub_arguments: Any) -> dict[str, Any] | Non
         return None
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"config.json of {name_or_path!r} is not JSON ({error}). Download it again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"config.json of {name_or_path!r} holds a {type(config).__name__}, not an object.")
@@ -110,7 +110,15 @@ def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments:
         raise CheckpointError(f"{name_or_path!r} holds neither {single} nor {index}.{hint}")
     try:
         weight_map: dict[str, str] = json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        strays = sorted({shard for shard in weight_map.values() if Path(shard).name != shard or not shard.endswith(".safetensors")})
+        if strays:
+            raise CheckpointError(
+                f"{index} of {name_or_path!r} names files outside its own folder, or that are no safetensors: {', '.join(strays)[:200]}. "
+                "Nothing was read."
+            )
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} of {name_or_path!r} is not a safetensors index ({error!r}). Download it again.") from error
     found: dict[str, TensorRecord] = {}
     absent_shards = []
@@ -175,6 +183,21 @@ def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, Tens
             + "\n".join((*missing, *unexpected, *shaped, *typed))
             + "\nDownload it again, or check that config.json belongs to these weights."
         )
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse weights that hold NaN or infinity: drafts from them would be noise, and nobody would be told.
+
+    Raises:
+        CheckpointError: listing every such tensor.
+    """
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.float().sum().isfinite())
+    ]
+    if wrong:
+        raise CheckpointError(f"Weights of {source!r} are not finite: {', '.join(wrong)}. Download it again, or train it anew.")
 
 
 def same_weights(stored: TensorRecord, weight: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbeddi
 from hf_dspark.backbone_gemma4 import Gemma4Layer, Gemma4Norm
 from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
 from hf_dspark.calibration_files import check_calibration, find_calibration, save_calibration
-from hf_dspark.checkpoints import HUB_ARGUMENTS, TensorRecord, check_tensors
+from hf_dspark.checkpoints import HUB_ARGUMENTS, TensorRecord, check_finite, check_tensors
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.errors import UnboundDrafterError
 from hf_dspark.heads import ConfidenceHead, SequentialHead, build_head
@@ -212,9 +212,11 @@ class DSparkDrafter(PreTrainedModel):
         if stored.form is None:
             loaded = super().from_pretrained(source, *model_args, config=stored.config, **{**kwargs, "use_safetensors": True})
             drafter = loaded[0] if isinstance(loaded, tuple) else loaded
+            check_finite(drafter.state_dict(), source)
             drafter.calibration = stored.calibration
             return loaded
         state = {name: record.read() for name, record in stored.tensors.items()}
+        check_finite(state, source)
         kwargs = {key: value for key, value in kwargs.items() if key not in (*HUB_ARGUMENTS, "variant", "use_safetensors")}
         loaded = super().from_pretrained(None, *model_args, config=stored.config, state_dict=state, **kwargs)
         drafter = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -27,7 +27,7 @@ from hf_dspark.checkpoints import (
 )
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.errors import CheckpointError
-from hf_dspark.formats.own import check_own_config
+from hf_dspark.formats.own import check_own_config, clean_errors
 from hf_dspark.formats.reading import Format, foreign_config, recognise_format
 
 T2D_KEY = "t2d"
@@ -70,7 +70,8 @@ def open_drafter(
     form, config, own_block = _config(source, arguments, hub)
     found = list_tensors(source, arguments.get("variant"), **hub)
     check_sizes(config, found, source)
-    expected = expected_tensors(config)
+    with clean_errors(source):
+        expected = expected_tensors(config)
     if form is None:
         check_tensors(expected, found, source)
         return StoredDrafter(None, config, found, {}, _calibration(source, config, own_block, hub))
@@ -179,7 +180,5 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
         return form, config, None
     if form is not None:
         return form, foreign_config(form, raw, source, **overrides), own_block
-    try:
+    with clean_errors(source):
         return form, DSparkConfig.from_pretrained(config or source, **hub, **overrides), own_block
-    except (TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"config.json of {source!r} cannot be used: {type(error).__name__}: {error}.") from error

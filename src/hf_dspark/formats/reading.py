@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.errors import CheckpointError
-from hf_dspark.formats.own import MODEL_TYPE, REQUIRED
+from hf_dspark.formats.own import MODEL_TYPE, REQUIRED, check_plausible, clean_errors
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ def foreign_config(form: Format, raw: Mapping[str, Any], source: str, **override
     missing = [key for key in dict.fromkeys(required) if flat.get(key) is None]
     if not (flat.get("rope_parameters") or flat.get("rope_theta")):
         missing.append("rope_theta (or rope_parameters)")
+    check_plausible(flat, source)
     known = {*Qwen3Config().to_dict(), *PreTrainedConfig().to_dict(), *_DEEPSPEC_KEYS, *_OWN_KEYS}
     foreign = [f"{key}={flat[key]!r}" for key in _FOREIGN_KEYS if flat.get(key) not in (None, False)]
     if missing or foreign:
@@ -156,14 +157,8 @@ def foreign_config(form: Format, raw: Mapping[str, Any], source: str, **override
     # pair of keys.
     fields.update({key: flat[key] for key in ("rope_theta", "rope_scaling") if flat.get(key) is not None})
     fields.pop("dtype", None)
-    try:
+    with clean_errors(source):
         return DSparkConfig(**{**fields, "architectures": ["DSparkDrafter"], **overrides})
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"config.json of {source!r} cannot be used: {error}") from error
-    except Exception as error:  # huggingface_hub's strict dataclasses have their own base
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise CheckpointError(f"config.json of {source!r} cannot be used: {error}") from error
-        raise
 
 
 _DEEPSPEC_KEYS = {

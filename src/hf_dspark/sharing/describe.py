@@ -9,7 +9,7 @@ from hf_dspark.adapter_files import CONFIG_FILE, SIDECAR_FILE, read_adapter_json
 from hf_dspark.calibration_files import read_calibration
 from hf_dspark.checkpoints import HUB_ARGUMENTS, read_config, tensor_shapes
 from hf_dspark.errors import CheckpointError
-from hf_dspark.formats.own import check_own_config
+from hf_dspark.formats.own import own_config
 from hf_dspark.formats.reading import foreign_config, recognise_format
 from hf_dspark.hub import resolve_drafter
 
@@ -32,13 +32,7 @@ def describe(name: str, **hub_arguments: Any) -> dict[str, Any]:
         return _adapter(name, source, hub)
     form = recognise_format(raw, source)
     if form is None:
-        from hf_dspark.configuration_dspark import DSparkConfig
-
-        check_own_config(raw, source)
-        try:
-            config = DSparkConfig(**{key: value for key, value in raw.items() if key not in ("model_type", "transformers_version")})
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json of {source!r} cannot be used: {error}") from error
+        config = own_config(raw, source)
     else:
         config = foreign_config(form, raw, source)
     shapes = tensor_shapes(source, **hub)
