@@ -162,7 +162,7 @@ def run_bench(
     target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=pick_device(device))
     longest = max(map(len, files))
     mixed = [rows[i % len(rows)] for i in range(longest) for rows in files]
-    runs = repeats * sum(1 for n in concurrencies for name in budgets if name != "prompt-lookup" or n == 1)
+    runs = (repeats + 1) * sum(1 for n in concurrencies for name in budgets if name != "prompt-lookup" or n == 1)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids_of(target))
     with progress("measuring", runs) as advance:
         record = bench(
@@ -232,6 +232,7 @@ def _print_load(record: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     for row in record["summary"]:
-        ratios = ", ".join(f"{k.removeprefix('load_aware_over_')} {v:.2f}" for k, v in row.items() if k.startswith("load_aware_over") and v)
+        over = {k.removeprefix("load_aware_over_"): v for k, v in row.items() if k.startswith("load_aware_over") and isinstance(v, float)}
+        ratios = ", ".join(f"{what} {ratio:.2f}" for what, ratio in over.items())
         if ratios:
             console.print(f"{row['concurrency']} in flight: {row['best_load_aware']} over {ratios}", highlight=False)

@@ -1,7 +1,7 @@
 """Measures budgets under load: throughput and speed per user with N requests in flight. Knows serving and `generate`; knows no command.
 
-Every cell (a concurrency and a contender) runs for the same time on the same prompts in the same order; contenders take turns within a
-repeat, and who goes first rotates, so a machine that drifts slows all alike.
+At each concurrency every contender is a server that keeps running, on the same prompts in the same order. They take turns for a short
+time each, over and over, and who goes first rotates: a machine whose speed drifts slows all alike, and ratios are taken within a turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_dspark.budgets import make_budget
 from hf_dspark.costs import Costs
 from hf_dspark.evaluation.benchmark import Sampling, new_tokens
 from hf_dspark.evaluation.metrics import machine_record
-from hf_dspark.evaluation.serving import Served, serve
+from hf_dspark.evaluation.serving import Served, Server
 from hf_dspark.online import OnlineCalibration
 from hf_dspark.profiling import CostProfile
 from hf_dspark.scheduling import FinishedRound, StaticBudget
@@ -100,13 +100,11 @@ class _Cell:
         self.rates.append(served.emitted / served.seconds)
         self.tokens += served.emitted
         self.seconds += served.seconds
-        for row, span in zip(served.stats.rows, served.spans, strict=True):
+        for row in served.stats.rows:
             self.rounds += row.rounds
             self.drafted += row.drafted
             self.verified += row.verified
             self.accepted += row.accepted
-            if span is not None and row.generated >= 8:
-                self.users.append(row.generated / (span[1] - span[0]))
         stats = served.stats
         for part, seconds in zip(self.parts, (stats.t_prefill_s, stats.t_draft_s, stats.t_verify_s, stats.t_rest_s), strict=True):
             self.parts[part] += seconds
@@ -151,8 +149,8 @@ def bench(
     budgets: Sequence[str],
     sampling: Sampling | None = None,
     max_new_tokens: int = 128,
-    seconds: float = 5.0,
-    repeats: int = 3,
+    seconds: float = 1.0,
+    repeats: int = 12,
     seed: int = 0,
     costs: Costs | None = None,
     on_cell: Callable[[int, str], None] | None = None,
@@ -167,11 +165,12 @@ def bench(
         budgets (`list[str]`): contenders, see `Contender`.
         sampling (`Sampling`, *optional*): greedy by default.
         max_new_tokens (`int`): of a request; those in flight when the clock starts are of all ages.
-        seconds (`float`): of one repeat of one cell.
-        repeats (`int`): of each cell; the table has their median, lowest and highest.
+        seconds (`float`): of one turn of one contender.
+        repeats (`int`): turns of each contender at each concurrency, after one of `seconds` that is thrown away. `generate` and
+            `prompt-lookup`, whose calls last longer than a turn, take every fourth.
         seed (`int`): of draws.
         costs (`Costs`, *optional*): what rounds cost; the remembered profile by default.
-        on_cell (`Callable`, *optional*): called after each run of a cell.
+        on_cell (`Callable`, *optional*): called after each turn, the thrown away ones too.
     Returns:
         `dict`: `cells`, `summary`, and all that is needed to repeat it.
     """
@@ -182,24 +181,25 @@ def bench(
     if costs is None and any(c.drafts and make_budget(c.budget).needs_confidence for c in contenders):
         profile = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=not sampling.greedy)
         costs = profile.costs(not sampling.greedy)
-    listeners = {c.name: _listener(c, drafter.config) for c in contenders if c.drafts and make_budget(c.budget).needs_confidence}
-    runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs, listeners)
+    runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs)
     cells = {(n, c.name): _Cell() for n in concurrencies for c in contenders if c.name != LOOKUP or n == 1}
     if not all(any(name == c.name for _, name in cells) for c in contenders):
         raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
-    for contender in contenders:  # first-use costs stay out of the figures
-        runner.run(contender, min(n for n, name in cells if name == contender.name), 0.5, 0)
-    turn = 0
-    for repeat in range(repeats):
-        for concurrency in concurrencies:
-            order = [c for c in contenders if (concurrency, c.name) in cells]
-            if not order:
-                continue
-            for contender in order[turn % len(order) :] + order[: turn % len(order)]:
-                runner.run(contender, concurrency, seconds, repeat, cells[concurrency, contender.name])
+    for concurrency in concurrencies:
+        order = [c for c in contenders if (concurrency, c.name) in cells]
+        servers = {c.name: runner.server(c, concurrency, seconds * (repeats + 1)) for c in order if c.name not in (GENERATE, LOOKUP)}
+        for turn in range(-1, repeats):
+            first = turn % len(order)
+            for contender in order[first:] + order[:first]:
+                cell = cells[concurrency, contender.name] if turn >= 0 else _Cell()
+                if contender.name in servers:
+                    cell.add(servers[contender.name].run(steady=True, seconds=seconds))
+                elif turn % 4 == 0:
+                    runner.stock(contender, concurrency, seconds, turn, cell)
                 if on_cell is not None:
                     on_cell(concurrency, contender.name)
-            turn += 1
+        for name, server in servers.items():
+            cells[concurrency, name].users += server.speeds()
     rows = [cell.to_json(n, name) for (n, name), cell in cells.items()]
     return {
         "cells": rows,
@@ -224,7 +224,7 @@ def bench(
 
 
 def _listener(contender: Contender, config: Any) -> Any:
-    """What stands between the confidences and the budget of a contender, over all its runs."""
+    """What stands between the confidences and the budget of a contender."""
     if contender.variant == "@fixed":
         return None
     if contender.variant == "@raw":
@@ -240,27 +240,48 @@ def _shareable(profile: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each concurrency: the best fixed choice (plain, full, static), the best load-aware budget, and the ratios that matter."""
+    """For each concurrency: the best fixed choice (plain, full, static), the best load-aware budget, and the ratios that matter.
+
+    A ratio is the median over the turns of the two rates in the same turn, with its quartiles. Cells without the rates of their turns,
+    or with other numbers of them, are compared by their medians.
+    """
     out = []
     for concurrency in sorted({cell["concurrency"] for cell in cells}):
-        rates = {cell["budget"]: cell["tokens_per_s"] for cell in cells if cell["concurrency"] == concurrency}
-        fixed = {name: rate for name, rate in rates.items() if name in (PLAIN, "full") or name.startswith("static:")}
-        aware = {name: rate for name, rate in rates.items() if name.startswith("load-aware") and "@" not in name}
+        rates = {cell["budget"]: cell for cell in cells if cell["concurrency"] == concurrency}
+        fixed = [name for name in rates if name in (PLAIN, "full") or name.startswith("static:")]
+        aware = [name for name in rates if name.startswith("load-aware") and "@" not in name]
         row: dict[str, Any] = {"concurrency": concurrency}
+
         if fixed:
-            row["best_fixed"] = max(fixed, key=fixed.__getitem__)
+            row["best_fixed"] = _fastest(rates, fixed)
         if aware:
-            row["best_load_aware"] = max(aware, key=aware.__getitem__)
-            best = aware[row["best_load_aware"]]
-            row |= {"load_aware_over_best_fixed": best / max(fixed.values()) if fixed else None}
-            row |= {f"load_aware_over_{name}": best / rates[name] for name in (PLAIN, "full", GENERATE, LOOKUP) if name in rates}
+            chosen = rates[row.setdefault("best_load_aware", _fastest(rates, aware))]
+            others = {"best_fixed": row.get("best_fixed"), **{name: name for name in (PLAIN, "full", GENERATE, LOOKUP)}}
+            for what, name in others.items():
+                if name in rates:
+                    low, middle, high = _ratio(chosen, rates[name])
+                    row |= {f"load_aware_over_{what}": middle, f"load_aware_over_{what}_quartiles": [low, high]}
         out.append(row)
     return out
 
 
+def _fastest(cells: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
+    return max(names, key=lambda name: cells[name]["tokens_per_s"])
+
+
+def _ratio(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the ratios turn by turn."""
+    a, b = one.get("repeats_tokens_per_s") or [], other.get("repeats_tokens_per_s") or []
+    if len(a) != len(b) or len(a) < 2:
+        ratio = one["tokens_per_s"] / other["tokens_per_s"]
+        return ratio, ratio, ratio
+    low, middle, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4, method="inclusive")
+    return low, middle, high
+
+
 @dataclass
 class _Runner:
-    """Runs one cell once."""
+    """Makes servers for contenders, and runs transformers' own calls."""
 
     target: Any
     drafter: Any
@@ -271,50 +292,42 @@ class _Runner:
     max_new_tokens: int
     seed: int
     costs: Costs | None
-    listeners: dict[str, Any]
 
-    def run(self, contender: Contender, concurrency: int, seconds: float, repeat: int, cell: _Cell | None = None) -> None:
-        """Run a contender once and add what came out to `cell`; None throws it away."""
-        cell = cell if cell is not None else _Cell()
-        queue = self._queue(concurrency, repeat)
-        if contender.name in (GENERATE, LOOKUP):
-            self._stock(contender, concurrency, seconds, queue, cell)
-            return
-        # More requests than can be answered in the time, whatever the speed.
+    def server(self, contender: Contender, concurrency: int, seconds: float) -> Server:
+        """A contender with requests for so many seconds, whatever its speed; those in flight at first are of all ages."""
+        queue = self._queue(0)
         wanted = concurrency + 8 + int(20 * seconds)
-        requests = [next(queue) for _ in range(wanted)]
         ages = [max(self.max_new_tokens * (i + 1) // concurrency, 1) for i in range(concurrency)]
         budget = StaticBudget(0) if contender.name == PLAIN else make_budget(contender.budget)
-        served = serve(
+        listens = contender.drafts and budget.needs_confidence
+        return Server(
             self.target,
             self.drafter if contender.drafts else None,
-            requests,
+            [next(queue) for _ in range(wanted)],
             concurrency=concurrency,
             max_new_tokens=[*ages, *[self.max_new_tokens] * (wanted - concurrency)],
             budget=budget.start(self._costs),
             end_ids=self.end_ids,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
-            seed=self.seed + repeat,
-            listener=self.listeners.get(contender.name),
-            steady=True,
-            stop_after_seconds=seconds,
+            seed=self.seed,
+            listener=_listener(contender, self.drafter.config) if listens else None,
         )
-        cell.add(served)
 
     def _costs(self) -> Costs:
         if self.costs is None:
             raise RuntimeError("a budget asked for costs that were not measured; please report this")
         return self.costs
 
-    def _queue(self, concurrency: int, repeat: int) -> Iterator[Sequence[int]]:
+    def _queue(self, repeat: int) -> Iterator[Sequence[int]]:
         place = 7 * repeat
         while True:
             yield self.prompts[place % len(self.prompts)]
             place += 1
 
-    def _stock(self, contender: Contender, concurrency: int, seconds: float, queue: Iterator[Sequence[int]], cell: _Cell) -> None:
+    def stock(self, contender: Contender, concurrency: int, seconds: float, turn: int, cell: _Cell) -> None:
         """transformers' own calls, batch after batch, until the time is over."""
+        queue = self._queue(turn)
         options = self.sampling.options() | {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.pad_id}
         if contender.name == LOOKUP:
             options["prompt_lookup_num_tokens"] = _LOOKUP_TOKENS

@@ -26,7 +26,7 @@ def render_load(record: Mapping[str, Any]) -> str:
             ["budget", *(f"`{one.get('best_load_aware', '-')}`" for one in summary)],
             ["best of plain, full, static", *(f"`{one.get('best_fixed', '-')}`" for one in summary)],
             *(
-                [f"over {what}", *(number(one.get(f"load_aware_over_{key}"), 2) for one in summary)]
+                [f"over {what}", *(_with_quartiles(one, f"load_aware_over_{key}") for one in summary)]
                 for what, key in (("that best", "best_fixed"), ("plain", "plain"), ("full", "full"))
             ),
             *(
@@ -37,12 +37,21 @@ def render_load(record: Mapping[str, Any]) -> str:
         ],
     )
     sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
+    turns = (
+        f"Median of {settings['repeats']} turns of {settings['seconds']:g} s, in brackets lowest to highest; ratios turn by turn, in "
+        f"brackets their quartiles. Contenders keep running and take turns on the same prompts ({', '.join(record['prompt_files'])})."
+    )
     note = (
-        f"Median of {settings['repeats']} runs of {settings['seconds']:g} s a cell, in brackets lowest to highest; contenders take turns "
-        f"on the same prompts ({', '.join(record['prompt_files'])}). {sampling}, at most {settings['max_new_tokens']} new tokens, target "
-        f"{settings['target_dtype']}, seed {settings['seed']}. {machine_line(record)}"
+        f"{turns} {sampling}, at most {settings['max_new_tokens']} new tokens, target {settings['target_dtype']}, seed {settings['seed']}. "
+        f"{machine_line(record)}"
     )
     return f"{rates}\n\n{ratios}\n\n{note}"
+
+
+def _with_quartiles(row: Mapping[str, Any], key: str) -> str:
+    quartiles = row.get(f"{key}_quartiles")
+    spread = f" ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles and quartiles[0] != quartiles[1] else ""
+    return f"{number(row.get(key), 2)}{spread}"
 
 
 def _rate(cell: Mapping[str, Any]) -> str:

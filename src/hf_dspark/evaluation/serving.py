@@ -43,7 +43,117 @@ class Served:
     row_rounds: int
 
 
-@torch.no_grad()
+class Server:
+    """Requests, some of them in flight, and the loop that answers them; runs for a while at a time.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        drafter (`DSparkDrafter`, *optional*): None decodes plainly.
+        prompts (`list[list[int]]`): token ids, in the order in which requests join.
+        concurrency (`int`): rows in flight, as long as requests wait.
+        max_new_tokens (`int` or `list[int]`): of each request.
+        budget (`Budget`): started.
+        end_ids (`list[int]`): that end a request; the one met is kept.
+        temperature (`float`): 0 is greedy.
+        top_p (`float`): nucleus.
+        seed (`int`): of all draws.
+        listener (`RoundListener`, *optional*): hears of rounds.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        drafter: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        concurrency: int,
+        max_new_tokens: int | Sequence[int],
+        budget: Budget,
+        end_ids: Sequence[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        listener: RoundListener | None = None,
+    ) -> None:
+        self.count = len(prompts)
+        new = [max_new_tokens] * self.count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        check_length(model, max(len(p) + n for p, n in zip(prompts, new, strict=True)))
+        self.concurrency = concurrency
+        self.loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener)
+        self._ids = [torch.tensor(list(prompt), device=self.loop.target.device) for prompt in prompts]
+        self._waiting = 0
+        self._clock = 0.0
+        self._since: dict[int, float] = {}  # of the requests in flight
+        self.spans: list[tuple[float, float] | None] = [None] * self.count
+        self._counted = [0] * self.count
+
+    @torch.no_grad()
+    def run(self, *, steady: bool = False, seconds: float | None = None) -> Served:
+        """Go on with the requests.
+
+        Args:
+            steady (`bool`): let the places that are free be taken before the clock starts, and stop it when no request is left to take
+                one: `concurrency` rows are live all the time.
+            seconds (`float`, *optional*): end when so much time has passed; all is as it was when `run` is called again. Without it, end
+                when all requests are answered.
+        Returns:
+            `Served`: of this time. Its spans are on a clock that runs in `run` only.
+        """
+        loop, device = self.loop, self.loop.target.device
+        row_rounds = 0
+        with torch.inference_mode(), loop.target.open():
+            if steady:
+                self._join(self._clock)
+            loop.watch = Stopwatch(device)
+            loop.stats = DecodingStats([RowStats.for_block(loop.block_size) for _ in range(self.count)], loop.block_size)
+            before = self._clock
+            start = time.perf_counter()
+            while self._waiting < self.count or loop.live:
+                self._join(before + time.perf_counter() - start)
+                if loop.live:
+                    row_rounds += len(loop.live)
+                    loop.round()
+                self._clock = before + time.perf_counter() - start
+                self._leave()
+                if seconds is not None and self._clock - before >= seconds:
+                    break
+                if steady and self._waiting == self.count and len(loop.live) < self.concurrency:
+                    break
+            _wait(device)
+            spent = time.perf_counter() - start
+            self._clock = before + spent
+        for name, value in loop.watch.read().items():
+            setattr(loop.stats, f"t_{name}_s", value)
+        loop.stats.t_total_s = spent
+        spans = [(since, self._clock) if (since := self._since.get(r)) is not None else self.spans[r] for r in range(self.count)]
+        tokens = [loop.sequences.ids[r, : loop.sequences.lengths[r]].tolist() for r in range(self.count)]
+        for request, row in enumerate(loop.stats.rows):
+            self._counted[request] += row.generated
+        return Served(tokens, spans, sum(row.generated for row in loop.stats.rows), spent, loop.stats, row_rounds)
+
+    def speeds(self, fewest: int = 8) -> list[float]:
+        """Tokens a second of each request that has got `fewest` tokens on the clock, as its user sees them."""
+        out = []
+        for request, tokens in enumerate(self._counted):
+            since = self._since.get(request)
+            span = (since, self._clock) if since is not None else self.spans[request]
+            if span is not None and tokens >= fewest:
+                out.append(tokens / (span[1] - span[0]))
+        return out
+
+    def _join(self, now: float) -> None:
+        loop = self.loop
+        while self._waiting < self.count and len(loop.live) < self.concurrency:  # again where one ends with its first token
+            more = range(self._waiting, min(self._waiting + self.concurrency - len(loop.live), self.count))
+            self._since.update(dict.fromkeys(more, now))
+            loop.join(more, [self._ids[request] for request in more])
+            self._waiting = more.stop
+
+    def _leave(self) -> None:
+        for request in self._since.keys() - set(self.loop.live):
+            self.spans[request] = (self._since.pop(request), self._clock)
+
+
 def serve(
     model: Any,
     drafter: Any,
@@ -60,71 +170,28 @@ def serve(
     steady: bool = False,
     stop_after_seconds: float | None = None,
 ) -> Served:
-    """Answer requests with `concurrency` of them in flight.
+    """Answer requests with `concurrency` of them in flight, in one run of a `Server`.
 
     Args:
-        model (`PreTrainedModel`): the target.
-        drafter (`DSparkDrafter`, *optional*): None decodes plainly.
-        prompts (`list[list[int]]`): token ids, in the order in which requests join.
-        concurrency (`int`): rows in flight, as long as requests wait.
-        max_new_tokens (`int` or `list[int]`): of each request.
-        budget (`Budget`): started.
-        end_ids (`list[int]`): that end a request; the one met is kept.
-        temperature (`float`): 0 is greedy.
-        top_p (`float`): nucleus.
-        seed (`int`): of all draws.
-        listener (`RoundListener`, *optional*): hears of rounds.
-        steady (`bool`): start the clock when the first requests have joined, and stop it when the last one waiting has: in between
-            `concurrency` rows are live all the time.
-        stop_after_seconds (`float`, *optional*): end when so much time has passed on the clock.
+        model, drafter, prompts, concurrency, max_new_tokens, budget, end_ids, temperature, top_p, seed, listener: as `Server` takes them.
+        steady, stop_after_seconds: as `Server.run` takes them.
     Returns:
         `Served`.
     """
-    count = len(prompts)
-    new = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    check_length(model, max(len(p) + n for p, n in zip(prompts, new, strict=True)))
-    loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener)
-    device = loop.target.device
-    ids = [torch.tensor(list(prompt), device=device) for prompt in prompts]
-    spans: list[tuple[float, float] | None] = [None] * count
-    joined: dict[int, float] = {}
-    waiting = 0
-    row_rounds = 0
-    with torch.inference_mode(), loop.target.open():
-        start = time.perf_counter()
-        on_clock = not steady
-        while waiting < count or loop.live:
-            while waiting < count and len(loop.live) < concurrency:  # again where one ends with its first token
-                more = range(waiting, min(waiting + concurrency - len(loop.live), count))
-                now = time.perf_counter()
-                joined.update(dict.fromkeys(more, now))
-                loop.join(more, [ids[request] for request in more])
-                waiting = more.stop
-            if not on_clock and loop.live:
-                on_clock = True
-                loop.stats = _reset(loop)
-                start = time.perf_counter()
-                joined.update(dict.fromkeys(loop.live, start))
-            if loop.live:
-                row_rounds += len(loop.live)
-                loop.round()
-            now = time.perf_counter()
-            for request in joined.keys() - set(loop.live):
-                spans[request] = (joined.pop(request) - start, now - start)
-            if stop_after_seconds is not None and now - start >= stop_after_seconds:
-                break
-            if steady and waiting == count and len(loop.live) < concurrency:
-                break
-        _wait(device)
-        seconds = time.perf_counter() - start
-    for request, since in joined.items():
-        spans[request] = (since - start, seconds)
-    for name, value in loop.watch.read().items():
-        setattr(loop.stats, f"t_{name}_s", value)
-    loop.stats.t_total_s = seconds
-    emitted = sum(row.generated for row in loop.stats.rows)
-    tokens = [loop.sequences.ids[r, : loop.sequences.lengths[r]].tolist() for r in range(count)]
-    return Served(tokens, spans, emitted, seconds, loop.stats, row_rounds)
+    server = Server(
+        model,
+        drafter,
+        prompts,
+        concurrency=concurrency,
+        max_new_tokens=max_new_tokens,
+        budget=budget,
+        end_ids=end_ids,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        listener=listener,
+    )
+    return server.run(steady=steady, seconds=stop_after_seconds)
 
 
 def _loop(
@@ -158,12 +225,6 @@ def _loop(
         generator=torch.Generator(device=target.device).manual_seed(seed),
         listener=listener,
     )
-
-
-def _reset(loop: DecodingLoop) -> DecodingStats:
-    """Forget what happened before the clock started."""
-    loop.watch = Stopwatch(loop.target.device)
-    return DecodingStats([RowStats.for_block(loop.block_size) for _ in loop.stats.rows], loop.block_size)
 
 
 def _wait(device: torch.device) -> None:
