@@ -35,6 +35,7 @@ from hf_dspark.training.configuration import TrainingConfig
 from hf_dspark.training.data import load_data
 from hf_dspark.training.making import DrafterShape, make_drafter
 from hf_dspark.training.memory import keep_freed_memory
+from hf_dspark.training.optimizer import OPTIMIZERS
 from hf_dspark.training.trainer import Trainer
 
 # Each differs from the first in what its name says.
@@ -66,6 +67,7 @@ def compare(
     *,
     max_new_tokens: int,
     batch_size: int,
+    held_out: int | None = None,
 ) -> None:
     """Train and decode every variant that `record["drafters"]` does not hold yet; `keep` is called after each.
 
@@ -79,6 +81,7 @@ def compare(
         record: what is written; `drafters` is added to in place.
         keep: called without arguments when a variant is done.
         max_new_tokens, batch_size: of decoding.
+        held_out (`int`, *optional*): rows of the teacher-forced evaluation; all where None.
     """
     encoded = [
         (name, ids.tolist())
@@ -96,7 +99,7 @@ def compare(
         )
         folder = Path(tempfile.mkdtemp(prefix="matched-"))
         try:
-            trainer = Trainer(drafter, target, rows.train_rows, rows.held_out_rows, config, folder)
+            trainer = Trainer(drafter, target, rows.train_rows, rows.held_out_rows[:held_out], config, folder)
             if states is not None:
                 trainer.objective.states = trainer.states = states
             states = trainer.states
@@ -140,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--anchors", type=int, default=128)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--held-out", type=int, default=96, help="held-out rows of the teacher-forced evaluation")
     parser.add_argument("--rank", type=int, default=48)
     parser.add_argument("--draft-vocab", type=int, default=12288)
     parser.add_argument("--mask-token", default=None)
@@ -165,6 +170,7 @@ def _run(args: argparse.Namespace) -> None:
         steps=args.steps,
         batch_size=args.batch_size,
         num_anchors=args.anchors,
+        optimizer=args.optimizer,
         learning_rate=args.lr,
         chunk_positions=args.chunk,
         states_memory_gib=args.states_memory,
@@ -176,6 +182,7 @@ def _run(args: argparse.Namespace) -> None:
         "sets": list(prompts),
         "prompts": args.limit,
         "max_new_tokens": args.max_new_tokens,
+        "held_out": args.held_out,
         "temperatures": ["T=0", "T=1"],
         "target": args.target,
         "training": asdict(config),
@@ -202,6 +209,7 @@ def _run(args: argparse.Namespace) -> None:
         lambda: write_record(args.json, record),
         max_new_tokens=args.max_new_tokens,
         batch_size=args.decode_batch,
+        held_out=args.held_out,
     )
     print(render_matched(record))
     if args.plots is not None:
