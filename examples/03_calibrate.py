@@ -1,8 +1,8 @@
 """Fit temperatures to a drafter's confidences on prompts of your own, and see what they do.
 
-Twelve prompts are far too few to trust (give hundreds); this shows the steps. `hf-dspark calibrate` does the same from files.
+Thirty prompts are too few to trust (give hundreds); this shows the steps. `hf-dspark calibrate` does the same from files.
 
-Expected output (fp32, greedy; the figures depend on the drafter that the checkout ships):
+Expected output (bf16, greedy; the figures depend on the drafter that the checkout ships):
 
     rounds: 153 to fit, 252 to judge
     calibration error: 14.3% -> 9.9%
@@ -18,15 +18,15 @@ import hf_dspark
 from hf_dspark.evaluation.calibrating import calibrate
 from hf_dspark.hub import load_drafter, load_target
 
-target, tokenizer = load_target("smollm2", dtype="float32")
-drafter = load_drafter("smollm2-dspark", dtype="float32")
+target, tokenizer = load_target("smollm2", dtype="bfloat16")
+drafter = load_drafter("smollm2-dspark", dtype="bfloat16")
 drafter.drop_calibration()  # it comes calibrated; a drafter of your own does not
 
-questions = [f"What is {a} times {b}? Think step by step." for a in (7, 12, 25, 31) for b in (3, 8, 14)]
+questions = [f"What is {a} times {b}? Think step by step." for a in (7, 12, 25, 31, 44, 58) for b in (3, 8, 14, 21, 36)]
 chats = [[{"role": "user", "content": question}] for question in questions]
 prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
 
-record = calibrate(target, drafter, {"times": prompts}, end_ids=[tokenizer.eos_token_id], max_new_tokens=96, concurrency=6)
+record = calibrate(target, drafter, {"times": prompts}, end_ids=[tokenizer.eos_token_id], max_new_tokens=96, concurrency=15)
 drafter.set_calibration(record)
 
 data = record["data"][0]

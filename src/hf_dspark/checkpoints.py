@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
@@ -148,7 +148,7 @@ def tensor_shapes(name_or_path: str, **hub_arguments: Any) -> dict[str, tuple[tu
     if Path(name_or_path).is_dir() or here or hub_arguments.get("subfolder") or is_offline_mode():
         return {name: (record.shape, record.dtype) for name, record in list_tensors(name_or_path, **hub_arguments).items()}
     try:
-        metadata = get_safetensors_metadata(name_or_path, revision=hub_arguments.get("revision"), token=hub_arguments.get("token"))
+        metadata = HfApi(token=hub_arguments.get("token")).get_safetensors_metadata(name_or_path, revision=hub_arguments.get("revision"))
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise CheckpointError(f"{name_or_path!r} holds no readable safetensors files ({error}).") from error
     found = {}

@@ -59,7 +59,7 @@ def test_the_fourth_example_trains_an_adapter_that_changes_no_text() -> None:
     rows, loss, size, same = lines_of("04_finetune_peft.py")
     assert rows == "rows: 8 of the target's own answers"
     assert loss == "loss went down: True"
-    assert float(re.match(r"adapter: ([\d.]+) MB", size)[1]) < 5
+    assert float(re.match(r"adapter: ([\d.]+) MB", size)[1]) < 6
     assert same == "same text with base, adapter, and adapter merged: True"
 
 
