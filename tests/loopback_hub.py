@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -53,6 +54,7 @@ class LoopbackHub:
         repositories: by name.
         requests: `"METHOD path"` of every request, in order.
         sent: bytes sent of each file, by its name.
+        when_sent: called with the name of each file that has been sent.
         faults: what goes wrong: `"upload"` and `"commit"` answer 503 so many times, `"truncate"` sends so many files half and hangs up,
             `"flip"` sends so many files with one byte changed.
     """
@@ -63,6 +65,7 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.faults: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self.when_sent: Callable[[str], None] = lambda path: None
         hub = self
 
         class Handler(_Handler):
@@ -321,6 +324,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         self.hub.sent[path] += len(data) if self.command == "GET" else 0
         self._answer(200, data, headers)
+        if self.command == "GET":
+            self.hub.when_sent(path)
 
     _repo = r"([^/]+/[^/]+)"
     _routes = (

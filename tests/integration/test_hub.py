@@ -311,6 +311,26 @@ def test_damaged_download_is_never_used(hub, monkeypatch, fault: str) -> None:
     assert same_weights(drafter, DSparkDrafter.from_pretrained(REPO))
 
 
+def test_push_in_the_middle_of_a_pull_is_not_mixed_in(hub, tmp_path) -> None:
+    """Weights and calibration come from the commit that the config came from, though main has moved on since."""
+    first = tiny_drafter(tiny_target()).set_calibration(calibration())
+    first.push_to_hub(REPO)
+    tiny_drafter(tiny_target(), seed=2).set_calibration(calibration(temperatures=[2.0] * 5)).save_pretrained(tmp_path / "second")
+    second = {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
+    moved = []
+
+    def move(path: str) -> None:
+        if path == "config.json" and not moved:
+            moved.append(hub.add(REPO, second))
+
+    hub.when_sent = move
+    pulled = DSparkDrafter.from_pretrained(REPO)
+    assert moved
+    assert same_weights(first, pulled)
+    assert pulled.calibration == first.calibration
+    assert not same_weights(first, DSparkDrafter.from_pretrained(REPO))
+
+
 def test_warm_cache_serves_offline(hub, monkeypatch) -> None:
     """Offline, a drafter that was pulled before loads without one request; one that was not is refused."""
     drafter = tiny_drafter(tiny_target()).set_calibration(calibration())
