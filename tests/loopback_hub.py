@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_loopback"  # the only token that may write, and read private repositories
 USER = "user"
 
@@ -65,6 +67,7 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.faults: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
+        self.unreachable: set[str] = set()
         self.when_sent: Callable[[str], None] = lambda path: None
         hub = self
 
@@ -89,6 +92,10 @@ class LoopbackHub:
         before = repository.commits.get(repository.branches.get(branch, ""), {})
         repository.commit(branch, {**before, **files}, "put here by a test")
         return repository
+
+    def hang_up_on(self, path: str) -> None:
+        """Close the connection, from now on, when a file is asked for."""
+        self.unreachable.add(path)
 
     def take_fault(self, name: str) -> bool:
         if self.faults[name] <= 0:
@@ -182,7 +189,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _yaml(self, body: bytes, query: Any) -> None:
         text = json.loads(body)["content"]
-        errors = [] if text.startswith("---\n") else [{"message": "no metadata"}]
+        front = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
+        errors = [] if isinstance(front, dict) else [{"message": "no metadata"}]
+        base = (front or {}).get("base_model")
+        if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            errors.append({"message": '"base_model" must be a repository'})
         self._answer(200 if not errors else 400, {"errors": errors, "warnings": []})
 
     def _info(self, name: str, revision: str = "main", *, body: bytes, query: Any) -> None:
@@ -193,7 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
         if sha is None:
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return
-        siblings = [{"rfilename": path} for path in repository.commits[sha]]
+        siblings: list[dict[str, Any]] = []
+        for path, data in repository.commits[sha].items():
+            lfs = {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}} if _is_large(path) else {}
+            siblings.append({"rfilename": path, "size": len(data), "blobId": _oid(data), **lfs})
         self._answer(200, {"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
 
     def _tree(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
@@ -225,9 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.find(revision) is None:
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return
-        large = (".safetensors", ".png", ".gz")
         files = [
-            {"path": one["path"], "uploadMode": "lfs" if one["path"].endswith(large) else "regular", "shouldIgnore": False}
+            {"path": one["path"], "uploadMode": "lfs" if _is_large(one["path"]) else "regular", "shouldIgnore": False}
             for one in json.loads(body)["files"]
         ]
         self._answer(200, {"files": files})
@@ -268,6 +281,9 @@ class _Handler(BaseHTTPRequestHandler):
             value = item["value"]
             if item["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit") not in (None, repository.find(revision)):
+                    self._refuse(412, "", "A commit has happened since. Please refresh and try again.")
+                    return
             elif item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
@@ -286,6 +302,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", **opened})
 
     def _resolve(self, name: str, revision: str, path: str, *, body: bytes, query: Any) -> None:
+        if path in self.hub.unreachable:
+            self.close_connection = True
+            self.connection.close()
+            return
         repository = self._repository(name, write=False)
         if repository is None:
             return
@@ -342,6 +362,10 @@ class _Handler(BaseHTTPRequestHandler):
         (r"/lfs/([0-9a-f]+)", "PUT", _put_object),
         (rf"/{_repo}/resolve/([^/]+)/(.+)", "GET HEAD", _resolve),
     )
+
+
+def _is_large(path: str) -> bool:
+    return path.endswith((".safetensors", ".png", ".gz"))
 
 
 def _oid(data: bytes) -> str:

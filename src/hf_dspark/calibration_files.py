@@ -15,12 +15,12 @@ from .errors import CheckpointError
 FILE_NAME = "calibration.json"
 
 
-def check_calibration(record: Any, block_size: int, source: str) -> dict[str, Any]:
+def check_calibration(record: Any, block_size: int | None, source: str) -> dict[str, Any]:
     """The record, if it is a calibration for blocks of this size; SGLang's and TensorRT-LLM's files become records of ours.
 
     Args:
         record: what was read or made.
-        block_size (`int`): gamma of the drafter.
+        block_size (`int`, *optional*): gamma of the drafter; any where None.
         source (`str`): where it comes from, for the message.
     Raises:
         CheckpointError: otherwise.
@@ -35,7 +35,7 @@ def check_calibration(record: Any, block_size: int, source: str) -> dict[str, An
     if not all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in temperatures):
         raise CheckpointError(f"The calibration of {source!r} holds temperatures that are no numbers: {temperatures}. Calibrate again.")
     try:
-        check_temperatures(temperatures, block_size)
+        check_temperatures(temperatures, len(temperatures) if block_size is None else block_size)
     except ValueError as error:
         raise CheckpointError(f"The calibration of {source!r} does not fit this drafter: {error}") from error
     return dict(record)

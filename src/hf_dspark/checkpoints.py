@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -25,6 +25,9 @@ from transformers.utils.hub import extract_commit_hash
 from hf_dspark.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+# What a broken connection raises: the HTTP library behind huggingface_hub has had several names.
+TransportError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 EMBEDDING_KEY = "embed_tokens.weight"
 LM_HEAD_KEY = "lm_head.weight"
@@ -138,6 +141,15 @@ def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments:
     return found
 
 
+def tensors_of(path: Path) -> dict[str, TensorRecord]:
+    """The tensors of one file.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    return dict(_read_header(str(path), str(path.parent)))
+
+
 def tensor_shapes(name_or_path: str, **hub_arguments: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and safetensors dtype of every tensor; from the Hub only the headers of the files are fetched.
 
@@ -230,15 +242,36 @@ def cached_path(name_or_path: str, filename: str, **hub_arguments: Any) -> str |
         CheckpointError: if what was just downloaded is not what the Hub says it is; it is thrown away then.
     """
     was_there = isinstance(_in_cache(name_or_path, filename, hub_arguments), str)
-    path = cached_file(
-        name_or_path,
-        filename,
-        **hub_arguments,
-        _raise_exceptions_for_missing_entries=False,
-    )
+    try:
+        path = cached_file(name_or_path, filename, **hub_arguments, _raise_exceptions_for_missing_entries=False)
+    except TransportError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{filename} of {name_or_path!r} could not be fetched ({error}). Check the network, and load it again.") from error
     if path is not None and not was_there:
         _check_download(Path(path), name_or_path)
+    if path is None and not Path(name_or_path).is_dir() and not hub_arguments.get("local_files_only") and not is_offline_mode():
+        _check_absent(name_or_path, filename, hub_arguments)
     return path
+
+
+def _check_absent(name_or_path: str, filename: str, hub: Mapping[str, Any]) -> None:
+    """A file that could not be fetched is not a file that is not there.
+
+    Raises:
+        OSError: if the Hub did not say that the file is absent.
+    """
+    if _in_cache(name_or_path, filename, hub) is _CACHED_NO_EXIST:
+        return
+    within = f"{hub['subfolder']}/{filename}" if hub.get("subfolder") else filename
+    try:
+        found = HfApi(token=hub.get("token")).file_exists(name_or_path, within, revision=hub.get("revision"))
+    except Exception as error:
+        raise OSError(
+            f"{filename} of {name_or_path!r} could not be asked for ({type(error).__name__}). Check the network, and load it again."
+        ) from error
+    if found:
+        raise OSError(f"{filename} of {name_or_path!r} is there but could not be fetched. Load it again.")
 
 
 def commit_of(name_or_path: str, **hub_arguments: Any) -> str | None:

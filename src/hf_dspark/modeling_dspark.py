@@ -29,7 +29,7 @@ from hf_dspark.errors import UnboundDrafterError
 from hf_dspark.heads import ConfidenceHead, SequentialHead, build_head
 from hf_dspark.initialisation import copy_last_layers
 from hf_dspark.row_cache import RowCache, RowLayout
-from hf_dspark.stored import open_drafter
+from hf_dspark.stored import StoredDrafter, open_drafter
 from hf_dspark.vocabulary import check_draft_ids, choose_mask_token_id, mask_token_for
 
 # What a drafter decodes with where nobody says otherwise, once its confidences can be trusted.
@@ -213,7 +213,7 @@ class DSparkDrafter(PreTrainedModel):
             loaded = super().from_pretrained(source, *model_args, config=stored.config, **{**kwargs, "use_safetensors": True})
             drafter = loaded[0] if isinstance(loaded, tuple) else loaded
             check_finite(drafter.state_dict(), source)
-            drafter.calibration = stored.calibration
+            drafter._take_calibration(stored, source)
             return loaded
         state = {name: record.read() for name, record in stored.tensors.items()}
         check_finite(state, source)
@@ -221,7 +221,7 @@ class DSparkDrafter(PreTrainedModel):
         loaded = super().from_pretrained(None, *model_args, config=stored.config, state_dict=state, **kwargs)
         drafter = loaded[0] if isinstance(loaded, tuple) else loaded
         drafter._carried = stored.carried
-        drafter.calibration = stored.calibration
+        drafter._take_calibration(stored, source)
         drafter.config.name_or_path = drafter.name_or_path = source
         return loaded
 
@@ -321,6 +321,7 @@ class DSparkDrafter(PreTrainedModel):
             if source is None:
                 raise ValueError("load_adapter needs a folder or repository, or peft_config together with adapter_state_dict.")
             load_adapter(self, source, name, trainable=is_trainable, **{**(adapter_kwargs or {}), **kwargs})
+            self.__dict__["_adapter_folder"] = source
         return LoadedAdapter()
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
@@ -547,6 +548,12 @@ class DSparkDrafter(PreTrainedModel):
         self.config.confidence_temperatures = [float(t) for t in self.calibration["temperatures"]]
         self.budget = CALIBRATED_BUDGET
         return self
+
+    def _take_calibration(self, stored: StoredDrafter, source: str) -> None:
+        """Keep the record that lay beside the weights, unless it says that it was fitted to others."""
+        if stored.calibration is not None and stored.own_block == self.config.block_size:
+            check_fitted_to(stored.calibration, self, repr(source))
+        self.calibration = stored.calibration
 
     def drop_calibration(self) -> None:
         """Forget temperatures that were fitted to other weights; the drafter's own budget is `full` again."""

@@ -46,6 +46,7 @@ class StoredDrafter:
     tensors: dict[str, TensorRecord]
     carried: dict[str, TensorRecord]
     calibration: dict[str, Any] | None = None
+    own_block: int | None = None
 
 
 def open_drafter(
@@ -74,7 +75,7 @@ def open_drafter(
         expected = expected_tensors(config)
     if form is None:
         check_tensors(expected, found, source)
-        return StoredDrafter(None, config, found, {}, _calibration(source, config, own_block, hub))
+        return StoredDrafter(None, config, found, {}, _calibration(source, config, own_block, hub), own_block)
     if not config.sample_from_anchor and cached_path(source, _MASK_FILE, **hub) is not None:
         raise CheckpointError(f"{source!r} keeps a mask embedding of its own in {_MASK_FILE}, a pickle, which is never read.")
     found = form.rename(found)
@@ -89,7 +90,7 @@ def open_drafter(
     check_tensors({**expected, **carried}, found, source)
     _check_vocabulary_map(config, found, t2d, source)
     calibration = _calibration(source, config, own_block, hub)
-    return StoredDrafter(form, config, found, {key: found.pop(key) for key in carried}, calibration)
+    return StoredDrafter(form, config, found, {key: found.pop(key) for key in carried}, calibration, own_block)
 
 
 def check_sizes(config: DSparkConfig, found: Mapping[str, TensorRecord], source: str) -> None:

@@ -23,6 +23,18 @@ from tests.loopback_hub import LoopbackHub
 from tests.tiny import tiny_drafter, tiny_target
 
 REPO = "user/drafter"
+OWN_CARD = b"""---
+license: mit
+tags: [mine]
+model-index:
+- name: old
+  results:
+  - task: {type: text-generation}
+    dataset: {name: gsm8k, type: gsm8k}
+    metrics: [{type: tau, value: 9.9}]
+---
+# My words
+"""
 
 
 def calibration(gamma: int = 5, **changes: Any) -> dict[str, Any]:
@@ -162,15 +174,52 @@ def test_results_are_not_pushed_with_other_weights(hub, tmp_path, caplog) -> Non
     assert "weights have changed" in caplog.text
 
 
+def test_pull_calibrate_push_keeps_what_is_still_true(hub) -> None:
+    """Pushed back with the same weights and new temperatures, a repository keeps its recipe and results, and its card still tells them."""
+    from hf_dspark.embedded import embedded_drafter_path
+
+    DSparkDrafter.from_pretrained(embedded_drafter_path()).push_to_hub(REPO)
+    before = set(hub.repositories[REPO].files())
+    pulled = DSparkDrafter.from_pretrained(REPO)
+    pulled.set_calibration(calibration(7))
+    pulled.push_to_hub(REPO)
+    after = hub.repositories[REPO].files()
+    assert {name for name in before if name.startswith(("results/", "recipe"))} <= set(after)
+    assert "not recorded here" not in after["README.md"].decode().split("## Results")[0]
+    assert any(
+        metric["type"] == "tau" for one in front_matter(after["README.md"])["model-index"][0]["results"] for metric in one["metrics"]
+    )
+    with torch.no_grad():
+        pulled.fc.weight[0, 0] += 1
+    pulled.push_to_hub(REPO)
+    assert not [name for name in hub.repositories[REPO].files() if name.startswith(("results/", "recipe"))]
+    assert "model-index" not in front_matter(hub.repositories[REPO].files()["README.md"])
+
+
+def test_push_leaves_other_files_alone(hub) -> None:
+    """Files in folders, and those of no name of ours, stay where they are."""
+    others = {
+        "other/model.safetensors": b"x",
+        "adapters/a/adapter_model.safetensors": b"y",
+        "notes.txt": b"z",
+        "results/raw/big.json": b"{}",
+    }
+    hub.add(REPO, others)
+    tiny_drafter(tiny_target()).push_to_hub(REPO)
+    tiny_drafter(tiny_target(), seed=2).push_to_hub(REPO)
+    assert others.items() <= hub.repositories[REPO].files().items()
+
+
 def test_card_that_somebody_wrote_keeps_its_text(hub) -> None:
     """A hand-written README keeps its words; its metadata gains tags and results; a rendered one is rendered anew."""
-    hub.add(REPO, {"README.md": b"---\nlicense: mit\ntags: [mine]\n---\n# My words\n"})
+    hub.add(REPO, {"README.md": OWN_CARD})
     tiny_drafter(tiny_target()).push_to_hub(REPO, licence="apache-2.0")
     text = hub.repositories[REPO].files()["README.md"]
     assert "# My words" in text.decode()
     front = front_matter(text)
     assert front["license"] == "mit"
     assert {"mine", "dspark"} <= set(front["tags"])
+    assert "model-index" not in front
     other = "user/other"
     tiny_drafter(tiny_target()).push_to_hub(other)
     assert "not calibrated" in hub.repositories[other].files()["README.md"].decode()
@@ -212,6 +261,24 @@ def test_calibration_of_ones_own_is_pulled_on_top_of_anothers_drafter(hub) -> No
     assert commits(hub) == before
 
 
+def test_calibration_fitted_to_other_weights_is_refused(hub, tmp_path) -> None:
+    """A record that names the weights it was fitted to is refused beside others, in a folder and on top of a repository."""
+    from hf_dspark.adapter_files import fingerprint
+
+    first, second = tiny_drafter(tiny_target()), tiny_drafter(tiny_target(), seed=2)
+    record = calibration(drafter_fingerprint=fingerprint(first))
+    first.set_calibration(record).push_to_hub(REPO)
+    assert DSparkDrafter.from_pretrained(REPO).calibration == record
+    assert DSparkDrafter.from_pretrained(REPO, block_size=3).config.block_size == 3
+    second.set_calibration(record).save_pretrained(tmp_path / "second")
+    with pytest.raises(CheckpointError, match="fitted to a drafter with fingerprint"):
+        DSparkDrafter.from_pretrained(tmp_path / "second")
+    second.drop_calibration()
+    second.push_to_hub("user/second")
+    with pytest.raises(CheckpointError, match="fitted to a drafter with fingerprint"):
+        DSparkDrafter.from_pretrained("user/second", calibration=record)
+
+
 def test_calibration_for_another_block_size_is_refused(hub) -> None:
     """Neither pushed into such a drafter's repository, nor pulled on top of it."""
     tiny_drafter(tiny_target()).push_to_hub(REPO)
@@ -248,7 +315,47 @@ def test_adapter_is_pushed_and_pulled_alone(hub) -> None:
     assert same_weights(drafter, again)
 
 
+def test_adapters_and_drafters_do_not_share_a_repository(hub, tmp_path) -> None:
+    """An adapter is not pushed over a drafter, nor a drafter over an adapter; and none whose drafter is a folder of this machine."""
+    tiny_drafter(tiny_target()).save_pretrained(tmp_path / "base")
+    adapted = add_lora(DSparkDrafter.from_pretrained(tmp_path / "base"), rank=2)
+    with pytest.raises(CheckpointError, match="Push the drafter first"):
+        adapted.push_to_hub("user/adapter")
+    assert not hub.repositories
+    tiny_drafter(tiny_target()).push_to_hub(REPO)
+    adapted = add_lora(DSparkDrafter.from_pretrained(REPO), rank=2)
+    with pytest.raises(HubError, match="holds a drafter"):
+        adapted.push_to_hub(REPO)
+    adapted.push_to_hub("user/adapter")
+    with pytest.raises(HubError, match="holds an adapter"):
+        tiny_drafter(tiny_target()).push_to_hub("user/adapter")
+
+
 # ------------------------------------------------------------------------------------------------------------- what breaks
+
+
+def test_file_that_cannot_be_fetched_is_not_taken_for_absent(hub, monkeypatch) -> None:
+    """A connection that breaks on calibration.json fails the load, instead of giving an uncalibrated drafter."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    tiny_drafter(tiny_target()).set_calibration(calibration()).push_to_hub(REPO)
+    hub.hang_up_on("calibration.json")
+    with pytest.raises(OSError, match=r"calibration\.json"):
+        DSparkDrafter.from_pretrained(REPO)
+
+
+def test_edit_during_a_push_is_not_overwritten(hub, monkeypatch) -> None:
+    """A commit by somebody else between the look at the repository and the push makes the push fail, with the other's file still there."""
+    tiny_drafter(tiny_target()).push_to_hub(REPO)
+    seen = []
+
+    def edit(path: str) -> None:
+        if path == "README.md" and not seen:
+            seen.append(hub.add(REPO, {"README.md": b"---\nlicense: mit\n---\nTheirs\n"}))
+
+    hub.when_sent = edit
+    with pytest.raises(HubError, match="changed since"):
+        tiny_drafter(tiny_target(), seed=2).push_to_hub(REPO)
+    assert b"Theirs" in hub.repositories[REPO].files()["README.md"]
 
 
 def test_wrong_token_is_refused_before_anything_is_sent(hub, monkeypatch) -> None:

@@ -581,6 +581,22 @@ def test_converted_reduced_vocabulary_holds_the_targets_rows(tmp_path) -> None:
         convert(str(own), tmp_path / "none", "speculators")
 
 
+def test_adapters_and_what_speculators_cannot_say_are_not_converted(tmp_path) -> None:
+    """An adapter's folder is refused, and so is a recurrent head behind a slot that does not predict."""
+    from hf_dspark.adapters import add_lora
+    from tests.tiny import tiny_drafter
+
+    target = tiny_target("qwen3")
+    add_lora(tiny_drafter(target), rank=2)
+    tiny_drafter(target).save_pretrained(tmp_path / "base")
+    add_lora(DSparkDrafter.from_pretrained(tmp_path / "base"), rank=2).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="Merge it first"):
+        convert(str(tmp_path / "adapter"), tmp_path / "made", "speculators")
+    tiny_drafter(target, "rnn", sample_from_anchor=False).save_pretrained(tmp_path / "rnn")
+    with pytest.raises(CheckpointError, match="recurrent head"):
+        convert(str(tmp_path / "rnn"), tmp_path / "made", "speculators", target=target)
+
+
 def test_convert_writes_into_a_new_folder_only(tmp_path) -> None:
     """A folder with files is refused; a format of no name is a ValueError."""
     found = deepspec("vanilla")

@@ -361,12 +361,12 @@ def test_master_weights_gather_updates_too_small_for_bfloat16():
 def test_muon_moves_hidden_matrices_by_its_own_rule_and_the_rest_by_adamws():
     """A matrix follows torch.optim.Muon alone on a float32 copy, a vector and a vocabulary matrix follow torch.optim.AdamW."""
     torch.manual_seed(0)
-    shapes = [(96, 64), (64,), (9000, 64)]
+    shapes = [(96, 64), (64,), (80, 64)]
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     muon = torch.optim.Muon(alone[:1], lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(alone[1:], lr=0.01, weight_decay=0.0)
-    optimizer = MasterOptimizer(parameters, kind="muon")
+    optimizer = MasterOptimizer(parameters, kind="muon", matrices=parameters[:1])
     for _ in range(3):
         for ours, theirs in zip(parameters, alone, strict=True):
             theirs.grad = torch.randn_like(ours)
@@ -392,12 +392,16 @@ def test_optimizer_that_was_saved_goes_on_as_if_it_had_not_been(kind):
             parameter.grad = torch.randn_like(parameter)
         optimizer.step(0.01, clip=1.0)
 
-    through = MasterOptimizer(fresh(), kind=kind)
+    def made():
+        parameters = fresh()
+        return MasterOptimizer(parameters, kind=kind, matrices=parameters[:1])
+
+    through = made()
     step(through, 2)
     step(through, 3)
-    first = MasterOptimizer(fresh(), kind=kind)
+    first = made()
     step(first, 2)
-    second = MasterOptimizer(fresh(), kind=kind)
+    second = made()
     second.load_state_dict(first.state_dict())
     step(second, 3)
     for one, other in zip(through.parameters, second.parameters, strict=True):
@@ -405,6 +409,19 @@ def test_optimizer_that_was_saved_goes_on_as_if_it_had_not_been(kind):
     if kind == "muon":
         with pytest.raises(CheckpointError, match="another optimizer"):
             MasterOptimizer(fresh()).load_state_dict(first.state_dict())
+
+
+def test_muon_takes_the_backbones_matrices_whatever_their_size(tmp_path):
+    """fc and the projections of every layer are Muon's; norms, the sequential head and the confidence head are AdamW's."""
+    target = tiny_target()
+    trainer = Trainer(tiny_drafter(target), target, tiny_rows(), tiny_rows()[:6], tiny_config(optimizer="muon"), tmp_path)
+    (_, others), (muon, matrices) = trainer.optimizer.parts
+    assert isinstance(muon, torch.optim.Muon)
+    names = {id(p): name for name, p in trainer.drafter.named_parameters()}
+    theirs = {names[id(trainer.optimizer.parameters[i])] for i in matrices}
+    projections = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    assert theirs == {"fc.weight"} | {f"layers.{i}.{name}.weight" for i in range(len(trainer.drafter.layers)) for name in projections}
+    assert len(others) + len(matrices) == len(trainer.optimizer.parameters)
 
 
 def test_gradient_that_is_not_finite_changes_no_weight():

@@ -194,6 +194,9 @@ def bench(
                 cell = cells[concurrency, contender.name] if turn >= 0 else _Cell()
                 if contender.name in servers:
                     cell.add(servers[contender.name].run(steady=True, seconds=seconds))
+                    if len(servers[contender.name].loop.live) < concurrency:  # so fast that its requests are all answered
+                        cell.users += servers[contender.name].speeds()
+                        servers[contender.name] = runner.server(contender, concurrency, seconds * (repeats + 1))
                 elif turn % 4 == 0:
                     runner.stock(contender, concurrency, seconds, turn, cell)
                 if on_cell is not None:
@@ -296,7 +299,7 @@ class _Runner:
     def server(self, contender: Contender, concurrency: int, seconds: float) -> Server:
         """A contender with requests for so many seconds, whatever its speed; those in flight at first are of all ages."""
         queue = self._queue(0)
-        wanted = concurrency + 8 + int(20 * seconds)
+        wanted = concurrency + 8 + int(max(20, 4 * concurrency) * seconds)
         ages = [max(self.max_new_tokens * (i + 1) // concurrency, 1) for i in range(concurrency)]
         budget = StaticBudget(0) if contender.name == PLAIN else make_budget(contender.budget)
         listens = contender.drafts and budget.needs_confidence

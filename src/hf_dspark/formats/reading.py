@@ -362,6 +362,7 @@ def _specforge(raw: Mapping[str, Any], source: str) -> Flat:
         "enable_confidence_head": confidence,
         "confidence_head_with_markov": bool(get("confidence_head_with_markov", False)) if confidence else False,
         "causal_sliding_block": True,
+        "raw_embeddings": True,
         **_of_target(raw),
     }
 

@@ -47,6 +47,8 @@ def to_deepspec(drafter: Any, target: PreTrainedModel | None, carried: dict[str,
             "sliding-window layers": "sliding_attention" in (config.layer_types or ()),
             "embeddings without the target's scaling": config.raw_embeddings and _scales(target),
             "a target whose number of layers is not known": config.num_target_layers is None and target is None,
+            "a Gemma 4 backbone with other than proportional RoPE": config.backbone == "gemma4"
+            and (config.rope_parameters or {}).get("rope_type") != "proportional",
         },
     )
     of_target = target.config.get_text_config(decoder=True) if target is not None else None
@@ -75,6 +77,10 @@ def to_deepspec(drafter: Any, target: PreTrainedModel | None, carried: dict[str,
             "architectures": ["Gemma4DSparkModel"],
             "model_type": config.target_model_type or "gemma4_text",
             "attention_k_eq_v": config.attention_k_eq_v,
+            "enable_moe_block": False,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
             "global_head_dim": config.head_dim,
             "num_key_value_heads": config.num_key_value_heads,
             "num_global_key_value_heads": config.num_key_value_heads if config.attention_k_eq_v else None,
@@ -107,7 +113,10 @@ def to_speculators(drafter: Any, target: PreTrainedModel | None, carried: dict[s
         {
             "a Gemma 4 backbone": config.backbone != "qwen3",
             "windows that count from each slot": slides and not config.window_from_anchor,
-            "embeddings or logits that the target's family scales": not config.raw_embeddings and _scales(target),
+            "embeddings or logits that the target's family scales": not config.raw_embeddings and _scales(target, config),
+            "a recurrent head behind a slot that does not predict": config.markov_head_type == "rnn"
+            and config.markov_rank > 0
+            and not config.sample_from_anchor,
             "a vocabulary whose size is not known": not config.vocab_size,
         },
     )
@@ -164,10 +173,10 @@ def _matrix(target: PreTrainedModel | None, getter: str, dtype: torch.dtype) -> 
     return weight.detach().to("cpu", dtype, copy=True).contiguous()
 
 
-def _scales(target: PreTrainedModel | None) -> bool:
-    """Whether a target's family puts a scale around its embedding or a soft-cap around its logits."""
+def _scales(target: PreTrainedModel | None, config: DSparkConfig | None = None) -> bool:
+    """Whether a target's family puts a scale around its embedding or a soft-cap around its logits; by its name where it is not at hand."""
     if target is None:
-        return False
+        return config is not None and str(config.target_model_type or "").startswith("gemma")
     text = target.config.get_text_config(decoder=True)
     return type(target.get_input_embeddings()) is not torch.nn.Embedding or getattr(text, "final_logit_softcapping", None) is not None
 

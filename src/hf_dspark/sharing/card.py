@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # A card with this line was written here, and may be written anew; any other card's text is its author's.
 MARKER = "<!-- written by hf_dspark from the files beside it -->"
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 CURVE, DIAGRAM, DECODED = "training_curve.png", "reliability.png", Path("results", "decoded.json")
 
@@ -61,7 +63,7 @@ def render_card(
     try:
         data = ModelCardData(
             license=licence,
-            base_model=target,
+            base_model=target if target and _REPO.fullmatch(target) and not Path(target).exists() else None,
             library_name="peft" if adapter else "hf_dspark",
             pipeline_tag="text-generation",
             tags=list(dict.fromkeys(words)),
@@ -105,8 +107,9 @@ def write_training_card(folder: Path, recipe: Mapping[str, Any], drafter: Any) -
     if not folder.is_dir():
         return
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    (folder / CURVE).unlink(missing_ok=True)  # of an earlier stand of the run
     card = render_card(folder, name=folder.name, title=folder.resolve().parent.name)
-    if drafter.config.target_name:
+    if drafter.config.target_name and _REPO.fullmatch(drafter.config.target_name):
         card.data["base_model"] = drafter.config.target_name
     card.save(folder / "README.md")
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
+from hf_dspark.adapters import adapter_names
 from hf_dspark.calibration_files import save_calibration
+from hf_dspark.errors import CheckpointError
 from hf_dspark.formats.writing import WRITTEN, fresh_folder, to_deepspec, to_speculators
 from hf_dspark.hub import load_drafter, load_target
 
@@ -45,6 +47,10 @@ def convert(
         raise ValueError(f"to is {to!r}; allowed: {', '.join(WRITTEN)}.")
     folder = fresh_folder(destination)
     drafter = load_drafter(source, revision=revision)
+    if adapter_names(drafter):
+        raise CheckpointError(
+            f"{source!r} is an adapter, not a drafter. Merge it first: hf_dspark.adapters.merge_adapter(drafter).save_pretrained(FOLDER)."
+        )
     carried = dict(drafter._carried)
     if isinstance(target, str):
         target = load_target(target, dtype=drafter.dtype)[0]

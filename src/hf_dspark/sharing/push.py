@@ -5,39 +5,40 @@ What is pushed is put together in a temporary folder first, so that a repository
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from hf_dspark.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
+from hf_dspark.adapter_files import SIDECAR_FILE
 from hf_dspark.adapters import adapter_names
-from hf_dspark.calibration_files import FILE_NAME as CALIBRATION
-from hf_dspark.calibration_files import check_calibration, read_calibration, write_calibration
-from hf_dspark.checkpoints import list_tensors
+from hf_dspark.calibration_files import check_calibration, find_calibration, write_calibration
+from hf_dspark.checkpoints import TransportError, list_tensors, tensors_of
 from hf_dspark.errors import CheckpointError, HubError
-from hf_dspark.sharing.card import CURVE, DIAGRAM, MARKER, render_card
+from hf_dspark.formats.reading import foreign_config, recognise_format
+from hf_dspark.sharing.card import MARKER, render_card
 
 if TYPE_CHECKING:
     from hf_dspark.modeling_dspark import DSparkDrafter
 
 logger = logging.getLogger(__name__)
 
-# What a broken connection raises: the HTTP library behind huggingface_hub has had several names.
-_TransportError = cast(type[Exception], HfHubHTTPError.__bases__[0])
-
 _ATTEMPTS = 3
-# Files of an earlier push that say something else than the new one, where the new one does not bring them.
-_STALE = ("*.safetensors", "model.safetensors.index.json", CALIBRATION, "recipe*.json", "results/*", CURVE, DIAGRAM)
+# Files of an earlier push, in the repository's root, that say something else than the new one where that does not bring them.
+_STALE = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|model\.safetensors\.index\.json|calibration\.json)")
+_STALE_RESULTS = re.compile(r"(recipe\w*\.json|training_curve\.png|reliability\.png|results/[^/]+\.(json|csv|png))")
 _RESULTS = ("recipe.json", "results")
+_DRAFTER, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
 
 def push_drafter(
@@ -68,18 +69,26 @@ def push_drafter(
     Returns:
         `huggingface_hub.CommitInfo`.
     Raises:
-        HubError: if the Hub refuses, or cannot be reached.
+        CheckpointError: for an adapter whose drafter is a folder on this machine.
+        HubError: if the Hub refuses, or cannot be reached, or the repository holds the other kind.
     """
-    message = commit_message or ("Upload DSpark adapter" if adapter_names(drafter) else "Upload DSpark drafter")
-    hub = _Hub(repo_id, token, revision, create_pr)
-    hub.prepare(private)
+    adapter = bool(adapter_names(drafter))
+    message = commit_message or ("Upload DSpark adapter" if adapter else "Upload DSpark drafter")
     with tempfile.TemporaryDirectory(prefix="hf_dspark-push-") as made:
         folder = Path(made)
         drafter.save_pretrained(folder, max_shard_size=max_shard_size)
+        if adapter:
+            _check_base(folder)
+        hub = _Hub(repo_id, token, revision, create_pr)
+        hub.prepare(private)
+        hub.check_kind(adapter)
         _take_results_along(drafter, folder)
-        card = render_card(folder, name=repo_id, licence=licence, tags=tags)
+        unchanged = hub.same_weights(folder)
+        if unchanged:
+            hub.bring_results(folder)
+        card = render_card(folder, name=hub.repo_id, licence=licence, tags=tags)
         _keep_authors_text(card, hub.read("README.md")).save(folder / "README.md")
-        return hub.upload(folder, message, commit_description)
+        return hub.upload(folder, message, commit_description, keep_results=unchanged)
 
 
 def push_calibration(
@@ -107,10 +116,8 @@ def push_calibration(
         CheckpointError: if there is no calibration, or it does not fit the drafter in that repository.
         HubError: if the Hub refuses, or cannot be reached.
     """
-    record = dict(calibration) if isinstance(calibration, Mapping) else read_calibration(str(calibration))
-    if record is None:
-        raise CheckpointError(f"{str(calibration)!r} holds no {CALIBRATION}. Run hf-dspark calibrate first.")
-    record = check_calibration(record, len(record.get("temperatures", ())), repo_id)
+    record = dict(calibration) if isinstance(calibration, Mapping) else find_calibration(str(calibration))
+    record = check_calibration(record, None, repo_id)
     hub = _Hub(repo_id, token, revision, create_pr)
     hub.prepare(private)
     with tempfile.TemporaryDirectory(prefix="hf_dspark-push-") as made:
@@ -119,7 +126,9 @@ def push_calibration(
         stored = hub.read("config.json")
         if stored is not None:
             config = json.loads(stored)
-            check_calibration(record, int(config.get("block_size", 0)), repo_id)
+            form = recognise_format(config, repo_id)
+            gamma = config.get("block_size") if form is None else foreign_config(form, config, repo_id).block_size
+            check_calibration(record, gamma, repo_id)
             config["confidence_temperatures"] = [float(t) for t in record["temperatures"]]
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
@@ -134,32 +143,52 @@ class _Hub:
         self.api = HfApi(token=token)
 
     def prepare(self, private: bool | None) -> None:
-        """Make repository and branch where they are missing; refuses before anything is uploaded."""
+        """Make repository and branch where they are missing, and see what is there; refuses before anything is uploaded."""
         try:
             self.repo_id = self.api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
             if self.revision and not self.revision.startswith("refs/") and self.revision != "main":
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        except (HfHubHTTPError, _TransportError, ConnectionError, ValueError) as error:
+            found = self.api.model_info(self.repo_id, revision=None if self.create_pr else self.revision, files_metadata=True)
+        except (HfHubHTTPError, TransportError, ConnectionError, ValueError) as error:
             raise self._refused(error) from error
+        self.commit_sha = found.sha
+        self.files = {one.rfilename: one.lfs.sha256 if one.lfs else None for one in found.siblings or []}
+
+    def check_kind(self, adapter: bool) -> None:
+        """Refuse to put an adapter into a drafter's repository, or the other way round: one would take the other's files for its own."""
+        other = (_DRAFTER if _DRAFTER in self.files or f"{_DRAFTER}.index.json" in self.files else None) if adapter else _ADAPTER
+        if other in self.files or (other is not None and adapter):
+            ours, theirs = ("an adapter", "a drafter") if adapter else ("a drafter", "an adapter")
+            raise HubError(f"{self.repo_id!r} holds {theirs} ({other}); what is pushed is {ours}. Name another repository.")
 
     def read(self, file: str) -> str | None:
-        """The text of a file on the branch, None where there is none yet."""
-        try:
-            path = hf_hub_download(self.repo_id, file, revision=self.revision, token=self.token)
-        except (EntryNotFoundError, RevisionNotFoundError):
+        """The text of a file as it is on the branch now, None where there is none."""
+        if file not in self.files:
             return None
-        except (HfHubHTTPError, _TransportError, ConnectionError) as error:
+        try:
+            path = hf_hub_download(self.repo_id, file, revision=self.commit_sha, token=self.token)
+        except (HfHubHTTPError, TransportError, ConnectionError, OSError) as error:
             raise self._refused(error) from error
         return Path(path).read_text(encoding="utf-8")
 
-    def upload(self, folder: Path, message: str, description: str | None) -> CommitInfo:
+    def same_weights(self, folder: Path) -> bool:
+        """Whether the repository holds these very weight files."""
+        ours = {path.name: _sha256(path) for path in folder.glob("*.safetensors")}
+        return bool(ours) and all(self.files.get(name) == digest for name, digest in ours.items())
+
+    def bring_results(self, folder: Path) -> None:
+        """Copy the repository's recipe and decoded results into a folder that has none, for its card to tell them."""
+        for name in ("recipe.json", "results/decoded.json"):
+            if name in self.files and not (folder / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(self.read(name) or "", encoding="utf-8")
+
+    def upload(self, folder: Path, message: str, description: str | None, *, keep_results: bool) -> CommitInfo:
         """Commit a folder, and take away what an earlier push left that it does not hold: one commit, never a part of it."""
         ours = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        try:
-            stored = self.api.list_repo_files(self.repo_id, revision=None if self.create_pr else self.revision)
-        except (HfHubHTTPError, _TransportError, ConnectionError) as error:
-            raise self._refused(error) from error
-        stale = [name for name in stored if name not in ours and any(fnmatch(name, pattern) for pattern in _STALE)]
+        stale = [name for name in self.files if name not in ours and _STALE.fullmatch(name)]
+        if not keep_results:
+            stale += [name for name in self.files if name not in ours and _STALE_RESULTS.fullmatch(name)]
         operations: list[Any] = [CommitOperationAdd(name, path) for name, path in ours.items()]
         return self.commit([*operations, *(CommitOperationDelete(name) for name in stale)], message, description)
 
@@ -172,6 +201,7 @@ class _Hub:
                 commit_description=description or "",
                 revision=self.revision,
                 create_pr=self.create_pr,
+                parent_commit=self.commit_sha,
             )
         )
 
@@ -180,7 +210,9 @@ class _Hub:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return upload()
-            except (HfHubHTTPError, _TransportError, ConnectionError) as error:
+            except ValueError as error:  # the card's metadata, which the Hub checks
+                raise self._refused(error) from error
+            except (HfHubHTTPError, TransportError, ConnectionError) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 passing = status is None or status >= 500 or status == 429
                 if not passing or self.create_pr or attempt == _ATTEMPTS:
@@ -192,6 +224,8 @@ class _Hub:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, RepositoryNotFoundError) or status == 404:
             step = "Check the name; for a private repository, that the token may read it."
+        elif status in (409, 412):
+            step = "It has changed since this push began: push again."
         elif status in (401, 403):
             step = "Log in with `hf auth login`, or give a token that may write there."
         else:
@@ -209,24 +243,37 @@ def _keep_authors_text(new: ModelCard, stored: str | None) -> ModelCard:
     if stored is None or MARKER in stored:
         return new
     card = ModelCard(stored, ignore_metadata_errors=True)
-    fresh = new.data.to_dict()
-    for key, value in fresh.items():
+    for key, value in new.data.to_dict().items():
         if key == "tags":
             value = list(dict.fromkeys([*(card.data.get("tags") or []), *value]))
-        if key in ("tags", "model-index", "library_name") or card.data.get(key) is None:
+        if key in ("tags", "library_name") or (key != "model-index" and card.data.get(key) is None):
             card.data[key] = value
+    # What was measured of other weights must not stay.
+    card.data["eval_results"], card.data["model_name"] = new.data.get("eval_results"), new.data.get("model_name")
     return card
 
 
+def _check_base(folder: Path) -> None:
+    """Refuse to publish an adapter that nobody else could put onto its drafter."""
+    base = json.loads((folder / SIDECAR_FILE).read_text(encoding="utf-8")).get("base") or ""
+    if not base or Path(base).exists():
+        raise CheckpointError(
+            f"This adapter's drafter is the folder {base!r}, which others do not have. Push the drafter first, load it by its "
+            "repository's name, load the adapter onto it, and push that."
+        )
+
+
 def _take_results_along(drafter: DSparkDrafter, folder: Path) -> None:
-    """Copy recipe and results from the folder that the drafter was loaded from, if these are still its weights."""
-    source = Path(drafter.name_or_path or "")
-    if not drafter.name_or_path or not source.is_dir() or (folder / ADAPTER_CONFIG).is_file() != (source / ADAPTER_CONFIG).is_file():
+    """Copy recipe and results from the folder that drafter or adapter was loaded from, if these are still its weights."""
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    name = drafter.__dict__.get("_adapter_folder") if adapter else drafter.name_or_path
+    source = Path(name or "")
+    if not name or not source.is_dir():
         return
-    found = [source / name for name in _RESULTS if (source / name).exists()]
+    found = [source / one for one in _RESULTS if (source / one).exists()]
     if not found:
         return
-    if not _same_weights(source, folder):
+    if not _same_weights(source, folder, _ADAPTER if adapter else None):
         logger.warning("The weights have changed since they were loaded from %s, whose results are therefore not pushed.", source)
         return
     for path in found:
@@ -236,10 +283,10 @@ def _take_results_along(drafter: DSparkDrafter, folder: Path) -> None:
             shutil.copy(path, folder / path.name)
 
 
-def _same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same tensors, to bfloat16."""
+def _same_weights(one: Path, other: Path, file: str | None = None) -> bool:
+    """Whether two folders hold the same tensors, to bfloat16; of an adapter's file where it is named."""
     try:
-        a, b = list_tensors(str(one)), list_tensors(str(other))
+        a, b = (list_tensors(str(folder)) if file is None else tensors_of(folder / file) for folder in (one, other))
     except CheckpointError:
         return False
     if {name: record.shape for name, record in a.items()} != {name: record.shape for name, record in b.items()}:
@@ -251,3 +298,11 @@ def _same_weights(one: Path, other: Path) -> bool:
         if not torch.equal(left, right):
             return False
     return True
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -15,15 +15,13 @@ from hf_dspark.training.sharding import gathered, like, whole
 
 OPTIMIZERS = ("adamw", "muon")
 
-# Matrices whose rows or columns are tokens, and those of a rank this small, are AdamW's.
-_WIDEST, _NARROWEST = 8192, 64
-
 
 class MasterOptimizer:
     """AdamW or Muon on float32 copies of the parameters, which themselves stay in the dtype they compute in.
 
-    Muon orthogonalises the momentum of a matrix; it is for matrices between hidden states. Norms, biases and the sequential head's
-    vocabulary matrices stay with AdamW, and Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    Muon orthogonalises the momentum of a matrix; it is for matrices between hidden states, which the caller names. Norms, biases and
+    the sequential head's vocabulary matrices stay with AdamW, and Muon's updates are scaled to the size of AdamW's, so that one learning
+    rate serves both.
 
     Gradients of the parts of a step are added up in float32, and over processes where there are several.
 
@@ -32,6 +30,7 @@ class MasterOptimizer:
     Args:
         parameters: trainable tensors of the drafter, any float dtype.
         kind (`str`): `"adamw"` or `"muon"`.
+        matrices: which of the parameters are Muon's.
         weight_decay (`float`): decoupled.
         reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where the
             gradients arrive reduced (one process, or FSDP).
@@ -44,20 +43,22 @@ class MasterOptimizer:
         parameters: Sequence[nn.Parameter],
         *,
         kind: str = "adamw",
+        matrices: Sequence[nn.Parameter] = (),
         weight_decay: float = 0.0,
         reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
-        matrices = [i for i, master in enumerate(self.masters) if kind == "muon" and _is_hidden_matrix(master)]
-        others = [i for i in range(len(self.masters)) if i not in matrices]
+        chosen = {id(parameter) for parameter in matrices} if kind == "muon" else set()
+        muons = [i for i, parameter in enumerate(self.parameters) if id(parameter) in chosen]
+        others = [i for i, parameter in enumerate(self.parameters) if id(parameter) not in chosen]
         # Each optimizer with the indices of its masters.
         self.parts: list[tuple[torch.optim.Optimizer, list[int]]] = []
         if others:
             of_others = [self.masters[i] for i in others]
             self.parts.append((torch.optim.AdamW(of_others, lr=0.0, weight_decay=weight_decay, fused=True), others))
-        if matrices:
-            self.parts.append((_muon([self.masters[i] for i in matrices], weight_decay), matrices))
+        if muons:
+            self.parts.append((_muon([self.masters[i] for i in muons], weight_decay), muons))
         self._reduce = reduce
 
     @torch.no_grad()
@@ -153,10 +154,6 @@ class MasterOptimizer:
             }
             optimizer.load_state_dict({**stored, "state": moments})
         self.copy_back()
-
-
-def _is_hidden_matrix(master: Tensor) -> bool:
-    return master.dim() == 2 and min(master.shape) >= _NARROWEST and max(master.shape) <= _WIDEST
 
 
 def _muon(masters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,6 +56,10 @@ class Progress:
     anchors: int = 0
     last_evaluation: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+# Of the whole drafter, adapters left out: their thin matrices are AdamW's.
+_BACKBONE_MATRIX = re.compile(r"(^|\.)(fc|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.weight$")
 
 
 class Trainer:
@@ -136,6 +141,7 @@ class Trainer:
         self.optimizer = MasterOptimizer(
             [p for p in self.objective.parameters() if p.requires_grad],
             kind=config.optimizer,
+            matrices=[p for name, p in self.objective.named_parameters() if p.dim() == 2 and _BACKBONE_MATRIX.search(name)],
             weight_decay=config.weight_decay,
             reduce=torch.distributed.all_reduce if self.processes > 1 and not self.sharded else None,
         )
