@@ -157,10 +157,20 @@ def tensor_shapes(name_or_path: str, **hub_arguments: Any) -> dict[str, tuple[tu
         CheckpointError: if there are no safetensors files, or one is damaged.
     """
     here = isinstance(_in_cache(name_or_path, SAFE_WEIGHTS_NAME, hub_arguments), str)
-    if Path(name_or_path).is_dir() or here or hub_arguments.get("subfolder") or is_offline_mode():
+    if Path(name_or_path).is_dir() or here or is_offline_mode():
         return {name: (record.shape, record.dtype) for name, record in list_tensors(name_or_path, **hub_arguments).items()}
+    api, revision, folder = HfApi(token=hub_arguments.get("token")), hub_arguments.get("revision"), hub_arguments.get("subfolder")
+    if folder:
+        file = f"{folder}/{SAFE_WEIGHTS_NAME}"
+        if not api.file_exists(name_or_path, file, revision=revision):
+            return {name: (record.shape, record.dtype) for name, record in list_tensors(name_or_path, **hub_arguments).items()}
+        try:
+            tensors = api.parse_safetensors_file_metadata(name_or_path, file, revision=revision).tensors
+        except SafetensorsParsingError as error:
+            raise CheckpointError(f"{file} of {name_or_path!r} is no readable safetensors file ({error}).") from error
+        return {name: (tuple(info.shape), str(info.dtype)) for name, info in tensors.items()}
     try:
-        metadata = HfApi(token=hub_arguments.get("token")).get_safetensors_metadata(name_or_path, revision=hub_arguments.get("revision"))
+        metadata = api.get_safetensors_metadata(name_or_path, revision=revision)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise CheckpointError(f"{name_or_path!r} holds no readable safetensors files ({error}).") from error
     found = {}
