@@ -218,9 +218,12 @@ def fit_temperatures(rounds: Rounds, grid: Sequence[float] | None = None) -> lis
     before = np.ones(len(rounds))
     temperatures = []
     for k in range(rounds.block_size):
+        known_k = rounds.judged > k
+        observed = (rounds.accepted[known_k] > k).astype(np.float64)
+        logits, reached = rounds.logits[known_k, k], before[known_k]
         scores = []
         for temperature in candidates.tolist():
-            predicted, observed = _position(rounds, before * _sigmoid(rounds.logits[:, k] / temperature), k)
+            predicted = reached * _sigmoid(logits / temperature)
             error, brier = expected_calibration_error(predicted, observed), brier_score(predicted, observed)
             scores.append((error, brier, temperature, noise_of_error(predicted, BINS)[1]))
         least, _, _, deviation = min(scores)

@@ -38,6 +38,10 @@ class OnlineState:
     temperatures: tuple[float, ...]
 
 
+# A window of a few thousand rounds tells no more temperatures apart than these, a fifth from one another.
+_COARSE = np.geomspace(0.1, 10, 27).tolist()
+
+
 class OnlineCalibration:
     """Watches a drafter's confidences while it generates, and refits their temperatures where they drift.
 
@@ -45,7 +49,7 @@ class OnlineCalibration:
 
     Args:
         window (`int`): rounds of rows that count, the latest.
-        every (`int`): rounds between checks.
+        every (`int`): rounds between checks; after temperatures were changed, half a window.
         tolerance (`float`): calibration error beyond chance that is never called a drift.
         alarm (`float`): by how many standard deviations, of the error that chance shows, it must exceed chance to count as one.
         adapt (`bool`): change temperatures on a drift; False only watches.
@@ -143,8 +147,9 @@ class OnlineCalibration:
         self._next_look = self.seen + self.every
         if drifted and self.adapt:
             temperatures = self._refit(rounds, temperatures)
-            if self.temperatures == temperatures:
-                self._next_look = self.seen + self.window  # Temperatures do not cure it; nothing changes before the window does.
+            # Fitting costs as much as a round or two. What was just fitted is judged again when half of the window is new, and where
+            # temperatures do not cure it nothing changes before all of it is.
+            self._next_look = self.seen + (self.window if self.temperatures == temperatures else max(self.every, self.window // 2))
             self.temperatures = temperatures
         ece = float(np.mean(errors)) if errors else float("nan")
         self.history.append(OnlineState(self.seen, ece, worst, drifted, tuple(temperatures)))
@@ -158,6 +163,6 @@ class OnlineCalibration:
             return list(old)
         known = rounds.judged > 0
         head = Rounds(rounds.logits[known][:, :deep], np.minimum(rounds.judged[known], deep), np.minimum(rounds.accepted[known], deep))
-        fitted = fit_temperatures(head)
+        fitted = fit_temperatures(head, _COARSE)
         logger.info("Confidence has drifted after %d rounds; temperatures %s -> %s.", self.seen, list(old[:deep]), fitted)
         return [*fitted, *old[deep:]]
