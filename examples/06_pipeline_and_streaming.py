@@ -4,7 +4,7 @@ Expected output (fp32, greedy):
 
     pipeline, same text: True
     streamed, same text: True
-    pieces: 21
+    pieces: 26
 """
 
 from threading import Thread
