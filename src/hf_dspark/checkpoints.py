@@ -174,8 +174,8 @@ def tensor_shapes(name_or_path: str, **hub_arguments: Any) -> dict[str, tuple[tu
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise CheckpointError(f"{name_or_path!r} holds no readable safetensors files ({error}).") from error
     found = {}
-    for file in metadata.files_metadata.values():
-        found.update({name: (tuple(info.shape), str(info.dtype)) for name, info in file.tensors.items()})
+    for one in metadata.files_metadata.values():
+        found.update({name: (tuple(info.shape), str(info.dtype)) for name, info in one.tensors.items()})
     return found
 
 
