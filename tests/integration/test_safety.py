@@ -336,6 +336,7 @@ def test_the_exception_tree():
         "BindingError": value,
         "CheckpointError": value,
         "DataError": value,
+        "HubError": ("DSparkError", "OSError"),
         "OutputError": ("DSparkError", "OSError"),
         "UnboundDrafterError": state,
     }

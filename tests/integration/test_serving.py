@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
@@ -131,10 +132,10 @@ def test_calibration_helps_on_prompts_that_it_has_not_seen():
 
 def test_a_calibrated_drafter_keeps_its_calibration(tmp_path):
     """Saved with the drafter, read with it, applied to its confidences, and its own budget is the load-aware one."""
-    target, drafter = pair()
-    copy = tiny_drafter(target)
-    copy.set_calibration(calibrated())
-    copy.save_pretrained(tmp_path)
+    drafter = pair()[1]
+    again = copy.deepcopy(drafter)
+    again.set_calibration(calibrated())
+    again.save_pretrained(tmp_path)
     loaded = DSparkDrafter.from_pretrained(tmp_path)
     assert loaded.calibration == calibrated()
     assert loaded.config.confidence_temperatures == calibrated()["temperatures"]
@@ -148,9 +149,9 @@ def test_a_calibration_file_and_a_config_must_agree(tmp_path):
     """A confidence is calibrated once: two different sets of temperatures are refused."""
     import json
 
-    copy = tiny_drafter(tiny_target("llama"))
-    copy.set_calibration(calibrated())
-    copy.save_pretrained(tmp_path)
+    drafter = copy.deepcopy(pair()[1])
+    drafter.set_calibration(calibrated())
+    drafter.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["confidence_temperatures"][0] += 1.0
     (tmp_path / "config.json").write_text(json.dumps(config))
