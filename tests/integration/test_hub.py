@@ -158,6 +158,8 @@ def test_card_tells_what_lies_beside_it(hub, tmp_path) -> None:
     assert "reliability.png" in card
     assert files["reliability.png"].startswith(b"\x89PNG")
     assert "thinking mode of the data" in card
+    for server in ("vllm serve", "sglang.launch_server", "llama-server", f"hf-dspark convert {REPO}"):
+        assert server in card
     assert f'load_drafter("{REPO}")' in card
     assert "results/decoded.json" in files
 

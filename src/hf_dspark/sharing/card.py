@@ -81,6 +81,7 @@ def render_card(
             base_fingerprint=sidecar.get("base_fingerprint"),
             target=target,
             shape=_shape(config) if not adapter else None,
+            block_size=config.get("block_size"),
             recipe=render_recipe(recipe) if "arguments" in recipe else None,
             curve=_drawn(folder, CURVE, lambda: plot_curve(recipe, folder / CURVE)) if "arguments" in recipe else None,
             decoded=render_decoded(decoded) if decoded else None,
