@@ -151,6 +151,17 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repository
 
+    def _commit_of(self, name: str, revision: str, *, write: bool = False) -> tuple[Repository, str] | None:
+        """The repository and the commit that a revision stands for, or None after having refused."""
+        repository = self._repository(name, write=write)
+        if repository is None:
+            return None
+        sha = repository.find(revision)
+        if sha is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return repository, sha
+
     # -------------------------------------------------------------------------------------------------------- methods
 
     def _route(self) -> None:
@@ -197,29 +208,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200 if not errors else 400, {"errors": errors, "warnings": []})
 
     def _info(self, name: str, revision: str = "main", *, body: bytes, query: Any) -> None:
-        repository = self._repository(name, write=False)
-        if repository is None:
+        found = self._commit_of(name, revision)
+        if found is None:
             return
-        sha = repository.find(revision)
-        if sha is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
+        repository, sha = found
         siblings: list[dict[str, Any]] = []
         for path, data in repository.commits[sha].items():
             lfs = {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}} if _is_large(path) else {}
             siblings.append({"rfilename": path, "size": len(data), "blobId": _oid(data), **lfs})
         self._answer(200, {"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
-
-    def _tree(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
-        repository = self._repository(name, write=False)
-        if repository is None:
-            return
-        sha = repository.find(revision)
-        if sha is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
-        files = repository.commits[sha].items()
-        self._answer(200, [{"type": "file", "path": path, "size": len(data), "oid": _oid(data)} for path, data in files])
 
     def _branch(self, name: str, branch: str, *, body: bytes, query: Any) -> None:
         repository = self._repository(name, write=True)
@@ -233,11 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {})
 
     def _preupload(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
-        repository = self._repository(name, write=True)
-        if repository is None:
-            return
-        if repository.find(revision) is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if self._commit_of(name, revision, write=True) is None:
             return
         files = [
             {"path": one["path"], "uploadMode": "lfs" if _is_large(one["path"]) else "regular", "shouldIgnore": False}
@@ -266,22 +259,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200)
 
     def _commit(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
-        repository = self._repository(name, write=True)
-        if repository is None:
+        found = self._commit_of(name, revision, write=True)
+        if found is None:
             return
+        repository, head = found
         if self.hub.take_fault("commit"):
             self._answer(503, {"error": "try again"})
             return
-        if repository.find(revision) is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
-        files, message = dict(repository.commits[repository.find(revision) or ""]), ""
+        files, message = dict(repository.commits[head]), ""
         for line in body.splitlines():
             item = json.loads(line)
             value = item["value"]
             if item["key"] == "header":
                 message = value["summary"]
-                if value.get("parentCommit") not in (None, repository.find(revision)):
+                if value.get("parentCommit") not in (None, head):
                     self._refuse(412, "", "A commit has happened since. Please refresh and try again.")
                     return
             elif item["key"] == "file":
@@ -306,13 +297,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        repository = self._repository(name, write=False)
-        if repository is None:
+        found = self._commit_of(name, revision)
+        if found is None:
             return
-        sha = repository.find(revision)
-        if sha is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
+        repository, sha = found
         data = repository.commits[sha].get(path)
         if data is None:
             self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
@@ -354,7 +342,6 @@ class _Handler(BaseHTTPRequestHandler):
         (r"/api/validate-yaml", "POST", _yaml),
         (rf"/api/models/{_repo}", "GET", _info),
         (rf"/api/models/{_repo}/revision/(.+)", "GET", _info),
-        (rf"/api/models/{_repo}/tree/([^/]+)", "GET", _tree),
         (rf"/api/models/{_repo}/branch/(.+)", "POST", _branch),
         (rf"/api/models/{_repo}/preupload/(.+)", "POST", _preupload),
         (rf"/api/models/{_repo}/commit/(.+)", "POST", _commit),

@@ -40,6 +40,7 @@ class Borrowed:
         return type(None), ()  # A pickled drafter comes back unbound.
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of `ids` `(...)`: `(..., d)`, scaled as the target scales them unless they are raw."""
         # Through the module, not its weight: some families scale inside it (Gemma), adapters and offloading wrap it.
         with torch.no_grad():
             weight = getattr(self.embedding, "weight", None)
@@ -50,6 +51,7 @@ class Borrowed:
             return self.embedding(ids)
 
     def logits(self, h: torch.Tensor, draft_ids: torch.Tensor | None) -> torch.Tensor:
+        """The head's logits of `h` `(..., d)`, at the draft ids only where they are given, soft-capped: `(..., V_draft)`."""
         head: Any = self.head
         plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks and not hasattr(head, "_hf_hook")
         if plain:

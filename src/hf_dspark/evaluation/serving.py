@@ -159,39 +159,19 @@ def serve(
     drafter: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    concurrency: int,
-    max_new_tokens: int | Sequence[int],
-    budget: Budget,
-    end_ids: Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    listener: RoundListener | None = None,
     steady: bool = False,
     stop_after_seconds: float | None = None,
+    **server: Any,
 ) -> Served:
-    """Answer requests with `concurrency` of them in flight, in one run of a `Server`.
+    """Answer requests in one run of a `Server`.
 
     Args:
-        model, drafter, prompts, concurrency, max_new_tokens, budget, end_ids, temperature, top_p, seed, listener: as `Server` takes them.
+        model, drafter, prompts, server: as `Server` takes them.
         steady, stop_after_seconds: as `Server.run` takes them.
     Returns:
         `Served`.
     """
-    server = Server(
-        model,
-        drafter,
-        prompts,
-        concurrency=concurrency,
-        max_new_tokens=max_new_tokens,
-        budget=budget,
-        end_ids=end_ids,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        listener=listener,
-    )
-    return server.run(steady=steady, seconds=stop_after_seconds)
+    return Server(model, drafter, prompts, **server).run(steady=steady, seconds=stop_after_seconds)
 
 
 def _loop(

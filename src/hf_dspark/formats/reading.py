@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig, Qwen3Config
@@ -35,7 +35,7 @@ class Format:
         flatten (`Callable`): from the parsed `config.json` and its source to flat keys.
         prefixes: stored beginnings of tensor names, and what they are called here.
         carries: whether copies of the target's embedding and head must lie in the files, or may.
-        slot_one (`bool`): whether a mask embedding of its own may lie beside the weights, as a pickle.
+        requires: flat keys that must be there beside those that every format needs.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Format:
     flatten: Callable[[Mapping[str, Any], str], Flat]
     prefixes: tuple[tuple[str, str], ...] = ()
     carries: Literal["must", "may"] = "may"
-    requires: tuple[str, ...] = field(default=())
+    requires: tuple[str, ...] = ()
 
     def rename(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The same records under this package's names; where an old and a new name meet, the new one wins."""

@@ -34,7 +34,13 @@ CURVE, DIAGRAM, DECODED = "training_curve.png", "reliability.png", Path("results
 
 
 def render_card(
-    folder: Path, *, name: str, title: str | None = None, licence: str | None = None, tags: list[str] | None = None
+    folder: Path,
+    *,
+    name: str,
+    title: str | None = None,
+    target: str | None = None,
+    licence: str | None = None,
+    tags: list[str] | None = None,
 ) -> ModelCard:
     """The card of a saved drafter or adapter, with its measured results as `model-index` metadata.
 
@@ -43,6 +49,7 @@ def render_card(
             diagram are drawn into it where matplotlib is installed.
         name (`str`): how a reader loads it: a repository, or the folder's name.
         title (`str`, *optional*): heading; `name` where None.
+        target (`str`, *optional*): its target's name; what the files say where None.
         licence (`str`, *optional*): the Hub's name of a licence, for instance `apache-2.0`.
         tags (`list[str]`, *optional*): further ones.
     Raises:
@@ -52,7 +59,7 @@ def render_card(
     adapter = (folder / ADAPTER_CONFIG).is_file() or "lora" in recipe
     config = _read(folder / (ADAPTER_CONFIG if adapter else "config.json"))
     calibration, decoded = _read(folder / CALIBRATION), _read(folder / DECODED)
-    target = (sidecar if adapter else config).get("target_name" if not adapter else "target")
+    target = target or (sidecar.get("target") if adapter else config.get("target_name"))
     target = target or recipe.get("arguments", {}).get("options", {}).get("target")
     base = sidecar.get("base") or recipe.get("base") or config.get("base_model_name_or_path") or ""
     temperatures = config.get("confidence_temperatures") if not calibration else None
@@ -109,9 +116,7 @@ def write_training_card(folder: Path, recipe: Mapping[str, Any], drafter: Any) -
         return
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     (folder / CURVE).unlink(missing_ok=True)  # of an earlier stand of the run
-    card = render_card(folder, name=folder.name, title=folder.resolve().parent.name)
-    if drafter.config.target_name and _REPO.fullmatch(drafter.config.target_name):
-        card.data["base_model"] = drafter.config.target_name
+    card = render_card(folder, name=folder.name, title=folder.resolve().parent.name, target=drafter.config.target_name)
     card.save(folder / "README.md")
 
 

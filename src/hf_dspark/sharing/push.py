@@ -5,7 +5,6 @@ What is pushed is put together in a temporary folder first, so that a repository
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -24,7 +23,9 @@ from hf_dspark.adapter_files import SIDECAR_FILE
 from hf_dspark.adapters import adapter_names
 from hf_dspark.calibration_files import check_calibration, find_calibration, write_calibration
 from hf_dspark.checkpoints import TransportError, list_tensors, tensors_of
+from hf_dspark.digests import file_sha256
 from hf_dspark.errors import CheckpointError, HubError
+from hf_dspark.formats.own import own_config
 from hf_dspark.formats.reading import foreign_config, recognise_format
 from hf_dspark.sharing.card import MARKER, render_card
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
 # Files of an earlier push, in the repository's root, that say something else than the new one where that does not bring them.
-_STALE = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|model\.safetensors\.index\.json|calibration\.json)")
+_STALE = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|calibration\.json)")
 _STALE_RESULTS = re.compile(r"(recipe\w*\.json|training_curve\.png|reliability\.png|results/[^/]+\.(json|csv|png))")
 _RESULTS = ("recipe.json", "results")
 _DRAFTER, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
@@ -127,8 +128,8 @@ def push_calibration(
         if stored is not None:
             config = json.loads(stored)
             form = recognise_format(config, repo_id)
-            gamma = config.get("block_size") if form is None else foreign_config(form, config, repo_id).block_size
-            check_calibration(record, gamma, repo_id)
+            stated = own_config(config, repo_id) if form is None else foreign_config(form, config, repo_id)
+            check_calibration(record, stated.block_size, repo_id)
             config["confidence_temperatures"] = [float(t) for t in record["temperatures"]]
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
@@ -156,10 +157,11 @@ class _Hub:
 
     def check_kind(self, adapter: bool) -> None:
         """Refuse to put an adapter into a drafter's repository, or the other way round: one would take the other's files for its own."""
-        other = (_DRAFTER if _DRAFTER in self.files or f"{_DRAFTER}.index.json" in self.files else None) if adapter else _ADAPTER
-        if other in self.files or (other is not None and adapter):
-            ours, theirs = ("an adapter", "a drafter") if adapter else ("a drafter", "an adapter")
-            raise HubError(f"{self.repo_id!r} holds {theirs} ({other}); what is pushed is {ours}. Name another repository.")
+        theirs = (_ADAPTER,) if not adapter else (_DRAFTER, f"{_DRAFTER}.index.json")
+        found = next((name for name in theirs if name in self.files), None)
+        if found is not None:
+            pushed, held = ("an adapter", "a drafter") if adapter else ("a drafter", "an adapter")
+            raise HubError(f"{self.repo_id!r} holds {held} ({found}); what is pushed is {pushed}. Name another repository.")
 
     def read(self, file: str) -> str | None:
         """The text of a file as it is on the branch now, None where there is none."""
@@ -173,7 +175,7 @@ class _Hub:
 
     def same_weights(self, folder: Path) -> bool:
         """Whether the repository holds these very weight files."""
-        ours = {path.name: _sha256(path) for path in folder.glob("*.safetensors")}
+        ours = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
         return bool(ours) and all(self.files.get(name) == digest for name, digest in ours.items())
 
     def bring_results(self, folder: Path) -> None:
@@ -298,11 +300,3 @@ def _same_weights(one: Path, other: Path, file: str | None = None) -> bool:
         if not torch.equal(left, right):
             return False
     return True
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
