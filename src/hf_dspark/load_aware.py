@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .costs import Costs
+from .costs import Costs, PassCosts
 from .scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal, check_cap, require_confidence
 
 # Recent blocks of a row, and of all rows, whose survivals stand for those to come.
@@ -24,10 +24,13 @@ _ROW_SAMPLES = 4
 _POOL_SAMPLES = 64
 # What was left undrafted is tried again after this many rounds, then after twice as many, up to the limit.
 FIRST_REST, LONGEST_REST = 4, 64
-# A probe of a batch that drafts nothing drafts for this many rows.
-_PROBE_ROWS = 8
 # Where shorter blocks pay, the whole block is drafted once in this many rounds, to see what lies behind the cut.
-_WHOLE_BLOCK_EVERY = 16
+_WHOLE_BLOCK_EVERY = 64
+# Costs that rise steeply at first and then less so: Algorithm 1 may look at them from no tokens on, or from half a token a row.
+_STARTS = (0.0, 0.5)
+# Leaving out more than rows none of whose last blocks was worth a token must promise this much more than drafting for all: which rows pay
+# is guessed from few blocks of each, and what was chosen for its promise keeps less of it. A row more costs little beside the others.
+_WORTH_CHOOSING = 1.03
 
 
 # ------------------------------------------------------------------------------------------------------------- how much to verify
@@ -55,19 +58,21 @@ def _lengths(order: np.ndarray, rows: int) -> list[int]:
     return np.bincount(order % rows, minlength=rows).tolist()
 
 
-def rate(gains: np.ndarray, rows: int, round_s: np.ndarray, order: np.ndarray | None = None, pad_s: float = 0.0) -> np.ndarray:
+def rate(
+    gains: np.ndarray, rows: int, round_s: np.ndarray, order: np.ndarray | None = None, wide_s: np.ndarray | None = None
+) -> np.ndarray:
     """Theta of admitting the first 0, 1, .. tokens: expected tokens of the round over its seconds, `(1 + len(gains),)`.
 
     Args:
         gains (`numpy.ndarray` of shape `(n,)`): survivals in the order of admission.
         rows (`int`): live rows.
-        round_s (`numpy.ndarray` of shape `(>= 1 + n,)`): seconds with 0, 1, .. drafted tokens, were they spread evenly over the rows.
+        round_s (`numpy.ndarray` of shape `(>= 1 + n,)`): seconds with 0, 1, .. drafted tokens in the pass.
         order (`numpy.ndarray` of shape `(n,)`, *optional*): from `admission_order`; with it
-        pad_s (`float`): seconds for each token by which the longest row exceeds the mean.
+        wide_s (`numpy.ndarray` of shape `(1 + gamma,)`): seconds to add, by drafted tokens of the longest row.
     """
     seconds = round_s[: len(gains) + 1]
-    if order is not None and pad_s:
-        seconds = seconds + _padding_s(order // rows, np.arange(len(gains) + 1), rows, pad_s)
+    if order is not None and wide_s is not None:
+        seconds = seconds + wide_s[_longest(order // rows)]
     return (rows + _from_none(gains)) / seconds
 
 
@@ -76,23 +81,18 @@ def _from_none(values: np.ndarray) -> np.ndarray:
     return np.concatenate((np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)), axis=-1)
 
 
-def _padding_s(places: np.ndarray, counts: np.ndarray, rows: int, pad_s: float) -> np.ndarray:
-    """Seconds of padding with the first 0, 1, .. tokens admitted.
+def _longest(places: np.ndarray) -> np.ndarray:
+    """Drafted tokens of the longest row with the first 0, 1, .. tokens admitted.
 
     Args:
         places (`numpy.ndarray` of shape `(.., n)`): block position (from 0) of each token in the order of admission; -1 where it counts for
             nothing.
-        counts (`numpy.ndarray` of shape `(.., 1 + n)`): drafted tokens in the pass.
-        rows (`int`): live rows.
-        pad_s (`float`): seconds for each token by which the longest row exceeds the mean.
     """
-    longest = np.concatenate((np.zeros((*places.shape[:-1], 1)), np.maximum.accumulate(places + 1, axis=-1)), axis=-1)
-    return pad_s * np.maximum(longest - counts / rows, 0.0)
+    nothing = np.zeros((*places.shape[:-1], 1), dtype=np.int64)
+    return np.concatenate((nothing, np.maximum.accumulate(places + 1, axis=-1)), axis=-1)
 
 
-def admit_early_stop(
-    survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray, most: int | None = None, pad_s: float = 0.0
-) -> list[int]:
+def admit_early_stop(survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray, most: int | None = None) -> list[int]:
     """Algorithm 1: admit tokens by survival while Theta strictly grows, stop at the first that does not help.
 
     The stop is what keeps the output exact: whether a token is admitted depends on larger survivals only, so on earlier tokens of its row.
@@ -102,24 +102,23 @@ def admit_early_stop(
         limits (`Sequence[int]`): most tokens of each row.
         round_s (`numpy.ndarray` of shape `(>= 1 + sum(limits),)`): seconds of the round with 0, 1, .. drafted tokens in its pass.
         most (`int`, *optional*): tokens in all.
-        pad_s (`float`): seconds for each token by which the longest row exceeds the mean.
     Returns:
         `list[int]`: l_r of each row.
     """
     order, gains = _gains(survival, limits)
-    theta = rate(gains, len(limits), round_s, order, pad_s)
+    theta = rate(gains, len(limits), round_s)
     worse = np.flatnonzero(theta[1:] <= theta[:-1])
     count = int(worse[0]) if len(worse) else len(gains)
     return _lengths(order[: count if most is None else min(count, most)], len(limits))
 
 
-def best_count(survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray, pad_s: float = 0.0) -> int:
+def best_count(survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray, wide_s: np.ndarray | None = None) -> int:
     """How many tokens the unconstrained search admits: the arg-max of Theta over all of them, whatever lies between.
 
     Not to be applied to the tokens whose survivals it has read: it looks past the cut.
     """
     order, gains = _gains(survival, limits)
-    return int(rate(gains, len(limits), round_s, order, pad_s).argmax())
+    return int(rate(gains, len(limits), round_s, order, wide_s).argmax())
 
 
 def admit_top(survival: np.ndarray, limits: Sequence[int], count: int) -> list[int]:
@@ -156,17 +155,26 @@ class _Memory:
         for request in requests:
             self.rows.setdefault(request, _Row())
 
-    def add(self, request: int, survival: np.ndarray) -> None:
+    def continued(self, survival: np.ndarray) -> np.ndarray:
+        """The survivals of a whole block, `(gamma,)`, of which the first n were seen."""
         known = len(survival)
         whole = np.empty(self.block_size)
         whole[:known] = survival
         if known < self.block_size:
             mean = self._mean
             whole[known:] = survival[-1] * mean[known:] / max(mean[known - 1], 1e-9)
+        return whole
+
+    def add(self, request: int, survival: np.ndarray) -> None:
+        known, whole = len(survival), self.continued(survival)
         self.rows.setdefault(request, _Row()).survivals.append(whole)
         self.pool.append(whole)
         if known == self.block_size:
             self._mean = whole.copy() if len(self.pool) == 1 else 0.95 * self._mean + 0.05 * whole
+
+    def known(self, requests: Sequence[int]) -> np.ndarray:
+        """Which rows have shown as many blocks of their own as an outlook is made of."""
+        return np.array([len(self.rows[request].survivals) == _ROW_SAMPLES for request in requests])
 
     def samples(self, requests: Sequence[int]) -> np.ndarray | None:
         """Plausible survivals of the coming round, `(W, R, gamma)`: a row's own, else other rows', nothing before any was seen."""
@@ -186,14 +194,16 @@ class _Outlook:
 
     length: int
     rate: float
+    hopeful: np.ndarray  # for each row: whether any of its tokens would be verified
     net_s: np.ndarray  # for each row: time that drafting for it saves, in seconds a round
+    start: float  # drafted tokens a row from which the costs that Algorithm 1 reckons with are close to the real ones
 
 
 def _outlook(
     samples: np.ndarray,
     limits: np.ndarray,
-    verify_s: np.ndarray,
-    costs: Costs,
+    passes: PassCosts,
+    draft_s: Callable[[int, int], float],
     lengths: Sequence[int],
     *,
     others: int = 0,
@@ -205,8 +215,8 @@ def _outlook(
     Args:
         samples (`numpy.ndarray` of shape `(W, R, gamma)`): plausible survivals.
         limits (`numpy.ndarray` of shape `(R,)`): most tokens of each row.
-        verify_s (`numpy.ndarray`): seconds of the pass of all live rows, by drafted tokens in it.
-        costs (`Costs`): of drafts.
+        passes (`PassCosts`): of passes of all live rows.
+        draft_s (`Callable`): seconds of drafting for so many rows so many tokens.
         lengths (`Sequence[int]`): draft lengths to choose from.
         others (`int`): live rows that are not drafted for; their anchors go into the pass, and each gives a token.
         room (`int`, *optional*): drafted tokens that the pass can take.
@@ -217,36 +227,44 @@ def _outlook(
     flat = np.where(np.arange(gamma)[:, None] < limits, samples.transpose(0, 2, 1), 0.0).reshape(width, -1)
     order = np.argsort(-flat, axis=1, kind="stable")
     gains, places = np.take_along_axis(flat, order, axis=1), positions[order]
-    pad_s = costs.pad_s(rows + others)
-    best: tuple[float, int, np.ndarray, np.ndarray] | None = None
-    for length in lengths:
-        inside = places < length
-        counts = _from_none(inside).astype(np.int64)
-        tokens = rows + others + _from_none(gains * inside)
-        padding_s = _padding_s(np.where(inside, places, -1), counts, rows + others, pad_s)
-        seconds = verify_s[counts] + padding_s + costs.draft_s(rows, length)
-        theta = tokens / seconds
-        if early_stop:
-            worse = (theta[:, 1:] <= theta[:, :-1]) & inside
-            cut = np.where(worse.any(axis=1), worse.argmax(axis=1), worse.shape[1])
-        else:
-            cut = theta.argmax(axis=1)
-        if room is not None:
-            cut = np.minimum(cut, (counts <= room).sum(axis=1) - 1)
-        chosen = np.arange(width), cut
-        value = float(tokens[chosen].sum() / seconds[chosen].sum())
-        if best is None or value > best[0]:
-            best = value, length, cut, inside
-    assert best is not None
-    value, length, cut, inside = best
-    admitted = (np.arange(gains.shape[1]) < cut[:, None]) & inside
-    by_row = order % rows
-    gained = np.bincount(by_row[admitted], weights=gains[admitted], minlength=rows) / width
-    verified = np.bincount(by_row[admitted], minlength=rows) / width
-    mean = verified.sum()
+    # Every length at once, along a first dimension; where the search stops early, from every place that its costs may begin to be convex.
+    how = [(length, start) for length in lengths for start in (_STARTS if early_stop else _STARTS[:1])]
+    drafts = np.array([draft_s(rows, length) for length, _ in how])
+    inside = places < np.array([length for length, _ in how])[:, None, None]
+    counts = _from_none(inside).astype(np.int64)
+    tokens = rows + others + _from_none(gains * inside)
+    seconds = passes.verify_s[counts] + passes.wide_s[_longest(np.where(inside, places, -1))] + drafts[:, None, None]
+    if early_stop:
+        believed = np.stack([early_stop_s(passes, rows, length, start)[count] for (length, start), count in zip(how, counts, strict=True)])
+        theta = tokens / (believed + drafts[:, None, None])
+        worse = (theta[..., 1:] <= theta[..., :-1]) & inside
+        cut = np.where(worse.any(axis=-1), worse.argmax(axis=-1), worse.shape[-1])
+    else:
+        cut = (tokens / seconds).argmax(axis=-1)
+    if room is not None:
+        cut = np.minimum(cut, (counts <= room).sum(axis=-1) - 1)
+    at = cut[..., None]
+    values = np.take_along_axis(tokens, at, axis=-1).sum(axis=(1, 2)) / np.take_along_axis(seconds, at, axis=-1).sum(axis=(1, 2))
+    best = int(values.argmax())
+    admitted = (np.arange(gains.shape[1]) < cut[best, :, None]) & inside[best]
+    by_row = order[admitted] % rows
+    gained = np.bincount(by_row, weights=gains[admitted], minlength=rows) / width
+    verified = np.bincount(by_row, minlength=rows) / width
+    mean, verify_s = verified.sum(), passes.verify_s
     token_s = (np.interp(mean, np.arange(len(verify_s)), verify_s) - verify_s[0]) / mean if mean else 0.0
-    row_s = costs.draft_s(rows, length) - costs.draft_s(rows - 1, length)
-    return _Outlook(length, value, gained / value - verified * token_s - max(row_s, 0.0))
+    length, start = how[best]
+    row_s = drafts[best] - draft_s(rows - 1, length)
+    return _Outlook(length, float(values[best]), verified > 0, gained / values[best] - verified * token_s - max(row_s, 0.0), start)
+
+
+def early_stop_s(passes: PassCosts, rows: int, length: int, start: float = 0.0) -> np.ndarray:
+    """Seconds that Algorithm 1 reckons with, by drafted tokens in the pass, with `length` tokens drafted for each of `rows` rows.
+
+    Convex, so that no step of the costs stops it: from `start` drafted tokens a row on as close to what passes cost as can be, and before
+    that as if they had always been so dear. And with the width that the pass may come to have, so that the first token of a position does
+    not pay for all. Whether so long rows pay, and from where on to look, was settled by what passes really cost, before the draft.
+    """
+    return passes.convex_s(rows * length, int(rows * start)) + passes.wide_s[length]
 
 
 # ------------------------------------------------------------------------------------------------------------------ the budgets
@@ -280,6 +298,7 @@ class LoadAwareBudget(Budget):
         self._memory: _Memory | None = None
         self._idle, self._rest, self._drafted_rounds = 0, FIRST_REST, 0
         self._resting: tuple[int, ...] = ()
+        self._probe_length, self._start = 1, 0.0
         self._draft_s = 0.0
 
     def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
@@ -321,45 +340,40 @@ class LoadAwareBudget(Budget):
         if gamma <= 0:
             return Proposal(0)
         if live.requests == self._resting:
-            return self._probe_batch(live, gamma)  # The same rows, and nothing new is known of them.
+            return self._probe_batch(gamma)  # The same rows, and nothing new is known of them.
         samples = memory.samples(live.requests) if self.skipping else None
         if samples is None:
             return self._draft(Proposal(gamma))
-        verify_s = costs.verify_s(rows, live.context_tokens)
-        plain = rows / verify_s[0]
+        passes = costs.passes(rows, live.context_tokens)
+        plain = rows / passes.verify_s[0]
         limits = np.minimum(live.room, gamma)
         how: dict[str, Any] = {"room": room, "early_stop": self.early_stop}
         lengths = sorted({n for n in (1, 2, 4) if n < gamma} | {gamma})
-        everyone = _outlook(samples, limits, verify_s, costs, lengths, **how)
-        choice, best = Proposal(everyone.length), everyone.rate
-        worth = np.flatnonzero(everyone.net_s > 0)
-        if 0 < len(worth) < rows:
-            some = _outlook(samples[:, worth], limits[worth], verify_s, costs, lengths, others=rows - len(worth), **how)
-            if some.rate > best:
-                choice, best = Proposal(some.length, tuple(worth.tolist())), some.rate
+        everyone = _outlook(samples, limits, passes, costs.draft_s, lengths, **how)
+        choice, best, self._start = Proposal(everyone.length), everyone.rate, everyone.start
+        for part, factor in ((everyone.hopeful | ~memory.known(live.requests), 1.0), (everyone.net_s > 0, _WORTH_CHOOSING)):
+            worth = np.flatnonzero(part)
+            if 0 < len(worth) < rows:
+                others = rows - len(worth)
+                some = _outlook(samples[:, worth], limits[worth], passes, costs.draft_s, lengths, others=others, **how)
+                if some.rate > factor * best:
+                    choice, best, self._start = Proposal(some.length, tuple(worth.tolist())), some.rate, some.start
         if best <= plain:
-            self._resting = live.requests
-            return self._probe_batch(live, gamma)
+            self._resting, self._probe_length = live.requests, everyone.length
+            return self._probe_batch(gamma)
         self._idle, self._rest = 0, FIRST_REST
         if self._drafted_rounds % _WHOLE_BLOCK_EVERY == 0:
             choice = Proposal(gamma, choice.rows)
         return self._draft(self._probe_rows(live, choice))
 
-    def _probe_batch(self, live: LiveRows, gamma: int) -> Proposal:
-        """Nothing pays: rest, and look again after a while, with those rows that have rested longest."""
-        assert self._memory is not None
-        rows = [self._memory.rows[request] for request in live.requests]
-        for row in rows:
-            row.idle += 1
+    def _probe_batch(self, gamma: int) -> Proposal:
+        """Nothing pays: rest, and after a while draft as would be best if it did, which close to the break-even costs next to nothing."""
         self._idle += 1
         if self._idle < self._rest:
             return Proposal(0)
         self._resting = ()
         self._idle, self._rest = 0, min(2 * self._rest, LONGEST_REST)
-        longest = sorted(range(len(rows)), key=lambda r: -rows[r].idle)[:_PROBE_ROWS]
-        for r in longest:
-            rows[r].idle = 0
-        return Proposal(gamma, tuple(sorted(longest)) if len(longest) < len(rows) else None)
+        return Proposal(min(self._probe_length, gamma))
 
     def _probe_rows(self, live: LiveRows, choice: Proposal) -> Proposal:
         """Rows that rest beside others are looked at again, each at growing intervals of its own."""
@@ -389,13 +403,14 @@ class LoadAwareBudget(Budget):
 
     def plan(self, drafts: Drafts) -> list[int]:
         survival = survivals(require_confidence(self, drafts).numpy())
-        context = 0 if drafts.live is None else drafts.live.context_tokens
-        round_s = self._known_costs().verify_s(drafts.rows, context) + self._draft_s
+        passes = self._known_costs().passes(drafts.rows, 0 if drafts.live is None else drafts.live.context_tokens)
         most = None if self.max_verify_tokens is None else max(self.max_verify_tokens - drafts.rows, 0)
-        return self._admit(survival, drafts, round_s, most)
+        return self._admit(survival, drafts, passes, most)
 
-    def _admit(self, survival: np.ndarray, drafts: Drafts, round_s: np.ndarray, most: int | None) -> list[int]:
-        return admit_early_stop(survival, drafts.limits, round_s, most, self._known_costs().pad_s(drafts.rows))
+    def _admit(self, survival: np.ndarray, drafts: Drafts, passes: PassCosts, most: int | None) -> list[int]:
+        drafted = sum(limit > 0 for limit in drafts.limits)
+        round_s = early_stop_s(passes, drafted, max(drafts.limits), self._start) + self._draft_s
+        return admit_early_stop(survival, drafts.limits, round_s, most)
 
     def learn(self, finished: FinishedRound) -> None:
         if self._memory is None or finished.confidence is None:
@@ -424,29 +439,27 @@ class LaggedLoadAwareBudget(LoadAwareBudget):
         super()._forget()
         self._before: dict[int, deque[np.ndarray]] = {}
 
-    def _admit(self, survival: np.ndarray, drafts: Drafts, round_s: np.ndarray, most: int | None) -> list[int]:
+    def _admit(self, survival: np.ndarray, drafts: Drafts, passes: PassCosts, most: int | None) -> list[int]:
         length = survival.shape[1]
         requests = range(drafts.rows) if drafts.live is None else drafts.live.requests
         old = np.ones_like(survival)
         for r, request in enumerate(requests):
             history = self._before.get(request)
             if history is not None and len(history) == 2:
-                before = history[0][:length]
-                old[r, : len(before)] = before
-                old[r, len(before) :] = before[-1] if len(before) else 1.0
+                old[r] = history[0][:length]
         alive = set(requests)
         self._before = {request: kept for request, kept in self._before.items() if request in alive}
-        count = best_count(old, drafts.limits, round_s, self._known_costs().pad_s(drafts.rows))
+        count = best_count(old, drafts.limits, passes.verify_s + self._draft_s, passes.wide_s)
         return admit_top(survival, drafts.limits, count if most is None else min(count, most))
 
     def learn(self, finished: FinishedRound) -> None:
         super().learn(finished)
-        if finished.confidence is None:
+        if self._memory is None or finished.confidence is None:
             return
         survival = survivals(finished.confidence.numpy())
         for r, (request, drafted) in enumerate(zip(finished.requests, finished.drafted, strict=True)):
             if drafted:
-                self._before.setdefault(request, deque(maxlen=2)).append(survival[r, :drafted])
+                self._before.setdefault(request, deque(maxlen=2)).append(self._memory.continued(survival[r, :drafted]))
 
 
 def survivals(confidence: np.ndarray) -> np.ndarray:

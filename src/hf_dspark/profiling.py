@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
@@ -27,13 +26,13 @@ from .decoding import Context, DecodingLoop
 from .embedded import cache_dir
 from .machine import device_name
 from .row_cache import RowCache
-from .scheduling import Drafts, FullBudget, StaticBudget
+from .scheduling import Budget, Drafts
 from .target import Target
 from .version import __version__
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 CONTEXTS = (128, 512)
 # Rows that are measured: powers of two; what lies between is read off the line, what lies beyond continues it.
 LARGEST_ROWS = 64
@@ -143,7 +142,7 @@ class CostProfile:
         contexts = sorted({max(min(c, longest - 64), 1) for c in contexts})
         table = self.tables.setdefault(_MODES[sample], {})
         with torch.inference_mode(), seen.open():
-            _Rounds(seen, drafter, 1, contexts[0], sample).time(self.block_size, 3)  # first-use costs stay out of the figures
+            _Rounds(seen, drafter, 1, contexts[0], sample).time([(self.block_size,)], 3)  # first-use costs stay out of the figures
             for count in rows:
                 table[count] = _measure_rows(seen, drafter, count, contexts, sample)
                 if on_rows is not None:
@@ -232,78 +231,92 @@ def profile_path(key: Mapping[str, Any], folder: Path | None = None) -> Path:
 # --------------------------------------------------------------------------------------------------------------- one measurement
 
 
-class _FirstRow(FullBudget):
-    """Verifies the block of the first row, and nothing of the others."""
+class _Shape(Budget):
+    """Drafts for all rows, and verifies so many tokens of each."""
+
+    def __init__(self, lengths: Sequence[int], needs_confidence: bool) -> None:
+        self.lengths = lengths
+        self.longest = max(lengths)
+        self.needs_confidence = needs_confidence
 
     def plan(self, drafts: Drafts) -> list[int]:
-        return [limit if r == 0 else 0 for r, limit in enumerate(drafts.limits)]
+        return list(map(min, self.lengths, drafts.limits))
 
 
 class _Rounds:
-    """The real loop over rows that hold `context` tokens of nothing, ready to go round."""
+    """The real loop over rows that hold `context` tokens of nothing, ready to go round; one for each shape of a round."""
 
     def __init__(self, target: Target, drafter: Any, rows: int, context: int, sample: bool) -> None:
         self.target, self.drafter, self.rows, self.sample = target, drafter, rows, sample
         self.context = Context(RowCache(), RowCache())
         self.context.add_rows(rows)
-        self.context.target.lengths = [context] * rows
-        self.context.drafter.lengths = [context] * rows
+        # A round commits at most a block and a token more: its rows begin behind so many, which the drafter then has to read.
+        self.held = [context + drafter.config.block_size + 1] * rows
         vocab = target.model.config.get_text_config(decoder=True).vocab_size
         self.anchors = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows)).to(target.device)
+        self.loops: dict[tuple[int, ...], DecodingLoop] = {}
 
-    def time(self, drafted: int, repeats: int, uneven: bool = False) -> tuple[float, float]:
-        """Median seconds of a round that drafts and verifies `drafted` tokens a row: without its draft, and of its draft.
+    def time(self, shapes: Sequence[tuple[int, ...]], repeats: int) -> list[tuple[float, float]]:
+        """Median seconds of rounds that verify so many drafted tokens of each row: without their draft, and of their draft.
 
-        `uneven` verifies them for the first row only.
+        Shapes take turns, so that a moment in which the machine is slow is not taken for the price of one of them; the first turn warms up.
         """
-        rows = self.rows
-        loop = DecodingLoop(
+        times: list[list[tuple[float, float]]] = [[] for _ in shapes]
+        for turn in range(repeats + 1):
+            for shape, seconds in zip(shapes, times, strict=True):
+                once = self._round(shape)
+                if turn:
+                    seconds.append(once)
+        return [(statistics.median(rest for rest, _ in seconds), statistics.median(draft for _, draft in seconds)) for seconds in times]
+
+    def _round(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        loop = self.loops.get(shape)
+        if loop is None:
+            loop = self.loops[shape] = self._loop(shape)
+        loop.live, loop.anchors = list(range(self.rows)), self.anchors
+        self.context.target.lengths, self.context.drafter.lengths = list(self.held), list(self.held)
+        before = loop.watch.read().get("draft", 0.0)
+        begin = time.perf_counter()
+        loop.round()
+        draft = loop.watch.read().get("draft", 0.0) - before
+        return time.perf_counter() - begin - draft, draft
+
+    def _loop(self, shape: Sequence[int]) -> DecodingLoop:
+        return DecodingLoop(
             self.target,
             self.drafter,
-            _FirstRow() if uneven else StaticBudget(drafted),
-            Sequences(self.anchors.new_zeros(rows, 1), 512, self.drafter.config.block_size + 1),
-            RowProcessors([], rows),
-            RowStopping([], rows),
+            _Shape(shape, self.drafter.confidence_head is not None),
+            Sequences(self.anchors.new_zeros(self.rows, 1), 512, self.drafter.config.block_size + 1),
+            RowProcessors([], self.rows),
+            RowStopping([], self.rows),
             sample=self.sample,
             block_size=self.drafter.config.block_size,
             generator=torch.Generator(device=self.target.device).manual_seed(0),
             context=self.context,
         )
-        loop.live, loop.anchors = list(range(rows)), self.anchors
-        rest, draft = [], []
-        before = 0.0
-        for turn in range(repeats + 1):
-            begin = time.perf_counter()
-            loop.round()
-            spent = loop.watch.read().get("draft", 0.0)
-            total = time.perf_counter() - begin
-            if turn:
-                draft.append(spent - before)
-                rest.append(total - draft[-1])
-            before = spent
-        self.anchors = loop.anchors
-        return statistics.median(rest), statistics.median(draft)
 
 
 def _measure_rows(target: Target, drafter: Any, rows: int, contexts: Sequence[int], sample: bool) -> RowCosts:
     gamma = drafter.config.block_size
-    repeats = _REPEATS if rows <= 8 else 3
     verify: dict[int, dict[int, float]] = {}
     draft: dict[int, float] = {}
-    pad = 0.0
+    long_s: dict[int, dict[int, float]] = {}
+    few: dict[int, float] = {}
     for context in contexts:
-        rounds = _Rounds(target, drafter, rows, context, sample)
-        # The shape of the curve is taken at the first context; at others its ends suffice.
-        lengths = sorted({0, 1, 2, (gamma + 1) // 2, gamma}) if context == contexts[0] else [0, gamma]
-        column = verify.setdefault(context, {})
-        for length in lengths:
-            column[1 + length], seconds = rounds.time(length, repeats)
-            if length and context == contexts[0]:
-                draft[length] = max(seconds, 1e-9)
-        if context == contexts[0] and rows > 1:
-            # One row as long as can be beside rows of one token, against equal rows of as many tokens.
-            uneven, _ = rounds.time(gamma, repeats, uneven=True)
-            equal = RowCosts({context: column}, {1: 1.0}).per_row(gamma, context)
-            even = float(np.interp(1 + gamma / rows, np.arange(1, gamma + 2), equal))
-            pad = max(uneven - even, 0.0) / (gamma - gamma / rows)
-    return RowCosts(verify, draft, pad)
+        first = context == contexts[0]
+        # The shape of the curve is taken at the first context; what tokens cost does not depend on it, what width costs does.
+        lengths = sorted({1, 2, (gamma + 1) // 2, gamma}) if first else []
+        some = sorted({rows // 4, rows // 2, rows * 3 // 4} - {0, 1, rows}) if first else []
+        even = [(n,) * rows for n in (0, *lengths)]
+        widths = sorted({(gamma + 1) // 2, gamma} if first else {gamma}) if rows > 1 else []
+        long = [(n, *(0,) * (rows - 1)) for n in widths]
+        uneven = [(1,) * n + (0,) * (rows - n) for n in some]
+        found = _Rounds(target, drafter, rows, context, sample).time([*even, *long, *uneven], _REPEATS)
+        times = iter(found)
+        verify[context] = {1 + n: rest for n, (rest, _) in zip((0, *lengths), times, strict=False)}
+        if long:
+            long_s[context] = {n: rest for n, (rest, _) in zip(widths, times, strict=False)}
+        if first:
+            few = {n: rest for n, (rest, _) in zip(some, times, strict=False)}
+            draft = {n: max(seconds, 1e-9) for n, (_, seconds) in zip(lengths, found[1:], strict=False)}
+    return RowCosts(verify, draft, long_s, few)

@@ -99,18 +99,25 @@ class RaggedPass:
         # Windows that the model's masks would have had, and windows that its attention was told: a window in the mask alone is lost here.
         self.masked_windows: set[int] = set()
         self.attended_windows: set[int] = set()
-        self._masks: dict[tuple[int | None, int, torch.device], torch.Tensor | None] = {}
+        self._masks: dict[tuple[int | None, int, torch.device, torch.dtype], torch.Tensor | None] = {}
         self._row_masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = {}
 
-    def folded_mask(self, window: int | None, groups: int, device: torch.device) -> torch.Tensor | None:
-        """Mask of shape `(R, 1, groups * max_count, max_end)` for queries whose head groups lie along the query axis."""
-        key = (window, groups, device)
+    def folded_mask(self, window: int | None, groups: int, device: torch.device, dtype: torch.dtype = torch.bool) -> torch.Tensor | None:
+        """Mask of shape `(R, 1, groups * max_count, max_end)` for queries whose head groups lie along the query axis.
+
+        True where a query may look; of a floating `dtype`, what is added to its scores, which is what a call of attention would make of
+        it, layer after layer.
+        """
+        key = (window, groups, device, dtype)
         if key not in self._masks:
             layout = self.layout.on(device)
             if layout.num_rows == 1 and layout.total == 1 and (window is None or layout.max_end <= window):
                 self._masks[key] = None
             else:
-                self._masks[key] = layout.causal_mask(window).repeat(1, groups, 1)[:, None]
+                mask = layout.causal_mask(window).repeat(1, groups, 1)[:, None]
+                if dtype != torch.bool:
+                    mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+                self._masks[key] = mask
         return self._masks[key]
 
     def row_mask(self, row: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -193,7 +200,10 @@ def _attend_padded(
     else:
         padded = query[0][:, layout.padded_index].transpose(0, 1)
     kv_heads = key.shape[1]
-    out = _attend(_fold(padded, kv_heads), key, value, ragged.folded_mask(window, heads // kv_heads, query.device), **how)
+    # On a CPU a mask that is already what attention adds to its scores saves making it so in every layer.
+    added = query.device.type == "cpu" and how["softcap"] is None and how["sinks"] is None
+    mask = ragged.folded_mask(window, heads // kv_heads, query.device, query.dtype if added else torch.bool)
+    out = _attend(_fold(padded, kv_heads), key, value, mask, **how)
     out = out.reshape(rows, heads, length, -1).transpose(1, 2).reshape(rows * length, heads, -1)
     return (out if layout.equal_counts else out[layout.flat_index])[None]
 

@@ -203,7 +203,7 @@ def test_a_profile_is_measured_for_what_is_missing_only(cache):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", '{"format": 99}', "[]", '{"format": 2, "key": {}, "block_size": 5, "tables": {"greedy": {"1": {}}}}']
+    "content", ["", "{", '{"format": 99}', "[]", '{"format": 3, "key": {}, "block_size": 5, "tables": {"greedy": {"1": {}}}}']
 )
 def test_a_file_of_no_use_is_ignored_with_one_line(cache, caplog, content):
     """Corrupt, foreign or stale: measured again, said once."""
@@ -252,7 +252,7 @@ def test_measured_times_are_times(pair):
     profile = CostProfile.measure(target, drafter, rows=2)
     costs = profile.costs()
     assert sorted(profile.tables["greedy"]) == [1, 2]
-    assert 0 < costs.verify_s(2)[0] < 5.0
+    assert 0 < costs.passes(2).verify_s[0] < 5.0
     assert 0 < costs.draft_s(2, drafter.config.block_size) < 5.0
     with pytest.raises(ValueError, match="sample"):
         profile.costs(sample=True)

@@ -122,8 +122,8 @@ def test_the_load_aware_budget_without_its_stop_is_biased() -> None:
     """The same class with the unconstrained search on today's confidences outputs A with probability 0.85: the control."""
 
     class Peeking(LoadAwareBudget):
-        def _admit(self, survival, drafts, round_s, most):
-            return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, round_s))
+        def _admit(self, survival, drafts, passes, most):
+            return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + self._draft_s))
 
     assert first_token(planned(Peeking())) == pytest.approx(0.85, abs=1e-9)
 

@@ -94,8 +94,8 @@ def test_a_cap_keeps_the_distribution(kind: type[LoadAwareBudget]) -> None:
 class Peeking(LoadAwareBudget):
     """The unconstrained search on the confidences of the very round."""
 
-    def _admit(self, survival, drafts, round_s, most):
-        return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, round_s))
+    def _admit(self, survival, drafts, passes, most):
+        return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + self._draft_s))
 
 
 @pytest.mark.slow

@@ -52,8 +52,8 @@ def run_profile(
     for heading in ("rows", *(f"draft {n}" for n in (1, gamma)), *(f"verify {n}" for n in counts)):
         table.add_column(heading, justify="right", no_wrap=True)
     for count in sorted(profile.tables["sample" if sample else "greedy"]):
-        verify = costs.verify_s(count, 128)
-        cells = [*(costs.draft_s(count, n) for n in (1, gamma)), *(verify[count * (n - 1)] for n in counts)]
+        passes = costs.passes(count, 128)
+        cells = [*(costs.draft_s(count, n) for n in (1, gamma)), *(passes.verify_s[count * (n - 1)] + passes.wide_s[n - 1] for n in counts)]
         table.add_row(str(count), *(figure(1e3 * float(s), 1) for s in cells))
     Console().print(table)
 
