@@ -414,9 +414,9 @@ def throughput(budget: Budget, costs: Costs, concurrency: int, *, seed: int = 0,
 @pytest.mark.parametrize(("name", "least"), [("load-aware", 0.98), ("load-aware-lag2", 0.96)])
 @pytest.mark.parametrize("machine", ["line", "steps", "wide rows", "dear drafts"])
 def test_no_fixed_choice_beats_load_aware(name: str, least: float, machine: str) -> None:
-    """At every load from 1 to 32 requests load-aware gives at least 0.98 of the best of plain, full and static:1, 2, 4 (the lagged one,
-    which knows less, 0.96), on machines whose passes cost by a line, by steps, by their longest row, or whose drafts are dear. Nothing is drawn
-    but from the seed.
+    """At every load from 1 to 32 requests load-aware gives at least 0.98 of the best of plain, full and static:1, 2, 4, and the lagged one,
+    which knows less, 0.96: on machines whose passes cost by a line, by steps, by their longest row, or whose drafts are dear. Nothing is
+    drawn but from the seed.
     """
     gamma, rows = 7, (1, 2, 4, 8, 16, 32)
 
