@@ -7,13 +7,13 @@
 # PROMPTS: a folder with train/*.jsonl (prompts to answer) and eval/*.jsonl (prompts never to learn from), one {"turns": [..]} a line;
 # responses/*.jsonl.gz in it, where there are any, are rows that the target wrote before, and are learnt from too.
 # RUNS: where data and runs go. ROWS of self-written prompts for the first MINUTES of training, MORE_ROWS and MORE_MINUTES for going on from
-# there (two processes of one thread each write them), and LAST_MINUTES for a third run on the same rows can be set; so can LIMIT, the
-# prompts that confidences are calibrated on.
+# there (two processes of one thread each write them), THIRD_MINUTES and LAST_MINUTES for a third and fourth run on the same rows can be
+# set; so can LIMIT, the prompts that confidences are calibrated on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prompts=${1:?PROMPTS} runs=${2:?RUNS}
-minutes=${MINUTES:-52} rows=${ROWS:-700} more_minutes=${MORE_MINUTES:-60} last_minutes=${LAST_MINUTES:-56}
-more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-320}
+minutes=${MINUTES:-52} rows=${ROWS:-700} more_minutes=${MORE_MINUTES:-60} third_minutes=${THIRD_MINUTES:-56}
+last_minutes=${LAST_MINUTES:-90} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-320}
 command=${HF_DSPARK:-.venv/bin/hf-dspark}
 
 write() { # SEED ROWS
@@ -35,14 +35,18 @@ $command train --target smollm2 --dtype bf16 --output "$runs/drafter2" --minutes
     $(printf -- '--data %s ' "$runs"/data-[1-4]) $(printf -- '--data %s ' $(ls "$prompts"/responses/*.jsonl.gz)) \
     --batch-size 4 --anchors 192 --chunk 512 --lr 1.5e-3 --evaluation-minutes 22 --seed 1
 
-# Once more over the same rows, with Muon for the backbone's matrices.
-$command train --target smollm2 --dtype bf16 --output "$runs/drafter3" --minutes "$last_minutes" --drafter "$runs/drafter2/best" \
-    $(printf -- '--data %s ' "$runs"/data-[1-4]) $(printf -- '--data %s ' $(ls "$prompts"/responses/*.jsonl.gz)) \
-    --batch-size 4 --anchors 192 --chunk 512 --optimizer muon --lr 1e-3 --evaluation-minutes 90 --seed 3
+# Twice more over the same rows, with Muon for the backbone's matrices.
+again() { # RUN MINUTES BASE SEED
+    $command train --target smollm2 --dtype bf16 --output "$runs/$1" --minutes "$2" --drafter "$runs/$3/best" \
+        $(printf -- '--data %s ' "$runs"/data-[1-4]) $(printf -- '--data %s ' $(ls "$prompts"/responses/*.jsonl.gz)) \
+        --batch-size 4 --anchors 192 --chunk 512 --optimizer muon --lr 1e-3 --evaluation-minutes 90 --seed "$4"
+}
+again drafter3 "$third_minutes" drafter2 3
+again drafter4 "$last_minutes" drafter3 4
 
 # Confidences: on grade-school-math prompts that no training row answers.
 "${PYTHON:-.venv/bin/python}" scripts/fresh_prompts.py "$prompts/train/gsm8k_train.jsonl" --limit "$limit" --output "$runs/gsm8k_fresh.jsonl" \
     $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
-$command calibrate --target smollm2 --drafter "$runs/drafter3/best" --prompts "$runs/gsm8k_fresh.jsonl" --max-new-tokens 128 \
+$command calibrate --target smollm2 --drafter "$runs/drafter4/best" --prompts "$runs/gsm8k_fresh.jsonl" --max-new-tokens 128 \
     --concurrency 32 --dtype bf16 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)
