@@ -246,6 +246,21 @@ LOAD: dict[str, Any] = {
     },
     "machine": _MACHINE,
 }
+REPLAY: dict[str, Any] = {
+    "cells": _CELLS,
+    "summary": summary(_CELLS),
+    "prompt_files": ["a.jsonl"],
+    "settings": {
+        "concurrency": [1, 8],
+        "budgets": ["plain", "full", "load-aware"],
+        "answers": 9,
+        "places": 1000,
+        "requests": 20,
+        "orders": 2,
+        "seed": 0,
+    },
+    "machine": _MACHINE,
+}
 _QUALITY = {"rounds": 900, "ece": 0.05, "auc": 0.85, "brier": 0.12, "positions": [{"ece": 0.04}, {"ece": 0.06}]}
 _JUDGED = {"before": _QUALITY, "after": {**_QUALITY, "ece": 0.012, "positions": [{"ece": 0.01}, {"ece": None}]}}
 CALIBRATION: dict[str, Any] = {
@@ -295,6 +310,7 @@ RECORDS = {
     "load": LOAD,
     "calibration": CALIBRATION,
     "drift": DRIFT,
+    "replay": REPLAY,
 }
 
 
@@ -448,6 +464,13 @@ def test_the_table_of_a_calibration(folder):
     body = rows(render("calibration", folder / "calibration.json"))[2:]
     assert body[0] == ["a, held out", "900", "5.0%", "1.2%", "0.850", "0.1200", "0.1200", "1.0% -"]
     assert body[1][0] == "b"
+
+
+def test_the_table_of_a_replay(folder):
+    """Throughput of each budget, and the best load-aware one over the best fixed one: 60 over 50 tokens a second."""
+    body = rows(render("replay", folder / "replay.json"))[2:]
+    assert body[1] == ["`full`", "50.0", "400.0"]
+    assert body[3][1:] == ["1.200", "1.200"]
 
 
 def test_the_table_of_a_drift(folder):

@@ -48,6 +48,22 @@ def render_load(record: Mapping[str, Any]) -> str:
     return f"{rates}\n\n{ratios}\n\n{note}"
 
 
+def render_replay(record: Mapping[str, Any]) -> str:
+    """What budgets give on the same recorded blocks with the cost profile for a clock, from `python -m hf_dspark.evaluation.replay`."""
+    settings = record["settings"]
+    cells = {(cell["concurrency"], cell["budget"]): cell for cell in record["cells"]}
+    sizes = settings["concurrency"]
+    rates = [[f"`{name}`", *(number(cells[n, name]["tokens_per_s"], 1) for n in sizes)] for name in settings["budgets"]]
+    ratios = ["**best load-aware over the best of plain, full, static**"]
+    ratios += [number(one.get("load_aware_over_best_fixed"), 3) for one in record["summary"]]
+    note = (
+        f"{settings['answers']} greedy answers ({', '.join(record['prompt_files'])}), a block drafted at each of their "
+        f"{settings['places']:,} places; {settings['requests']} answers served in {settings['orders']} orders; seconds from the cost "
+        f"profile, prompt passes and the budgets' own time left out. Seed {settings['seed']}. {machine_line(record)}"
+    )
+    return f"{markdown_table(['tokens/s, by requests in flight', *map(str, sizes)], [*rates, ratios])}\n\n{note}"
+
+
 def _with_quartiles(row: Mapping[str, Any], key: str) -> str:
     quartiles = row.get(f"{key}_quartiles")
     spread = f" ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles and quartiles[0] != quartiles[1] else ""

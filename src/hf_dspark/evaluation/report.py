@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_dspark.errors import DataError
-from hf_dspark.evaluation.load_tables import render_calibration, render_drift, render_load
+from hf_dspark.evaluation.load_tables import render_calibration, render_drift, render_load, render_replay
 from hf_dspark.evaluation.recipes import plot_curve, render_recipe
 from hf_dspark.evaluation.tables import empty_plot, machine_line, markdown_table, number, percent, save_plot
 from hf_dspark.evaluation.training_tables import render_decoded, render_matched, render_positions, render_shift, render_training
@@ -175,6 +175,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "load": render_load,
     "calibration": render_calibration,
     "drift": render_drift,
+    "replay": render_replay,
 }
 
 
