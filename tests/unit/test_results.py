@@ -26,7 +26,7 @@ def number(record: dict[str, Any], key: str) -> float:
     return value
 
 
-@pytest.mark.parametrize("name", ["passes", "demo", "eval_gsm8k", "eval_t0", "eval_t1", "divergence", "bench"])
+@pytest.mark.parametrize("name", ["passes", "demo", "eval_gsm8k", "eval_t0", "eval_t1", "divergence", "bench", "replay"])
 def test_every_result_says_where_it_was_taken(name: str) -> None:
     """Processor, threads and the versions of torch and transformers."""
     machine = result(name)["machine"]
@@ -203,3 +203,13 @@ def test_the_load_aware_budget_beats_verifying_everything_in_a_crowd() -> None:
     assert all(number(ratios[n], "load_aware_over_full") >= 1.2 for n in (16, 32))
     verified = [c["verified_tokens_per_request"] for c in record["cells"] if c["budget"] == "load-aware"]
     assert verified[0] > verified[3] > verified[5]
+
+
+def test_replayed_without_noise_no_fixed_choice_beats_load_aware() -> None:
+    """On the same blocks, with the profile for a clock, at least 0.98 of the best of plain, full and static at every load."""
+    record = result("replay")
+    assert [one["concurrency"] for one in record["summary"]] == [1, 2, 4, 8, 16, 32]
+    for one in record["summary"]:
+        cells = {c["budget"]: c["tokens"] / c["seconds"] for c in record["cells"] if c["concurrency"] == one["concurrency"]}
+        best = max(rate for name, rate in cells.items() if name in ("plain", "full") or name.startswith("static"))
+        assert max(cells["load-aware"], cells["load-aware-lag2"]) >= 0.98 * best
