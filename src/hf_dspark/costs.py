@@ -30,8 +30,8 @@ class RowCosts:
             (anchor included); the shape of the curve is taken at the first context, at others their least time.
         draft_s (`dict[int, float]`): by tokens drafted a row: seconds of drafting for all rows.
         long_s (`dict[int, dict[int, float]]`): of rows of which one has n drafted tokens and the others none, by context, then by n.
-        few_s (`dict[int, float]`): of rows of which n < R have one drafted token and the others none, by n, at the first context. Between
-            measured points a pass gets no dearer by straight lines where its kernels work by steps.
+        few_s (`dict[int, float]`): of rows of which n < R have one drafted token and the others none, by n, at the first context: kernels
+            work by steps, so these do not lie on a straight line.
     Raises:
         ValueError: for an empty table or a time that is not positive and finite.
     """

@@ -73,7 +73,7 @@ class CostProfile:
         contexts: Sequence[int] = CONTEXTS,
         on_rows: Callable[[int], None] | None = None,
     ) -> CostProfile:
-        """Measure rounds with 1, 2, 4 .. `rows` rows; for a small model on a CPU a second or two for one row, half a minute up to 32.
+        """Measure rounds with 1, 2, 4 .. `rows` rows; takes the longer the more rows.
 
         Args:
             target (`PreTrainedModel`): the causal LM.

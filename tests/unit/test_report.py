@@ -246,21 +246,7 @@ LOAD: dict[str, Any] = {
     },
     "machine": _MACHINE,
 }
-REPLAY: dict[str, Any] = {
-    "cells": _CELLS,
-    "summary": summary(_CELLS),
-    "prompt_files": ["a.jsonl"],
-    "settings": {
-        "concurrency": [1, 8],
-        "budgets": ["plain", "full", "load-aware"],
-        "answers": 9,
-        "places": 1000,
-        "requests": 20,
-        "orders": 2,
-        "seed": 0,
-    },
-    "machine": _MACHINE,
-}
+REPLAY: dict[str, Any] = LOAD | {"settings": LOAD["settings"] | {"answers": 9, "places": 1000, "requests": 20, "orders": 2}}
 _QUALITY = {"rounds": 900, "ece": 0.05, "auc": 0.85, "brier": 0.12, "positions": [{"ece": 0.04}, {"ece": 0.06}]}
 _JUDGED = {"before": _QUALITY, "after": {**_QUALITY, "ece": 0.012, "positions": [{"ece": 0.01}, {"ece": None}]}}
 CALIBRATION: dict[str, Any] = {
