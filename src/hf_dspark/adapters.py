@@ -6,7 +6,6 @@ peft is imported when it is first needed, so that a drafter without adapters doe
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from hf_dspark.errors import UnsupportedOptionError
+from hf_dspark.notices import warn_once
 
 if TYPE_CHECKING:
     from hf_dspark.modeling_dspark import DSparkDrafter
@@ -156,17 +156,13 @@ def check_adapter_name(drafter: DSparkDrafter, name: str) -> None:
         )
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
 def warn_of_calibration(drafter: DSparkDrafter) -> None:
     """Say once that the confidence temperatures are those of the drafter without the adapter."""
     if drafter.config.confidence_temperatures is not None:
-        _warn_once(
+        warn_once(
+            logger,
             "The drafter's confidence temperatures were measured without an adapter, and are kept. An adapter changes confidences: "
-            "calibrate again, with the adapter active, before using a budget that reads them."
+            "calibrate again, with the adapter active, before using a budget that reads them.",
         )
 
 

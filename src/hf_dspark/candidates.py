@@ -7,7 +7,6 @@ ordinary candidate generator. The loop of this package is faster and takes any b
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import weakref
@@ -24,17 +23,13 @@ from .budgets import make_budget
 from .constraints import RowProcessors, Sequences
 from .drafting import draft_block
 from .errors import UnsupportedTargetError
+from .notices import warn_once
 from .profiling import CostProfile
 from .row_cache import RowCache, RowLayout
 from .scheduling import Budget, Drafts, FinishedRound, LiveRows
 from .target import Taps
 
 logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
 
 
 class DSparkCandidateGenerator(CandidateGenerator):
@@ -89,7 +84,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         try:
             return budget.start(lambda: CostProfile.cached(target, self.drafter, rows=1, sample=sample).costs(sample))
         except UnsupportedTargetError as refused:
-            _log_once(f"Budget {budget!r} cannot measure rounds of this target, so whole blocks are verified ({refused})")
+            warn_once(logger, f"Budget {budget!r} cannot measure rounds of this target, so whole blocks are verified ({refused})")
             return make_budget("full", cap)
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

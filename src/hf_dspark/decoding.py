@@ -6,6 +6,7 @@ rows in one flattened pass, accept, commit, roll back. Rows join by `join` and l
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -164,6 +165,7 @@ class DecodingLoop:
 
     def round(self) -> None:
         """Draft, budget, verify, accept, commit: paper section 2, DSPARK.md steps 2-8."""
+        began, drafted_before = time.perf_counter(), self.watch.so_far("draft")
         starts = list(self.context.target.lengths)
         live = self.look()
         proposal = self.propose(live)
@@ -180,7 +182,11 @@ class DecodingLoop:
         self.stats.rounds += 1
         # The device has been waited for, so a listener's copy of the confidences costs no wait of its own.
         raw = raw.cpu() if self.listener is not None and raw is not None else None
-        over = FinishedRound(live.requests, tuple(drafted), tuple(lengths), tuple(accepted), tuple(judged), confidence, raw)
+        draft_s = None if drafted_before is None else (self.watch.so_far("draft") or 0.0) - drafted_before
+        over = FinishedRound(
+            live.requests, tuple(drafted), tuple(lengths), tuple(accepted), tuple(judged), confidence, raw,
+            time.perf_counter() - began, draft_s,
+        )  # fmt: skip
         self.budget.learn(over)
         if self.listener is not None:
             self.listener.learn(over)

@@ -3,7 +3,9 @@ models are used for."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,15 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_dspark.embedded import DRAFTER_NAME, TARGET_NAME, embedded_drafter_path, embedded_target_path
 from hf_dspark.errors import CheckpointError
+from hf_dspark.machine import device_name, has_bf16
+from hf_dspark.notices import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_dspark.modeling_dspark import DSparkDrafter
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -78,7 +84,8 @@ def load_target(
 
     Args:
         name: embedded name, folder or Hub id (`resolve_target`).
-        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own.
+        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or float32 where that is bfloat16 and the device
+            does not compute in it (logged once).
         device: where the model goes; default: where `from_pretrained` leaves it (give `device_map` in `model_options`
             to spread it).
         revision: branch, tag or commit on the Hub.
@@ -93,6 +100,7 @@ def load_target(
 
     torch_dtype = parse_dtype(dtype)
     source = resolve_target(name)
+    place = _place(device, model_options)
     hub_options = {"revision": revision} if revision is not None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub_options)
@@ -102,6 +110,7 @@ def load_target(
     tokenizer.padding_side = "left"  # A batch is continued at its right end.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model = _affordable(model, torch_dtype, place)
     if device is not None:
         model = model.to(device)
     return model.eval(), tokenizer
@@ -119,7 +128,8 @@ def load_drafter(
 
     Args:
         name: embedded name, folder or Hub id (`resolve_drafter`).
-        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own.
+        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or float32 where that is bfloat16 and the device
+            does not compute in it (logged once).
         device: where the drafter goes; default: where `from_pretrained` leaves it.
         revision: branch, tag or commit on the Hub.
         model_options: passed to `DSparkDrafter.from_pretrained`.
@@ -132,14 +142,35 @@ def load_drafter(
 
     torch_dtype = parse_dtype(dtype)
     source = resolve_drafter(name)
+    place = _place(device, model_options)
     hub_options = {"revision": revision} if revision is not None else {}
     try:
         drafter = DSparkDrafter.from_pretrained(source, dtype=torch_dtype, **hub_options, **model_options)
     except OSError as error:
         raise _unreadable("drafter", name, revision, error) from error
+    drafter = _affordable(drafter, torch_dtype, place)
     if device is not None:
         drafter = drafter.to(device)
     return drafter.eval()
+
+
+def _place(device: str | torch.device | None, model_options: Mapping[str, Any]) -> torch.device | None:
+    """Where a model will be used; None where that is open."""
+    if "device_map" in model_options or (device is None and torch.cuda.is_available()):
+        return None
+    return torch.device(device or "cpu")
+
+
+def _affordable(model: Any, dtype: torch.dtype | str, device: torch.device | None) -> Any:
+    """A model as it is, or in float32 where its own dtype was to be taken, that is bfloat16, and the device does not compute in it."""
+    if dtype != "auto" or device is None or model.dtype != torch.bfloat16 or getattr(model, "is_quantized", False) or has_bf16(device):
+        return model
+    warn_once(
+        logger,
+        f"{device_name(device)} does not compute in bfloat16, the dtype of this checkpoint, so it is loaded in float32, which is several "
+        "times faster here. Give dtype=torch.bfloat16 (--dtype bf16) to have it in bfloat16 all the same.",
+    )
+    return model.float()
 
 
 def _folder_or_repo(name: str | os.PathLike[str], role: str, other_role_name: str) -> str:

@@ -20,17 +20,13 @@ from .adapters import adapter_for_call, check_choice, plain_drafter
 from .candidates import stock_loop
 from .errors import UnsupportedOptionError, UnsupportedTargetError
 from .generation import CallOptions, GenerateDSparkOutput, call_options, current_options, generate_batch
+from .notices import warn_once
 from .online import OnlineCalibration
 from .scheduling import Budget
 from .target import input_device
 from .versions import CACHE, cache_in, with_cache_renamed
 
 logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
 
 
 def install() -> None:
@@ -63,7 +59,7 @@ def install() -> None:
                 raise UnsupportedOptionError(
                     f"{refused} That loop draws from torch's own generator: call torch.manual_seed instead of seed= or generator=."
                 ) from refused
-            _log_once(f"{refused} Doing so for this batch of one.")
+            warn_once(logger, f"{refused} Doing so for this batch of one.")
             cache = cache_in(kwargs)
             if cache is not None and cache.get_seq_length() > 0:
                 # transformers' assisted loop (seen in 5.23) reads the whole text on top of what a cache holds already.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .costs import Costs, PassCosts
+from .followed_costs import FollowedCosts
 from .scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal, check_cap, require_confidence
 
 # Recent blocks of a row, and of all rows, whose survivals stand for those to come.
@@ -31,6 +32,11 @@ _STARTS = (0.0, 0.5)
 # Leaving out more than rows none of whose last blocks was worth a token must promise this much more than drafting for all: which rows pay
 # is guessed from few blocks of each, and what was chosen for its promise keeps less of it. A row more costs little beside the others.
 _WORTH_CHOOSING = 1.03
+# Who follows costs must see what a plain round takes, too: after so many drafted rounds one is plain, then after twice as many, up to the
+# limit.
+_FIRST_PLAIN_ROUND, _PLAIN_ROUND_EVERY = 8, 128
+# Close to the break-even followed costs, which are noisy, decide by chance: then not drafting is taken, which costs what it costs.
+_WORTH_DRAFTING = 1.02
 
 
 # ------------------------------------------------------------------------------------------------------------- how much to verify
@@ -280,17 +286,22 @@ class LoadAwareBudget(Budget):
         costs (`Costs`, *optional*): what rounds cost; given by `start` where None.
         max_verify_tokens (`int`, *optional*): most tokens of one pass, anchors included.
         skipping (`bool`): whether to leave rows or batches undrafted; False always drafts whole blocks for all.
+        follow_costs (`bool`): correct the costs by what finished rounds took, for a machine that is not as it was when it was measured.
+            Lossless all the same, but what is drafted and verified then depends on the clock: draws no longer repeat by their seed.
     """
 
     needs_confidence = True
     early_stop = True
     name = "load-aware"
 
-    def __init__(self, costs: Costs | None = None, *, max_verify_tokens: int | None = None, skipping: bool = True) -> None:
+    def __init__(
+        self, costs: Costs | None = None, *, max_verify_tokens: int | None = None, skipping: bool = True, follow_costs: bool = False
+    ) -> None:
         check_cap(max_verify_tokens)
         self.costs = costs
         self.max_verify_tokens = max_verify_tokens
         self.skipping = skipping
+        self.follow_costs = follow_costs
         self._forget()
 
     def _forget(self) -> None:
@@ -300,10 +311,13 @@ class LoadAwareBudget(Budget):
         self._resting: tuple[int, ...] = ()
         self._probe_length, self._start = 1, 0.0
         self._draft_s = 0.0
+        self._context_tokens = 0
+        self._plain_wait = self._next_plain = _FIRST_PLAIN_ROUND
 
     def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
         fresh = copy.copy(self)
-        fresh.costs = self.costs or costs()
+        known = self.costs or costs()
+        fresh.costs = FollowedCosts(known) if self.follow_costs else known
         fresh._forget()
         return fresh
 
@@ -321,6 +335,7 @@ class LoadAwareBudget(Budget):
     # ------------------------------------------------------------------------------------------------------------ before the draft
 
     def propose(self, live: LiveRows) -> Proposal:
+        self._context_tokens = live.context_tokens
         proposal = self._propose(live)
         drafted = len(live.requests) if proposal.rows is None else len(proposal.rows)
         self._draft_s = self._known_costs().draft_s(drafted, proposal.length)
@@ -358,10 +373,14 @@ class LoadAwareBudget(Budget):
                 some = _outlook(samples[:, worth], limits[worth], passes, costs.draft_s, lengths, others=others, **how)
                 if some.rate > factor * best:
                     choice, best, self._start = Proposal(some.length, tuple(worth.tolist())), some.rate, some.start
-        if best <= plain:
+        if best <= plain * (_WORTH_DRAFTING if self.follow_costs else 1.0):
             self._resting, self._probe_length = live.requests, everyone.length
             return self._probe_batch(gamma)
         self._idle, self._rest = 0, FIRST_REST
+        self._plain_wait -= self.follow_costs
+        if self._plain_wait == 0:
+            self._plain_wait = self._next_plain = min(2 * self._next_plain, _PLAIN_ROUND_EVERY)
+            return Proposal(0)
         if self._drafted_rounds % _WHOLE_BLOCK_EVERY == 0:
             choice = Proposal(gamma, choice.rows)
         return self._draft(self._probe_rows(live, choice))
@@ -413,6 +432,8 @@ class LoadAwareBudget(Budget):
         return admit_early_stop(survival, drafts.limits, round_s, most)
 
     def learn(self, finished: FinishedRound) -> None:
+        if isinstance(self.costs, FollowedCosts):
+            self.costs.learn(finished, self._context_tokens)
         if self._memory is None or finished.confidence is None:
             return
         survival = survivals(finished.confidence.numpy())

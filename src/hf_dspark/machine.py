@@ -1,4 +1,4 @@
-"""What this machine is called. Knows the operating system; knows no model."""
+"""What this machine is called, and which dtypes it computes in. Knows the operating system; knows no model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ def cpu_name() -> str:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 by itself. Where it does not, they take several times as long as those of float32.
+
+    On CPUs it is for oneDNN to say, which asks for AVX-512 on x86.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return True
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
 
 
 def device_name(device: torch.device) -> str:

@@ -77,6 +77,8 @@ class FinishedRound:
         judged (`tuple[int, ...]`): of the verified ones, those before the row's end: what was decided about later ones is unknown.
         confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host; given where the budget needs it.
         confidence_logits (`torch.Tensor` of shape `(R, n)`, *optional*): the same before calibration and sigmoid; where someone listens.
+        seconds (`float`, *optional*): that the round took.
+        draft_seconds (`float`, *optional*): of these, the draft's; None where the device does not tell while it works.
     """
 
     requests: tuple[int, ...]
@@ -86,6 +88,8 @@ class FinishedRound:
     judged: tuple[int, ...]
     confidence: torch.Tensor | None = None
     confidence_logits: torch.Tensor | None = None
+    seconds: float | None = None
+    draft_seconds: float | None = None
 
 
 class Budget:

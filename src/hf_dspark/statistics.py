@@ -133,6 +133,10 @@ class Stopwatch:
             yield
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def so_far(self, name: str) -> float | None:
+        """Seconds under a name, where they can be told without waiting for the device."""
+        return None if self._cuda else self._seconds.get(name, 0.0)
+
     def read(self) -> dict[str, float]:
         """Seconds by name, and `total` since this stopwatch was made."""
         if self._cuda:

@@ -214,6 +214,34 @@ def test_a_server_that_pauses_gives_the_texts_of_one_that_does_not():
     assert len(server.speeds(fewest=1)) == len(LENGTHS)
 
 
+def test_a_server_that_stops_by_tokens_stops_within_a_round_of_them():
+    """Counted from its beginning, over all its runs; the texts are those of one run."""
+    target, drafter = pair()
+    most = 3 * (drafter.config.block_size + 1)  # a round of three rows
+    server = Server(
+        target, drafter, random_prompts(LENGTHS), concurrency=3, max_new_tokens=LIMITS, budget=make_budget("full"), end_ids=[NEVER]
+    )
+    for goal in (20, 45, 90):
+        served = server.run(tokens=goal)
+        assert goal <= server.emitted < goal + most + 3
+        assert server.emitted == sum(map(len, served.tokens))
+    assert server.run().tokens == [alone(r) for r in range(len(LENGTHS))]
+    assert server.emitted == sum(LIMITS)
+
+
+def test_contenders_write_as_many_tokens_in_every_turn():
+    """So that ratios of a turn are over the same texts: all cells of a concurrency hold the same tokens, but for a round's."""
+    target, drafter = pair()
+    record = bench(
+        target, drafter, many_prompts(20), end_ids=[NEVER], pad_id=0, concurrencies=[2, 4], budgets=["plain", "full", "load-aware"],
+        max_new_tokens=16, seconds=0.1, repeats=3, costs=full_machine(drafter.config.block_size),
+    )  # fmt: skip
+    for n in (2, 4):
+        tokens = [cell["tokens"] for cell in record["cells"] if cell["concurrency"] == n]
+        assert max(tokens) - min(tokens) <= 2 * n * (drafter.config.block_size + 2)
+        assert min(tokens) > 4 * n * (drafter.config.block_size + 2)
+
+
 def test_ratios_are_taken_turn_by_turn():
     """Two contenders on a machine that gets twice as fast keep the ratio that they have in every turn."""
     cells = [

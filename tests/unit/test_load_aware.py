@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -25,6 +26,7 @@ from hf_dspark.scheduling import Budget, Drafts, FinishedRound, LiveRows, Propos
 from tests.budgets import flat, full_machine, jagged, middling
 
 CASES = 2000
+LOADS = (1, 2, 4, 8, 16, 32)
 
 
 def theta(survival: np.ndarray, lengths: tuple[int, ...], round_s: np.ndarray, wide_s: float = 0.0) -> float:
@@ -372,11 +374,30 @@ def test_scheduling_is_cheap() -> None:
 # ------------------------------------------------------------------------------------------------------------- against fixed choices
 
 
-def throughput(budget: Budget, costs: Costs, concurrency: int, *, seed: int = 0, requests: int = 160) -> float:
+def machine(tokens_s: Callable[[int], float], width: float = 0.02, draft: float = 1.0) -> Costs:
+    """A made-up machine for 1 .. 32 rows and blocks of 7, by what so many tokens in a pass cost."""
+    gamma = 7
+    return Costs(
+        {
+            r: RowCosts(
+                {0: {n: tokens_s(r * n) + width * r * (n - 1) for n in range(1, gamma + 2)}},
+                {n: (3.0 + 0.05 * r * n) * draft for n in range(1, gamma + 1)},
+                {0: {n: tokens_s(r + n) + width * r * n for n in range(1, gamma + 1)}} if r > 1 else {},
+                {n: tokens_s(r + n) + width * r for n in range(1, r)},
+            )
+            for r in LOADS
+        },
+        gamma,
+    )
+
+
+def throughput(budget: Budget, costs: Costs, concurrency: int, *, seed: int = 0, requests: int = 160, noise: float = 0.0) -> float:
     """Tokens a second of made-up requests: 60 tokens each, their confidences true, some texts easier than others and all changing slowly.
 
-    The clock is the table of costs itself, so nothing but the choices differs between budgets.
+    The clock is the table of costs itself, so nothing but the choices differs between budgets. What a budget hears of its rounds' times is
+    off by `noise`, and one in fifty takes five times as long.
     """
+    hiccups = np.random.default_rng(seed + 2)
     random, gamma = np.random.default_rng(seed), costs.block_size
     ease = np.random.default_rng(seed + 1).normal(0.2, 0.6, requests + 2 * concurrency)
     fresh = 0
@@ -397,11 +418,15 @@ def throughput(budget: Budget, costs: Costs, concurrency: int, *, seed: int = 0,
         plan = budget.plan(Drafts(tuple(drafted), given, look)) if proposal.length else [0] * len(live)
         accepted = [int((draws[r] < confidence[r])[:n].cumprod().sum()) for r, n in enumerate(plan)]
         passes = costs.passes(len(live))
-        seconds += passes.verify_s[sum(plan)] + passes.wide_s[max(plan)] + costs.draft_s(sum(n > 0 for n in drafted), proposal.length)
+        draft_s = costs.draft_s(sum(n > 0 for n in drafted), proposal.length)
+        round_s = float(passes.verify_s[sum(plan)] + passes.wide_s[max(plan)] + draft_s)
+        seconds += round_s
+        heard = round_s * (1 + noise * hiccups.normal() + 4 * (noise > 0) * (hiccups.random() < 0.02))
         tokens += sum(accepted) + len(live)
         finished = FinishedRound(
-            look.requests, tuple(drafted), tuple(plan), tuple(accepted), tuple(plan), given if proposal.length else None
-        )
+            look.requests, tuple(drafted), tuple(plan), tuple(accepted), tuple(plan), given if proposal.length else None,
+            seconds=heard, draft_seconds=draft_s,
+        )  # fmt: skip
         budget.learn(finished)
         for row, count in zip(live, accepted, strict=True):
             row[1] -= count + 1
@@ -412,32 +437,43 @@ def throughput(budget: Budget, costs: Costs, concurrency: int, *, seed: int = 0,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("load-aware", 0.98), ("load-aware-lag2", 0.96)])
-@pytest.mark.parametrize("machine", ["line", "steps", "wide rows", "dear drafts"])
-def test_no_fixed_choice_beats_load_aware(name: str, least: float, machine: str) -> None:
+@pytest.mark.parametrize("kind", ["line", "steps", "wide rows", "dear drafts"])
+def test_no_fixed_choice_beats_load_aware(name: str, least: float, kind: str) -> None:
     """At every load from 1 to 32 requests load-aware gives at least 0.98 of the best of plain, full and static:1, 2, 4, and the lagged one,
     which knows less, 0.96: on machines whose passes cost by a line, by steps, by their longest row, or whose drafts are dear. Nothing is
     drawn but from the seed.
     """
-    gamma, rows = 7, (1, 2, 4, 8, 16, 32)
-
-    def tokens_s(b: int) -> float:
-        return 25.0 + (1.2 * b if machine != "steps" else 12.0 * -(-b // 12))
-
-    width = 0.15 if machine == "wide rows" else 0.02
-    costs = Costs(
-        {
-            r: RowCosts(
-                {0: {n: tokens_s(r * n) + width * r * (n - 1) for n in range(1, gamma + 2)}},
-                {n: (3.0 + 0.05 * r * n) * (2.5 if machine == "dear drafts" else 1.0) for n in range(1, gamma + 1)},
-                {0: {n: tokens_s(r + n) + width * r * n for n in range(1, gamma + 1)}} if r > 1 else {},
-                {n: tokens_s(r + n) + width * r for n in range(1, r)},
-            )
-            for r in rows
-        },
-        gamma,
+    costs = machine(
+        (lambda b: 25.0 + 12.0 * -(-b // 12)) if kind == "steps" else (lambda b: 25.0 + 1.2 * b),
+        0.15 if kind == "wide rows" else 0.02,
+        2.5 if kind == "dear drafts" else 1.0,
     )
-    ratios = {}
-    for concurrency in rows:
-        fixed = [throughput(make_budget(other), costs, concurrency) for other in ("static:0", "static:1", "static:2", "static:4", "full")]
-        ratios[concurrency] = throughput(make_budget(name).start(lambda: costs), costs, concurrency) / max(fixed)
+    ratios = against_fixed(make_budget(name).start(lambda: costs), costs)
     assert min(ratios.values()) >= least, ratios
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("load-aware", 0.98), ("load-aware-lag2", 0.95)])
+@pytest.mark.parametrize("wrong", [0.3, 2.5])
+def test_costs_are_followed_to_where_they_are(name: str, least: float, wrong: float) -> None:
+    """With a profile by which tokens cost 0.3 or 2.5 times what they do, and rounds' times 10% off with now and then one of five times its
+    length, a budget that follows costs gives at every load what is asked of one that knows them (0.95 of the lagged one); one that does not
+    follow loses more somewhere. Nothing is drawn but from the seed.
+    """
+    real, profile = machine(lambda b: 25.0 + 1.2 * b), machine(lambda b: 25.0 + 1.2 * wrong * b)
+    followed = make_budget(name)
+    assert isinstance(followed, LoadAwareBudget)
+    followed.follow_costs = True
+    ratios = against_fixed(followed.start(lambda: profile), real, noise=0.1)
+    misled = against_fixed(make_budget(name).start(lambda: profile), real, noise=0.1)
+    assert min(ratios.values()) >= least, (ratios, misled)
+    assert min(misled.values()) < min(least, *ratios.values()), (ratios, misled)
+
+
+def against_fixed(budget: Budget, costs: Costs, *, noise: float = 0.0) -> dict[int, float]:
+    """What a budget gives, over the best fixed choice, at each load."""
+    out = {}
+    for n in LOADS:
+        fixed = [throughput(make_budget(other), costs, n) for other in ("static:0", "static:1", "static:2", "static:4", "full")]
+        out[n] = throughput(budget, costs, n, noise=noise) / max(fixed)
+    return out

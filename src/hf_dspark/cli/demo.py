@@ -2,9 +2,9 @@
 bench, not the loop.
 
 Exactness is judged in fp32: there the texts must be equal token for token. Speed is taken in bf16, the checkpoint's own
-precision, where a pass over eight tokens and a pass over one differ in the last bit: where the target's two best logits
-all but tie, the texts may part there. For every such place the demo states how far apart the plain target's two best
-logits were.
+precision (where the device does not compute in it, in fp32), where a pass over eight tokens and a pass over one differ in the
+last bit: where the target's two best logits all but tie, the texts may part there. For every such place the demo states how far
+apart the plain target's two best logits were.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hf_dspark.cli.commands import figure, load_pair, pick_device, print_json, p
 from hf_dspark.evaluation.benchmark import Bench, Parting, Run, acceptance_of, find_parting, time_of
 from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record, speed_ratio
 from hf_dspark.evaluation.prompts import user_turn
+from hf_dspark.machine import has_bf16
 
 # What the embedded drafter was trained for, and two kinds that it has seen less of; the table shows each.
 _STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -99,10 +100,11 @@ def run_demo(target_name: str, drafter_name: str, *, max_new_tokens: int, budget
         target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=place)
         return Bench(target, drafter, tokenizer, max_new_tokens=max_new_tokens, budget=budget)
 
-    exact = _leg(bench("fp32"), console=None, label="fp32: are the texts equal?")
+    speed = "bf16" if has_bf16(place) else "fp32"
+    exact = _leg(bench("fp32"), console=console if speed == "fp32" else None, label="fp32: are the texts equal?")
     console.print(f"fp32: {_same(exact)} texts equal, token for token.\n", highlight=False)
-    fast = _leg(bench("bf16"), console=console, label="bf16")
-    _print_table(console, exact, fast)
+    fast = exact if speed == "fp32" else _leg(bench(speed), console=console, label=speed)
+    _print_table(console, exact, fast, speed)
 
     plain, dspark = fast.total("plain"), fast.total("dspark")
     print_json(
@@ -116,7 +118,8 @@ def run_demo(target_name: str, drafter_name: str, *, max_new_tokens: int, budget
             "fp32_speedup": speed_ratio(exact.total("dspark"), exact.total("plain")),
             "fp32_tau": exact.acceptance.tau,
             "fp32_partings": _partings(exact),
-            "bf16_partings": _partings(fast),
+            "bf16_partings": None if fast is exact else _partings(fast),
+            "dtype": speed,
             "time": fast.time.to_json(),
             "target": target_name,
             "drafter": drafter_name,
@@ -159,8 +162,8 @@ def _show(bench: Bench, method: str, inputs: Any, console: Console | None) -> Ru
     return run
 
 
-def _print_table(console: Console, exact: Leg, fast: Leg) -> None:
-    table = Table(title="bf16 speed in tokens/s; tau counts the target's bonus token", show_footer=True)
+def _print_table(console: Console, exact: Leg, fast: Leg, speed: str) -> None:
+    table = Table(title=f"{speed} speed in tokens/s; tau counts the target's bonus token", show_footer=True)
     plain, dspark = fast.total("plain"), fast.total("dspark")
     table.add_column("prompt", "all", overflow="ellipsis", no_wrap=True, max_width=24)
     for heading, total in (
@@ -170,7 +173,7 @@ def _print_table(console: Console, exact: Leg, fast: Leg) -> None:
         ("tau", figure(fast.acceptance.tau, 2)),
     ):
         table.add_column(heading, total, justify="right", no_wrap=True)
-    table.add_column("text", f"identical: fp32 {_same(exact)}, bf16 {_same(fast)}")
+    table.add_column("text", f"identical: fp32 {_same(exact)}" + ("" if fast is exact else f", {speed} {_same(fast)}"))
     for number, prompt in enumerate(PROMPTS):
         base, speculated = fast.plain[number], fast.dspark[number]
         tau = acceptance_of(speculated.stats).tau if speculated.stats is not None else None
@@ -180,10 +183,10 @@ def _print_table(console: Console, exact: Leg, fast: Leg) -> None:
             figure(speculated.throughput.tokens_per_s, 1),
             figure(speed_ratio(speculated.throughput, base.throughput), 2),
             figure(tau, 2),
-            _verdict(exact.partings[number], fast.partings[number]),
+            _verdict(exact.partings[number], None if fast is exact else fast.partings[number]),
         )
     console.print(table)
-    if not fast.identical:
+    if fast is not exact and not fast.identical:
         console.print(
             "Where a bf16 text parts, the plain target's own two best logits were as far apart as stated: "
             "bf16 rounds a pass over one token and a pass over several differently, "

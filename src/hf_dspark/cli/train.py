@@ -192,6 +192,7 @@ def train(options: RunOptions, config: dict[str, Any], drafter: Any, target: Any
             with writing(options.output / name / "README.md"):
                 write_training_card(options.output / name, recipe, drafter)
         _tell(recipe, options)
+    trainer.close()
     return recipe
 
 

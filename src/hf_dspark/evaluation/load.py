@@ -1,7 +1,8 @@
 """Measures budgets under load: throughput and speed per user with N requests in flight. Knows serving and `generate`; knows no command.
 
-At each concurrency every contender is a server that keeps running, on the same prompts in the same order. They take turns for a short
-time each, over and over, and who goes first rotates: a machine whose speed drifts slows all alike, and ratios are taken within a turn.
+At each concurrency every contender is a server that keeps running, on the same prompts in the same order. They take short turns, over and
+over, and who goes first rotates: a machine whose speed drifts slows all alike. A turn ends after as many tokens for each, so that greedy
+contenders write the same texts in it, and ratios are taken within a turn.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from hf_dspark.costs import Costs
 from hf_dspark.evaluation.benchmark import Sampling, new_tokens
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import Served, Server
+from hf_dspark.load_aware import LoadAwareBudget
 from hf_dspark.online import OnlineCalibration
 from hf_dspark.profiling import CostProfile
 from hf_dspark.scheduling import FinishedRound, StaticBudget
 
 # Contenders that are no budgets: this loop without drafting, transformers' batched call, and its lookup decoding.
 PLAIN, GENERATE, LOOKUP = "plain", "generate", "prompt-lookup"
-# How a budget gets its confidences: `name` follows drifts online, `name@fixed` as the checkpoint is calibrated, `name@raw` uncalibrated.
+# `name` follows drifts of confidences online, and a load-aware budget those of costs; `name@fixed` takes confidences as the checkpoint is
+# calibrated and costs as they were measured; `name@raw` is uncalibrated.
 VARIANTS = ("", "@fixed", "@raw")
 _LOOKUP_TOKENS = 10
 
@@ -165,9 +168,10 @@ def bench(
         budgets (`list[str]`): contenders, see `Contender`.
         sampling (`Sampling`, *optional*): greedy by default.
         max_new_tokens (`int`): of a request; those in flight when the clock starts are of all ages.
-        seconds (`float`): of one turn of one contender.
-        repeats (`int`): turns of each contender at each concurrency, after one of `seconds` that is thrown away. `generate` and
-            `prompt-lookup`, whose calls last longer than a turn, take every fourth.
+        seconds (`float`): of one turn of a contender of middling speed: a first turn of so many seconds, thrown away, tells how many tokens
+            each contender has to give in the others.
+        repeats (`int`): turns of each contender at each concurrency. `generate` and `prompt-lookup`, whose calls last longer than a turn,
+            take every fourth, for `seconds` at least.
         seed (`int`): of draws.
         costs (`Costs`, *optional*): what rounds cost; the remembered profile by default.
         on_cell (`Callable`, *optional*): called after each turn, the thrown away ones too.
@@ -181,28 +185,28 @@ def bench(
     if costs is None and any(c.drafts and make_budget(c.budget).needs_confidence for c in contenders):
         profile = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=not sampling.greedy)
         costs = profile.costs(not sampling.greedy)
+    tell = on_cell or (lambda *_: None)
     runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs)
     cells = {(n, c.name): _Cell() for n in concurrencies for c in contenders if c.name != LOOKUP or n == 1}
     if not all(any(name == c.name for _, name in cells) for c in contenders):
         raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
     for concurrency in concurrencies:
         order = [c for c in contenders if (concurrency, c.name) in cells]
-        servers = {c.name: runner.server(c, concurrency, seconds * (repeats + 1)) for c in order if c.name not in (GENERATE, LOOKUP)}
-        for turn in range(-1, repeats):
+        runs = {c.name: _Run(runner, c, concurrency, seconds * (repeats + 2)) for c in order if c.name not in (GENERATE, LOOKUP)}
+        quota = _first_turns(list(runs.values()), seconds)
+        for contender in order:
+            tell(concurrency, contender.name)
+        for turn in range(repeats):
             first = turn % len(order)
             for contender in order[first:] + order[:first]:
-                cell = cells[concurrency, contender.name] if turn >= 0 else _Cell()
-                if contender.name in servers:
-                    cell.add(servers[contender.name].run(steady=True, seconds=seconds))
-                    if len(servers[contender.name].loop.live) < concurrency:  # so fast that its requests are all answered
-                        cell.users += servers[contender.name].speeds()
-                        servers[contender.name] = runner.server(contender, concurrency, seconds * (repeats + 1))
+                cell = cells[concurrency, contender.name]
+                if contender.name in runs:
+                    runs[contender.name].turn(quota, cell)
                 elif turn % 4 == 0:
                     runner.stock(contender, concurrency, seconds, turn, cell)
-                if on_cell is not None:
-                    on_cell(concurrency, contender.name)
-        for name, server in servers.items():
-            cells[concurrency, name].users += server.speeds()
+                tell(concurrency, contender.name)
+        for name, run in runs.items():
+            cells[concurrency, name].users += run.server.speeds()
     rows = [cell.to_json(n, name) for (n, name), cell in cells.items()]
     return {
         "cells": rows,
@@ -282,6 +286,38 @@ def _ratio(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, fl
     return low, middle, high
 
 
+class _Run:
+    """A contender at one concurrency, from turn to turn."""
+
+    def __init__(self, runner: _Runner, contender: Contender, concurrency: int, seconds: float) -> None:
+        self.runner, self.contender, self.concurrency, self.seconds = runner, contender, concurrency, seconds
+        self._begin()
+
+    def _begin(self) -> None:
+        self.server = self.runner.server(self.contender, self.concurrency, self.seconds)
+        self.goal = 0
+
+    def turn(self, tokens: int, cell: _Cell) -> None:
+        """Go on until so many more tokens are out than were asked for in the turns before."""
+        self.goal += tokens
+        cell.add(self.server.run(steady=True, tokens=self.goal))
+        if len(self.server.loop.live) < self.concurrency:  # all its requests are answered
+            cell.users += self.server.speeds()
+            self._begin()
+
+
+def _first_turns(runs: Sequence[_Run], seconds: float) -> int:
+    """Let every contender run for some time, then bring all to the same place; the tokens that one of middling speed gave."""
+    emitted = []
+    for run in runs:
+        run.server.run(steady=True, seconds=seconds)
+        emitted.append(run.server.emitted)
+    for run in runs:
+        run.turn(max(emitted), _Cell())
+    # A server's first tokens are those of prompts, which all began at once: they belong to no turn.
+    return max(int(statistics.median(emitted)) - runs[0].concurrency, 1) if runs else 0
+
+
 @dataclass
 class _Runner:
     """Makes servers for contenders, and runs transformers' own calls."""
@@ -302,6 +338,8 @@ class _Runner:
         wanted = concurrency + 8 + int(max(20, 4 * concurrency) * seconds)
         ages = [max(self.max_new_tokens * (i + 1) // concurrency, 1) for i in range(concurrency)]
         budget = StaticBudget(0) if contender.name == PLAIN else make_budget(contender.budget)
+        if isinstance(budget, LoadAwareBudget):
+            budget.follow_costs = contender.variant != "@fixed"
         listens = contender.drafts and budget.needs_confidence
         return Server(
             self.target,

@@ -38,8 +38,9 @@ def render_load(record: Mapping[str, Any]) -> str:
     )
     sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
     turns = (
-        f"Median of {settings['repeats']} turns of {settings['seconds']:g} s, in brackets lowest to highest; ratios turn by turn, in "
-        f"brackets their quartiles. Contenders keep running and take turns on the same prompts ({', '.join(record['prompt_files'])})."
+        f"Median of {settings['repeats']} turns of about {settings['seconds']:g} s, in brackets lowest to highest; ratios turn by turn, in "
+        "brackets their quartiles. Contenders keep running and take turns, each of as many tokens, on the same prompts "
+        f"({', '.join(record['prompt_files'])})."
     )
     note = (
         f"{turns} {sampling}, at most {settings['max_new_tokens']} new tokens, target {settings['target_dtype']}, seed {settings['seed']}. "

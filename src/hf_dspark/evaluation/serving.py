@@ -86,9 +86,10 @@ class Server:
         self._since: dict[int, float] = {}  # of the requests in flight
         self.spans: list[tuple[float, float] | None] = [None] * self.count
         self._counted = [0] * self.count
+        self._left_with = 0  # new tokens of the requests that are answered
 
     @torch.no_grad()
-    def run(self, *, steady: bool = False, seconds: float | None = None) -> Served:
+    def run(self, *, steady: bool = False, seconds: float | None = None, tokens: int | None = None) -> Served:
         """Go on with the requests.
 
         Args:
@@ -96,6 +97,7 @@ class Server:
                 one: `concurrency` rows are live all the time.
             seconds (`float`, *optional*): end when so much time has passed; all is as it was when `run` is called again. Without it, end
                 when all requests are answered.
+            tokens (`int`, *optional*): end when so many new tokens have come out since this server was made.
         Returns:
             `Served`: of this time. Its spans are on a clock that runs in `run` only.
         """
@@ -117,6 +119,8 @@ class Server:
                 self._leave()
                 if seconds is not None and self._clock - before >= seconds:
                     break
+                if tokens is not None and self.emitted >= tokens:
+                    break
                 if steady and self._waiting == self.count and len(loop.live) < self.concurrency:
                     break
             _wait(device)
@@ -126,10 +130,16 @@ class Server:
             setattr(loop.stats, f"t_{name}_s", value)
         loop.stats.t_total_s = spent
         spans = [(since, self._clock) if (since := self._since.get(r)) is not None else self.spans[r] for r in range(self.count)]
-        tokens = [loop.sequences.ids[r, : loop.sequences.lengths[r]].tolist() for r in range(self.count)]
+        answers = [loop.sequences.ids[r, : loop.sequences.lengths[r]].tolist() for r in range(self.count)]
         for request, row in enumerate(loop.stats.rows):
             self._counted[request] += row.generated
-        return Served(tokens, spans, sum(row.generated for row in loop.stats.rows), spent, loop.stats, row_rounds)
+        return Served(answers, spans, sum(row.generated for row in loop.stats.rows), spent, loop.stats, row_rounds)
+
+    @property
+    def emitted(self) -> int:
+        """New tokens of all requests so far."""
+        lengths = self.loop.sequences.lengths
+        return self._left_with + sum(lengths[request] for request in self._since)
 
     def speeds(self, fewest: int = 8) -> list[float]:
         """Tokens a second of each request that has got `fewest` tokens on the clock, as its user sees them."""
@@ -152,6 +162,7 @@ class Server:
     def _leave(self) -> None:
         for request in self._since.keys() - set(self.loop.live):
             self.spans[request] = (self._since.pop(request), self._clock)
+            self._left_with += self.loop.sequences.lengths[request]
 
 
 def serve(

@@ -3,6 +3,7 @@ files."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_dspark.errors import CheckpointError
+from hf_dspark.machine import device_name, has_bf16
+from hf_dspark.notices import warn_once
 from hf_dspark.training.sharding import gathered, like, whole
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -161,4 +166,10 @@ def _muon(masters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
         raise ValueError(f"optimizer is 'muon', which torch {torch.__version__} does not have; allowed: torch 2.9 or newer, or 'adamw'.")
     if any(type(master) is not Tensor for master in masters):
         raise ValueError("optimizer is 'muon', which needs whole matrices, and FSDP shards them; allowed here: 'adamw'.")
+    if masters and not has_bf16(masters[0].device):
+        warn_once(
+            logger,
+            f"torch's Muon computes in bfloat16, which {device_name(masters[0].device)} does not: its steps take several times as long as "
+            "AdamW's. Consider --optimizer adamw.",
+        )
     return torch.optim.Muon(masters, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ def shard(objective: Any) -> None:
     for layer in objective.drafter.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)
+
+
+def leave(accelerator: Any) -> None:
+    """Leave the process group, and wait for its threads to end, while the interpreter still lives: a thread that lets go of its last tensor
+    later aborts the process.
+
+    torch remembers meshes as long as the process lives, and with them a group that was destroyed: so they are made to forget it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for mesh in [one for one in gc.get_objects() if type(one).__name__ in ("DeviceMesh", "FSDPMeshInfo", "HSDPMeshInfo")]:
+            for name, value in vars(mesh).items():
+                if isinstance(value, torch.distributed.ProcessGroup):
+                    setattr(mesh, name, None)
+            vars(mesh).get("_pg_registry", {}).clear()
+    accelerator.end_training()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from hf_dspark.training.identity import drafter_identity
 from hf_dspark.training.losses import LossResult, LossWeights, Tally, weight_totals
 from hf_dspark.training.objective import BlockObjective, Blocks
 from hf_dspark.training.optimizer import MasterOptimizer
-from hf_dspark.training.sharding import gathered, shard
+from hf_dspark.training.sharding import gathered, leave, shard
 
 _SKIPS_IN_A_ROW = 10
 _CADENCE = {
@@ -433,6 +433,10 @@ class Trainer:
             self.progress.best_score, self.progress.best_step = score, self.progress.step
             self._save("best")
         self.progress.last_evaluation = self.seconds()
+
+    def close(self) -> None:
+        """Leave the process group, if there is one. Call it last in a process that was launched with others; training is over for it."""
+        leave(self.accelerator)
 
     # -- files ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,85 @@
+"""Costs that follow the machine: what finished rounds took corrects the profile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hf_dspark.costs import Costs
+from hf_dspark.followed_costs import FollowedCosts
+from hf_dspark.scheduling import FinishedRound
+from tests.budgets import made_costs
+
+GAMMA = 7
+
+
+def profile() -> Costs:
+    return made_costs(lambda b: 0.030 + 0.0010 * b, lambda r, n: 0.004 + 0.0002 * r * n, GAMMA, (1, 4, 16))
+
+
+def feed(
+    costs: FollowedCosts, rows: int, rounds: int, *, base: float, token: float, draft: float, noise: float = 0.0, apart: bool = True,
+    seed: int = 0,
+) -> None:  # fmt: skip
+    """Rounds on a machine whose plain passes, tokens and drafts cost so many times what the profile says; every sixth is plain."""
+    random, table = np.random.default_rng(seed), costs.table.passes(rows)
+    for n in range(rounds):
+        length = 0 if n % 6 == 0 else GAMMA
+        verified = tuple(int(v) for v in random.integers(0, length + 1, rows))
+        first = table.verify_s[0]
+        pass_s = base * first + token * (table.verify_s[sum(verified)] + table.wide_s[max(verified)] - first)
+        draft_s = draft * costs.table.draft_s(rows, length)
+        seconds = (pass_s + draft_s) * (1 + noise * random.normal())
+        drafted = (length,) * rows
+        requests = tuple(range(rows))
+        costs.learn(FinishedRound(requests, drafted, verified, verified, verified, None, None, seconds, draft_s if apart else None), 0)
+
+
+def test_a_profile_is_believed_until_rounds_tell_otherwise() -> None:
+    """Without rounds, and with rounds that took what it says, costs are the profile's."""
+    costs, table = FollowedCosts(profile()), profile()
+    for rounds in (0, 100):
+        feed(costs, 4, rounds, base=1.0, token=1.0, draft=1.0)
+        np.testing.assert_allclose(costs.passes(4).verify_s, table.passes(4).verify_s)
+        np.testing.assert_allclose(costs.passes(4).convex_s(20, 2), table.passes(4).convex_s(20, 2))
+        np.testing.assert_allclose(costs.passes(4).wide_s, table.passes(4).wide_s)
+        assert costs.draft_s(4, 5) == pytest.approx(table.draft_s(4, 5))
+
+
+@pytest.mark.parametrize(("base", "token", "draft"), [(1.0, 3.0, 1.0), (1.5, 1.5, 1.5), (1.2, 0.4, 2.0), (0.6, 1.0, 0.5)])
+def test_each_part_is_followed_for_itself(base: float, token: float, draft: float) -> None:
+    """After 120 rounds each 5% off, passes of any size, and drafts, are within 6% of what they cost; other batches are untouched."""
+    costs, table = FollowedCosts(profile()), profile()
+    feed(costs, 4, 120, base=base, token=token, draft=draft, noise=0.05)
+    found, known = costs.passes(5), table.passes(5)
+    real = base * known.verify_s[0] + token * (known.verify_s - known.verify_s[0])
+    np.testing.assert_allclose(found.verify_s, real, rtol=0.06)
+    np.testing.assert_allclose(found.wide_s, token * known.wide_s, rtol=0.2)
+    assert costs.draft_s(4, 5) == pytest.approx(draft * table.draft_s(4, 5), rel=0.06)
+    assert costs.factors(16) == (1.0, 1.0, 1.0)
+
+
+def test_where_the_device_does_not_tell_the_drafts_time_the_rest_is_followed() -> None:
+    """With the times of whole rounds alone, tokens of triple cost are still found."""
+    costs = FollowedCosts(profile())
+    feed(costs, 4, 120, base=1.0, token=3.0, draft=1.0, noise=0.05, apart=False)
+    assert costs.factors(4) == pytest.approx((1.0, 3.0, 1.0), rel=0.15)
+
+
+def test_a_moment_in_which_the_machine_is_busy_changes_little() -> None:
+    """One round of thirty times its length moves no factor by more than 5%, and ten slow rounds are forgotten after 300 usual ones."""
+    costs = FollowedCosts(profile())
+    feed(costs, 4, 120, base=1.0, token=1.0, draft=1.0, noise=0.03)
+    before = costs.factors(4)
+    costs.learn(FinishedRound((0, 1, 2, 3), (7,) * 4, (3,) * 4, (1,) * 4, (3,) * 4, None, None, 2.0, 0.01), 0)
+    assert costs.factors(4) == pytest.approx(before, rel=0.05)
+    feed(costs, 4, 10, base=5.0, token=5.0, draft=5.0)
+    feed(costs, 4, 300, base=1.0, token=1.0, draft=1.0, noise=0.03, seed=1)
+    assert costs.factors(4) == pytest.approx((1.0, 1.0, 1.0), rel=0.1)
+
+
+def test_rounds_without_times_tell_nothing() -> None:
+    """Of a loop that keeps no clock."""
+    costs = FollowedCosts(profile())
+    costs.learn(FinishedRound((0,), (7,), (3,), (1,), (3,)), 0)
+    assert costs.factors(1) == (1.0, 1.0, 1.0)
