@@ -13,9 +13,10 @@ from itertools import product
 import pytest
 import torch
 
+from hf_dspark.admission import admit_top, best_count
 from hf_dspark.budgets import make_budget
 from hf_dspark.costs import Costs, RowCosts
-from hf_dspark.load_aware import LaggedLoadAwareBudget, LoadAwareBudget, admit_top, best_count
+from hf_dspark.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
 from hf_dspark.scheduling import Drafts, LiveRows, Proposal
 
 P_T, P_D = (0.7, 0.3), (0.5, 0.5)

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import hf_dspark
+from hf_dspark.admission import admit_top, best_count
 from hf_dspark.costs import Costs
-from hf_dspark.load_aware import LaggedLoadAwareBudget, LoadAwareBudget, admit_top, best_count
+from hf_dspark.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
 from tests.budgets import flat, full_machine, jagged, middling
 from tests.statistical.exact import Tokens, Warping, chi_square, exact_distribution, outcomes, small_drafter, small_llama
 

@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from hf_dspark.admission import admit_early_stop, admit_top, best_count, rate, survivals
 from hf_dspark.budgets import make_budget
 from hf_dspark.costs import Costs, PassCosts, RowCosts
-from hf_dspark.load_aware import (
-    LONGEST_REST,
-    LaggedLoadAwareBudget,
-    LoadAwareBudget,
-    _outlook,
-    admit_early_stop,
-    admit_top,
-    best_count,
-    rate,
-    survivals,
-)
+from hf_dspark.load_aware import LONGEST_REST, LaggedLoadAwareBudget, LoadAwareBudget
+from hf_dspark.outlook import outlook
 from hf_dspark.scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal
 from tests.budgets import flat, full_machine, jagged, middling
 
@@ -195,7 +187,7 @@ def test_the_outlook_counts_what_the_definition_says() -> None:
         length, room = int(random.integers(1, gamma + 1)), int(random.integers(0, rows * gamma + 1))
         limits = random.integers(0, gamma + 1, rows)
         for early in (False, True):
-            found = _outlook(samples, limits, passes, costs.draft_s, [length], others=others, room=room, early_stop=early)
+            found = outlook(samples, limits, passes, costs.draft_s, [length], others=others, room=room, early_stop=early)
             tokens = seconds = 0.0
             for sample in samples:
                 round_s = passes.verify_s + costs.draft_s(rows, length)
@@ -345,7 +337,9 @@ def test_costs_are_needed() -> None:
 
 @pytest.mark.slow
 def test_scheduling_is_cheap() -> None:
-    """64 rows of 7 positions are proposed, planned and learnt in under 3 ms, 1% of such a round on a CPU."""
+    """64 rows of 7 positions are proposed, planned and learnt in under 1% of what linear layers of the size of SmolLM2-135M's take for a pass
+    of 64 rows with one drafted token each, in float32 on this machine. (A round has attention and a draft besides.)
+    """
     import time
 
     def dear() -> Costs:
@@ -357,8 +351,10 @@ def test_scheduling_is_cheap() -> None:
     requests = tuple(range(64))
     live = LiveRows(requests, 7, (7,) * 64)
     generator = torch.Generator().manual_seed(0)
-    times = []
-    for _ in range(30):
+    x, weight = torch.randn(128, 576, generator=generator), torch.randn(1536, 576, generator=generator)
+    layers = 134_515_008 / weight.numel()
+    times, passes = [], []
+    for _ in range(40):
         confidence = torch.rand(64, 7, generator=generator) ** 0.2
         begin = time.perf_counter()
         proposal = budget.propose(live)
@@ -368,7 +364,10 @@ def test_scheduling_is_cheap() -> None:
             FinishedRound(requests, tuple(counts), tuple(plan), tuple(plan), tuple(plan), confidence[:, : max(proposal.length, 1)])
         )
         times.append(time.perf_counter() - begin)
-    assert np.median(times) < 3e-3
+        begin = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        passes.append((time.perf_counter() - begin) * layers)
+    assert np.median(times) < 0.01 * np.median(passes), (np.median(times), np.median(passes))
 
 
 # ------------------------------------------------------------------------------------------------------------- against fixed choices
