@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 import hf_dspark
 from hf_dspark.budgets import make_budget
-from hf_dspark.evaluation.replay import play, record_walks
+from hf_dspark.evaluation.replay import main, misjudged, play, record_walks
 from tests.budgets import flat, middling
 from tests.integration.helpers import bigram_drafter, left_padded, random_prompts
 from tests.tiny import tiny_target
@@ -39,3 +43,24 @@ def test_the_clock_is_the_table_of_costs() -> None:
     played = play(make_budget("static:0"), walks, costs, 4, requests=4)
     assert played.seconds == pytest.approx(played.rounds / 4 * costs.passes(4).verify_s[0])
     assert played.tokens == played.rounds
+
+
+def test_a_misjudged_table_differs_in_what_drafted_tokens_cost() -> None:
+    """Twice as dear over the plain pass, in rows of equal and of unequal length; plain passes and drafts cost what they did."""
+    costs = middling(7)
+    twice = misjudged(costs, 2.0)
+    for rows in (1, 4, 6):
+        real, wrong = costs.passes(rows), twice.passes(rows)
+        assert wrong.verify_s[0] == pytest.approx(real.verify_s[0])
+        np.testing.assert_allclose(wrong.verify_s - wrong.verify_s[0], 2 * (real.verify_s - real.verify_s[0]), rtol=1e-6)
+        assert twice.draft_s(rows, 5) == costs.draft_s(rows, 5)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"profile": {"format": 1}, "machine": {}}'])
+def test_costs_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    """With the file's name and where a good one comes from, before any model is loaded."""
+    (tmp_path / "bench.json").write_text(content)
+    (tmp_path / "p.jsonl").write_text('{"turns": ["hi"]}\n')
+    files = ["--prompts", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "out.json"), "--costs", str(tmp_path / "bench.json")]
+    assert main(["--target", "/nowhere", *files]) == 2
+    assert re.search(r"bench\.json holds no cost profile.*hf-dspark bench --json", capsys.readouterr().err)

@@ -337,8 +337,8 @@ def test_costs_are_needed() -> None:
 
 @pytest.mark.slow
 def test_scheduling_is_cheap() -> None:
-    """64 rows of 7 positions are proposed, planned and learnt in under 1% of what linear layers of the size of SmolLM2-135M's take for a pass
-    of 64 rows with one drafted token each, in float32 on this machine. (A round has attention and a draft besides.)
+    """64 rows of 7 positions are proposed, planned and learnt in under 1% of what linear layers of the size of SmolLM2-135M's take for a
+    pass of 64 rows with one drafted token each, in float32 on this machine. (A round has attention and a draft besides.)
     """
     import time
 

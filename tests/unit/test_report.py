@@ -246,7 +246,14 @@ LOAD: dict[str, Any] = {
     },
     "machine": _MACHINE,
 }
-REPLAY: dict[str, Any] = LOAD | {"settings": LOAD["settings"] | {"answers": 9, "places": 1000, "requests": 20, "orders": 2}}
+REPLAY: dict[str, Any] = LOAD | {"settings": LOAD["settings"] | {"answers": 9, "places": 1000, "requests": 20, "orders": 2, "noise": 0.1}}
+REPLAY |= {
+    "costs_file": "bench.json",
+    "misjudged": [
+        {"tokens_taken_for": 0.3, "budget": "load-aware", "follows_costs": follows, "over_best_fixed": [ratio, 1.0]}
+        for follows, ratio in ((False, 0.9), (True, 1.1))
+    ],
+}
 _QUALITY = {"rounds": 900, "ece": 0.05, "auc": 0.85, "brier": 0.12, "positions": [{"ece": 0.04}, {"ece": 0.06}]}
 _JUDGED = {"before": _QUALITY, "after": {**_QUALITY, "ece": 0.012, "positions": [{"ece": 0.01}, {"ece": None}]}}
 CALIBRATION: dict[str, Any] = {
@@ -457,6 +464,8 @@ def test_the_table_of_a_replay(folder):
     body = rows(render("replay", folder / "replay.json"))[2:]
     assert body[1] == ["`full`", "50.0", "400.0"]
     assert body[3][1:] == ["1.200", "1.200"]
+    assert body[4] == ["`load-aware`, tokens at 0.3 of their cost, does not", "0.900", "1.000"]
+    assert body[5] == ["`load-aware`, tokens at 0.3 of their cost, follows costs", "1.100", "1.000"]
 
 
 def test_the_table_of_a_drift(folder):

@@ -218,6 +218,7 @@ def bench(
             "top_p": sampling.top_p,
             "max_new_tokens": max_new_tokens,
             "seconds": seconds,
+            "turns_end_by": "tokens",
             "repeats": repeats,
             "seed": seed,
             "prompts": len(prompts),

@@ -37,10 +37,11 @@ def render_load(record: Mapping[str, Any]) -> str:
         ],
     )
     sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
+    by_tokens = settings.get("turns_end_by") == "tokens"
     turns = (
-        f"Median of {settings['repeats']} turns of about {settings['seconds']:g} s, in brackets lowest to highest; ratios turn by turn, in "
-        "brackets their quartiles. Contenders keep running and take turns, each of as many tokens, on the same prompts "
-        f"({', '.join(record['prompt_files'])})."
+        f"Median of {settings['repeats']} turns of {'about ' if by_tokens else ''}{settings['seconds']:g} s, in brackets lowest to highest; "
+        f"ratios turn by turn, in brackets their quartiles. Contenders keep running and take turns{', of as many tokens each,' * by_tokens} "
+        f"on the same prompts ({', '.join(record['prompt_files'])})."
     )
     note = (
         f"{turns} {sampling}, at most {settings['max_new_tokens']} new tokens, target {settings['target_dtype']}, seed {settings['seed']}. "
@@ -55,14 +56,26 @@ def render_replay(record: Mapping[str, Any]) -> str:
     cells = {(cell["concurrency"], cell["budget"]): cell for cell in record["cells"]}
     sizes = settings["concurrency"]
     rates = [[f"`{name}`", *(number(cells[n, name]["tokens_per_s"], 1) for n in sizes)] for name in settings["budgets"]]
-    ratios = ["**best load-aware over the best of plain, full, static**"]
-    ratios += [number(one.get("load_aware_over_best_fixed"), 3) for one in record["summary"]]
+    best = (number(one.get("load_aware_over_best_fixed"), 3) for one in record["summary"])
+    ratios = [["**best load-aware over the best of plain, full, static**", *best]]
+    misled = record.get("misjudged", [])
+    for row in misled:
+        what = "as they are" if row["tokens_taken_for"] == 1 else f"at {row['tokens_taken_for']:g} of their cost"
+        how = "follows costs" if row["follows_costs"] else "does not"
+        ratios.append([f"`{row['budget']}`, tokens {what}, {how}", *(number(ratio, 3) for ratio in row["over_best_fixed"])])
+    heard = (
+        " Below it, over the same best: budgets whose profile takes drafted tokens for more or less than the clock does, and which hear "
+        f"of rounds' times {100 * settings['noise']:g}% off, of one in fifty as five times as long."
+        if misled
+        else ""
+    )
+    source = f" in {record['costs_file']}" if record.get("costs_file") else ""
     note = (
         f"{settings['answers']} greedy answers ({', '.join(record['prompt_files'])}), a block drafted at each of their "
         f"{settings['places']:,} places; {settings['requests']} answers served in {settings['orders']} orders; seconds from the cost "
-        f"profile, prompt passes and the budgets' own time left out. Seed {settings['seed']}. {machine_line(record)}"
+        f"profile{source}, prompt passes and the budgets' own time left out.{heard} Seed {settings['seed']}. {machine_line(record)}"
     )
-    return f"{markdown_table(['tokens/s, by requests in flight', *map(str, sizes)], [*rates, ratios])}\n\n{note}"
+    return f"{markdown_table(['tokens/s, by requests in flight', *map(str, sizes)], [*rates, *ratios])}\n\n{note}"
 
 
 def _with_quartiles(row: Mapping[str, Any], key: str) -> str:

@@ -3,15 +3,20 @@ these with the cost profile for a clock. Knows serving, budgets and costs; no mo
 
     python -m hf_dspark.evaluation.replay --prompts gsm8k.jsonl --prompts mt-bench.jsonl --json results/replay.json
 
+With `--costs results/bench.json` the profile is the one that a benchmark recorded, on whatever machine.
+
 Greedy answers do not depend on what is drafted or verified, so every budget finds the same blocks at the same places. What is left out is
-what the table of costs leaves out: prompt passes, what budgets themselves take, and how far the machine is from its profile.
+what the table of costs leaves out: prompt passes, what budgets themselves take, and how far the machine is from its profile. For the last
+there is a game of its own: load-aware budgets whose profile takes tokens for cheaper or dearer than the clock does, some of which follow
+costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ import numpy as np
 import torch
 
 from hf_dspark.budgets import make_budget
-from hf_dspark.costs import Costs
+from hf_dspark.costs import Costs, RowCosts
 from hf_dspark.evaluation.benchmark import end_ids_of
 from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.load import PLAIN, summary
@@ -29,6 +34,7 @@ from hf_dspark.evaluation.prompts import encode, read_prompts
 from hf_dspark.evaluation.serving import Server
 from hf_dspark.evaluation.tables import number
 from hf_dspark.hub import load_drafter, load_target
+from hf_dspark.load_aware import LoadAwareBudget
 from hf_dspark.profiling import CostProfile
 from hf_dspark.scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal, StaticBudget
 
@@ -123,7 +129,9 @@ class Played:
         }
 
 
-def play(budget: Budget, walks: Sequence[Walk], costs: Costs, concurrency: int, *, requests: int, seed: int = 0) -> Played:
+def play(
+    budget: Budget, walks: Sequence[Walk], costs: Costs, concurrency: int, *, requests: int, seed: int = 0, noise: float = 0.0
+) -> Played:
     """Let a budget serve answers, so many at a time, in an order of its own for each seed; ends with the last request that joins.
 
     Args:
@@ -133,7 +141,9 @@ def play(budget: Budget, walks: Sequence[Walk], costs: Costs, concurrency: int, 
         concurrency (`int`): answers in flight; the first ones are of all ages.
         requests (`int`): answers in all, of those that join after the first.
         seed (`int`): of the order.
+        noise (`float`): standard deviation of the times that the budget hears of, over the clock's; one in fifty is five times as long.
     """
+    heard = np.random.default_rng(seed + 1)
     order, gamma = np.random.default_rng(seed).permutation(len(walks)), costs.block_size
     live: list[tuple[int, Walk, int]] = []  # number, answer, place
     done, joined = Played(), 0
@@ -161,17 +171,41 @@ def play(budget: Budget, walks: Sequence[Walk], costs: Costs, concurrency: int, 
             plan = tuple(map(min, budget.plan(Drafts(limits, confidence, look)), limits))
         accepted = tuple(min(n, int(walk.accepted[place])) for n, (_, walk, place) in zip(plan, live, strict=True))
         passes = costs.passes(concurrency, look.context_tokens)
-        done.seconds += float(passes.verify_s[sum(plan)] + passes.wide_s[max(plan)])
-        done.seconds += costs.draft_s(sum(n > 0 for n in drafted), proposal.length)
+        pass_s = float(passes.verify_s[sum(plan)] + passes.wide_s[max(plan)])
+        draft_s = costs.draft_s(sum(n > 0 for n in drafted), proposal.length)
+        done.seconds += pass_s + draft_s
+        told = 1 + noise * heard.normal() + (4 if noise and heard.random() < 0.02 else 0)
         done.rounds += concurrency
         done.tokens += concurrency + sum(accepted)
         done.drafted, done.verified, done.accepted = (
             total + sum(counts)
             for total, counts in zip((done.drafted, done.verified, done.accepted), (drafted, plan, accepted), strict=True)
         )
-        budget.learn(FinishedRound(look.requests, drafted, plan, accepted, plan, confidence))
+        budget.learn(
+            FinishedRound(
+                look.requests, drafted, plan, accepted, plan, confidence, seconds=max(pass_s * told, 0.0) + draft_s, draft_seconds=draft_s
+            )
+        )
         live = [(number, walk, place + 1 + n) for (number, walk, place), n in zip(live, accepted, strict=True)]
         live = [row for row in live if row[2] < len(row[1].accepted)]
+
+
+def misjudged(costs: Costs, factor: float) -> Costs:
+    """A table by which drafted tokens cost so many times what they do in another one."""
+
+    def wrong(column: Mapping[int, float], least: float) -> dict[int, float]:
+        return {n: max(least + factor * (seconds - least), 1e-6) for n, seconds in column.items()}
+
+    def one(table: RowCosts) -> RowCosts:
+        bare = {context: column[min(column)] for context, column in table.verify_s.items()}
+        return RowCosts(
+            {context: wrong(column, bare[context]) for context, column in table.verify_s.items()},
+            table.draft_s,
+            {context: wrong(column, bare[context]) for context, column in table.long_s.items()},
+            wrong(table.few_s, bare[min(bare)]),
+        )
+
+    return Costs({rows: one(table) for rows, table in costs.rows.items()}, costs.block_size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,7 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=96, help="answers that each budget serves at each concurrency")
     parser.add_argument("--orders", type=int, default=4, help="orders of answers, each from a seed of its own")
-    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--costs", type=Path, help="a result of `hf-dspark bench` whose profile to take; measured here by default")
+    parser.add_argument("--errors", default="0.3,1,2.5", help="what a profile takes tokens for, over what they cost")
+    parser.add_argument("--noise", type=float, default=0.1, help="of the times that budgets hear of where costs are followed")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -197,36 +234,76 @@ def _run(args: argparse.Namespace) -> None:
     sizes, names = [int(n) for n in args.concurrency.split(",")], args.budgets.split(",")
     budgets = {name: StaticBudget(0) if name == PLAIN else make_budget(name) for name in names}
     files = [read_prompts(path, args.limit) for path in args.prompts]
+    recorded = None if args.costs is None else _recorded_profile(args.costs)
     target, tokenizer = load_target(args.target, dtype=args.dtype)
     drafter = load_drafter(args.drafter, dtype=args.dtype).bind(target)
     prompts = [encode(tokenizer, [one])["input_ids"][0].tolist() for one in (c for rows in files for c in rows)]
-    profile = CostProfile.cached(target, drafter, rows=max(sizes))
+    profile, origin = recorded or (CostProfile.cached(target, drafter, rows=max(sizes)), machine_record(target.device))
     costs = profile.costs()
     walks = record_walks(target, drafter, prompts, end_ids=sorted(end_ids_of(target)), max_new_tokens=args.max_new_tokens)
-    cells = []
-    for size in sizes:
-        for name, budget in budgets.items():
-            turns = [
-                play(budget.start(profile.costs), walks, costs, size, requests=args.requests, seed=args.seed + turn)
-                for turn in range(args.orders)
-            ]
-            whole = Played(*(sum(values) for values in zip(*(vars(turn).values() for turn in turns), strict=True)))
-            cells.append(whole.to_json(size, name) | {"repeats_tokens_per_s": [turn.tokens / turn.seconds for turn in turns]})
+
+    def cell(name: str, budget: Budget, believed: Costs, size: int, noise: float = 0.0) -> dict[str, Any]:
+        turns = [
+            play(budget.start(lambda: believed), walks, costs, size, requests=args.requests, seed=args.seed + turn, noise=noise)
+            for turn in range(args.orders)
+        ]
+        whole = Played(*(sum(values) for values in zip(*(vars(turn).values() for turn in turns), strict=True)))
+        return whole.to_json(size, name) | {"repeats_tokens_per_s": [turn.tokens / turn.seconds for turn in turns]}
+
+    cells = [cell(name, budget, costs, size) for size in sizes for name, budget in budgets.items()]
+    found = summary(cells)
+    best = {one["concurrency"]: max(c["tokens_per_s"] for c in cells if _fixed(c, one["concurrency"])) for one in found}
+    misled = []
+    for factor in map(float, args.errors.split(",")):
+        believed = misjudged(costs, factor)
+        for name, kind in ((name, type(budget)) for name, budget in budgets.items() if isinstance(budget, LoadAwareBudget)):
+            for follows in (False, True):
+                player = kind(follow_costs=follows)
+                rates = {size: cell(name, player, believed, size, args.noise)["tokens_per_s"] for size in sizes}
+                ratios = [rates[size] / best[size] for size in sizes]
+                misled.append({"tokens_taken_for": factor, "budget": name, "follows_costs": follows, "over_best_fixed": ratios})
     record = {
         "target": args.target,
         "drafter": args.drafter,
         "prompt_files": [path.name for path in args.prompts],
         "cells": cells,
-        "summary": summary(cells),
-        "settings": {name: getattr(args, name) for name in ("limit", "max_new_tokens", "requests", "orders", "dtype", "seed")}
+        "summary": found,
+        "misjudged": misled,
+        "settings": {name: getattr(args, name) for name in ("limit", "max_new_tokens", "requests", "orders", "dtype", "seed", "noise")}
         | {"concurrency": sizes, "budgets": names, "answers": len(walks), "places": sum(len(walk.accepted) for walk in walks)},
         "costs": {mode: {str(r): table.to_json() for r, table in rows.items()} for mode, rows in profile.tables.items()},
+        "costs_file": None if args.costs is None else args.costs.name,
+        "costs_machine": origin,
         "machine": machine_record(target.device),
     }
     write_record(args.json, record)
-    for one in record["summary"]:
+    for one in found:
         ratio = number(one.get("load_aware_over_best_fixed"), 3)
         print(f"{one['concurrency']} in flight: {one.get('best_load_aware')} over {one.get('best_fixed')} {ratio}")
+    for row in misled:
+        how = "following" if row["follows_costs"] else "not following"
+        found_ratios = " ".join(number(ratio, 2) for ratio in row["over_best_fixed"])
+        print(f"tokens taken for {row['tokens_taken_for']:g} of their cost, {row['budget']} {how}: {found_ratios}")
+
+
+def _fixed(cell: Mapping[str, Any], concurrency: int) -> bool:
+    return cell["concurrency"] == concurrency and (cell["budget"] in (PLAIN, "full") or cell["budget"].startswith("static:"))
+
+
+def _recorded_profile(path: Path) -> tuple[CostProfile, dict[str, Any]]:
+    """The profile in a result of `hf-dspark bench`, and the machine that it is of.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return CostProfile.from_json(record["profile"]), record["machine"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no cost profile ({type(error).__name__}: {error}); allowed: what `hf-dspark bench --json` wrote with a budget "
+            "that reads costs among its contenders. Leave --costs out to measure here."
+        ) from error
 
 
 if __name__ == "__main__":
