@@ -190,13 +190,12 @@ def test_the_benchmark_has_a_cell_for_everything():
     cells = {(c["concurrency"], c["budget"]): c for c in record["cells"]}
     assert set(cells) == {(n, name) for n in (1, 3) for name in names} - {(3, "prompt-lookup")}
     assert all(c["tokens_per_s"] > 0 for c in record["cells"])
-    assert all(len(c["repeats_tokens_per_s"]) == (1 if c["budget"] in ("generate", "prompt-lookup") else 2) for c in record["cells"])
+    assert all(len(c["turn_seconds"]) == (1 if c["budget"] in ("generate", "prompt-lookup") else 2) for c in record["cells"])
     assert cells[3, "plain"]["tau"] == 1.0
     assert cells[3, "full"]["verified_tokens_per_request"] > cells[3, "load-aware"]["verified_tokens_per_request"]
     best = max(("plain", "full", "static:1"), key=lambda name: cells[1, name]["tokens_per_s"])
     aware = max(("load-aware", "load-aware-lag2"), key=lambda name: cells[1, name]["tokens_per_s"])
-    turns = [cells[1, name]["repeats_tokens_per_s"] for name in (aware, best)]
-    ratio = np.median(np.array(turns[0]) / np.array(turns[1]))
+    ratio = cells[1, aware]["tokens_per_s"] / cells[1, best]["tokens_per_s"]
     assert summary(record["cells"])[0]["load_aware_over_best_fixed"] == pytest.approx(ratio)
 
 
@@ -242,15 +241,27 @@ def test_contenders_write_as_many_tokens_in_every_turn():
         assert min(tokens) > 4 * n * (drafter.config.block_size + 2)
 
 
-def test_ratios_are_taken_turn_by_turn():
-    """Two contenders on a machine that gets twice as fast keep the ratio that they have in every turn."""
-    cells = [
-        {"concurrency": 1, "budget": name, "tokens_per_s": float(np.median(rates)), "repeats_tokens_per_s": rates}
-        for name, rates in (("plain", [10.0, 20.0, 40.0, 30.0]), ("load-aware", [11.0, 22.0, 44.0, 33.0]))
-    ]
-    row = summary(cells)[0]
+def test_the_spread_of_a_ratio_is_that_of_turns_drawn_anew():
+    """Two contenders on a machine that gets twice as fast and slow again keep the ratio that they have in every turn, so it has no spread;
+    with times that are their own it has that of the mean, 1.64 standard errors each way.
+    """
+    random = np.random.default_rng(0)
+
+    def compared(times: list[np.ndarray]) -> dict:
+        cells = [
+            {"concurrency": 1, "budget": name, "tokens_per_s": 100 * len(of) / of.sum(), "turn_tokens": [100] * len(of), "turn_seconds": of}
+            for name, of in zip(("plain", "load-aware"), times, strict=True)
+        ]
+        return summary(cells)[0]
+
+    speed = random.uniform(1.0, 2.0, 200)
+    row = compared([1.1 * speed, speed])
     assert row["load_aware_over_best_fixed"] == pytest.approx(1.1)
-    assert row["load_aware_over_best_fixed_quartiles"] == pytest.approx([1.1, 1.1])
+    assert row["load_aware_over_best_fixed_interval"] == pytest.approx([1.1, 1.1])
+    row = compared([np.full(200, 1.1), 1 + random.normal(0, 0.1, 200)])
+    low, high = row["load_aware_over_best_fixed_interval"]
+    assert low < row["load_aware_over_best_fixed"] < high
+    assert (high - low) / 2 == pytest.approx(1.1 * 1.645 * 0.1 / np.sqrt(200), rel=0.2)
 
 
 @pytest.mark.parametrize("wrong", ["fast", "full@raw", "load-aware@x", "static:x"])

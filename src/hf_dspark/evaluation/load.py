@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_dspark.budgets import make_budget
@@ -88,10 +89,8 @@ class _Raw:
 class _Cell:
     """One contender at one concurrency: a list entry for each repeat."""
 
-    rates: list[float] = field(default_factory=list)
+    turns: list[tuple[int, float]] = field(default_factory=list)  # tokens and seconds of each
     users: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
     rounds: int = 0  # of rows
     drafted: int = 0
     verified: int = 0
@@ -100,9 +99,7 @@ class _Cell:
 
     def add(self, served: Served) -> None:
         """Count one run of this package's loop."""
-        self.rates.append(served.emitted / served.seconds)
-        self.tokens += served.emitted
-        self.seconds += served.seconds
+        self.turns.append((served.emitted, served.seconds))
         for row in served.stats.rows:
             self.rounds += row.rounds
             self.drafted += row.drafted
@@ -113,21 +110,21 @@ class _Cell:
             self.parts[part] += seconds
 
     def add_call(self, tokens: Sequence[int], seconds: float) -> None:
-        """Count one call of transformers' `generate`: new tokens of each row, and its time."""
-        self.tokens += sum(tokens)
-        self.seconds += seconds
+        """Count one call of transformers' `generate` as part of a turn: new tokens of each row, and its time."""
         self.users += [n / seconds for n in tokens]
 
     def to_json(self, concurrency: int, name: str) -> dict[str, Any]:
-        """Returns the cell of the result file: rates over the repeats, counts over all of them."""
+        """Returns the cell of the result file: what all turns gave, and each of them."""
         users = sorted(self.users)
+        tokens, seconds = (sum(values) for values in zip(*self.turns, strict=True))
+        rates = [of_turn / took for of_turn, took in self.turns]
         total = sum(self.parts.values())
         return {
             "concurrency": concurrency,
             "budget": name,
-            "tokens_per_s": statistics.median(self.rates),
-            "tokens_per_s_lowest": min(self.rates),
-            "tokens_per_s_highest": max(self.rates),
+            "tokens_per_s": tokens / seconds,
+            "tokens_per_s_lowest": min(rates),
+            "tokens_per_s_highest": max(rates),
             "user_tokens_per_s_median": statistics.median(users) if users else None,
             "user_tokens_per_s_p5": users[int(0.05 * len(users))] if users else None,
             "tau": (self.accepted + self.rounds) / self.rounds if self.rounds else None,
@@ -135,9 +132,10 @@ class _Cell:
             "drafted_tokens_per_request": self.drafted / self.rounds if self.rounds else None,
             "acceptance_rate": self.accepted / self.verified if self.verified else None,
             "time_shares": {part: seconds / total for part, seconds in self.parts.items()} if total else None,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "repeats_tokens_per_s": self.rates,
+            "tokens": tokens,
+            "seconds": seconds,
+            "turn_tokens": [of_turn for of_turn, _ in self.turns],
+            "turn_seconds": [took for _, took in self.turns],
         }
 
 
@@ -152,8 +150,8 @@ def bench(
     budgets: Sequence[str],
     sampling: Sampling | None = None,
     max_new_tokens: int = 128,
-    seconds: float = 1.0,
-    repeats: int = 12,
+    seconds: float = 0.5,
+    repeats: int = 24,
     seed: int = 0,
     costs: Costs | None = None,
     on_cell: Callable[[int, str], None] | None = None,
@@ -250,8 +248,8 @@ def _shareable(profile: dict[str, Any]) -> dict[str, Any]:
 def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each concurrency: the best fixed choice (plain, full, static), the best load-aware budget, and the ratios that matter.
 
-    A ratio is the median over the turns of the two rates in the same turn, with its quartiles. Cells without the rates of their turns,
-    or with other numbers of them, are compared by their medians.
+    Ratios are of tokens a second over all turns, with the interval in which 90% of them lie when turns are drawn anew with replacement,
+    both contenders' together (bootstrap); no interval for cells without turns, or with other numbers of them.
     """
     out = []
     for concurrency in sorted({cell["concurrency"] for cell in cells}):
@@ -267,8 +265,8 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             others = {"best_fixed": row.get("best_fixed"), **{name: name for name in (PLAIN, "full", GENERATE, LOOKUP)}}
             for what, name in others.items():
                 if name in rates:
-                    low, middle, high = _ratio(chosen, rates[name])
-                    row |= {f"load_aware_over_{what}": middle, f"load_aware_over_{what}_quartiles": [low, high]}
+                    row[f"load_aware_over_{what}"] = chosen["tokens_per_s"] / rates[name]["tokens_per_s"]
+                    row[f"load_aware_over_{what}_interval"] = _interval(chosen, rates[name])
         out.append(row)
     return out
 
@@ -277,14 +275,16 @@ def _fastest(cells: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
     return max(names, key=lambda name: cells[name]["tokens_per_s"])
 
 
-def _ratio(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of the ratios turn by turn."""
-    a, b = one.get("repeats_tokens_per_s") or [], other.get("repeats_tokens_per_s") or []
-    if len(a) != len(b) or len(a) < 2:
-        ratio = one["tokens_per_s"] / other["tokens_per_s"]
-        return ratio, ratio, ratio
-    low, middle, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4, method="inclusive")
-    return low, middle, high
+def _interval(one: dict[str, Any], other: dict[str, Any], draws: int = 2000) -> list[float] | None:
+    """Of the ratio of two contenders' tokens a second, from the 5th to the 95th percentile of draws of turns."""
+    turns = [np.array([cell.get("turn_tokens", []), cell.get("turn_seconds", [])]) for cell in (one, other)]
+    count = turns[0].shape[1]
+    if count != turns[1].shape[1] or count < 2:
+        return None
+    drawn = np.random.default_rng(0).integers(0, count, (draws, count))
+    (tokens, seconds), (other_tokens, other_seconds) = (both[:, drawn].sum(axis=-1) for both in turns)
+    low, high = np.quantile(tokens / seconds / (other_tokens / other_seconds), [0.05, 0.95])
+    return [float(low), float(high)]
 
 
 class _Run:
@@ -388,4 +388,4 @@ class _Runner:
             counts = [len(row) for row in new_tokens(output, width, frozenset(self.end_ids))]
             cell.add_call(counts, took)
             tokens, spent = tokens + sum(counts), spent + took
-        cell.rates.append(tokens / spent)
+        cell.turns.append((tokens, spent))

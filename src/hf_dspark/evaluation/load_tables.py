@@ -26,7 +26,7 @@ def render_load(record: Mapping[str, Any]) -> str:
             ["budget", *(f"`{one.get('best_load_aware', '-')}`" for one in summary)],
             ["best of plain, full, static", *(f"`{one.get('best_fixed', '-')}`" for one in summary)],
             *(
-                [f"over {what}", *(_with_quartiles(one, f"load_aware_over_{key}") for one in summary)]
+                [f"over {what}", *(_with_spread(one, f"load_aware_over_{key}") for one in summary)]
                 for what, key in (("that best", "best_fixed"), ("plain", "plain"), ("full", "full"))
             ),
             *(
@@ -37,15 +37,20 @@ def render_load(record: Mapping[str, Any]) -> str:
         ],
     )
     sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
-    by_tokens = settings.get("turns_end_by") == "tokens"
-    turns = (
-        f"Median of {settings['repeats']} turns of {'about ' if by_tokens else ''}{settings['seconds']:g} s, in brackets lowest to highest; "
-        f"ratios turn by turn, in brackets their quartiles. Contenders keep running and take turns{', of as many tokens each,' * by_tokens} "
-        f"on the same prompts ({', '.join(record['prompt_files'])})."
-    )
+    turns, where = f"{settings['repeats']} turns of", f"on the same prompts ({', '.join(record['prompt_files'])})."
+    if settings.get("turns_end_by") == "tokens":
+        method = (
+            f"Over {turns} about {settings['seconds']:g} s, in brackets the slowest and fastest; behind ratios what 90% of draws of turns "
+            f"give. Contenders keep running and take turns, of as many tokens each, {where}"
+        )
+    else:
+        method = (
+            f"Median of {turns} {settings['seconds']:g} s, in brackets lowest to highest; ratios turn by turn, in brackets their quartiles."
+            f" Contenders keep running and take turns {where}"
+        )
     note = (
-        f"{turns} {sampling}, at most {settings['max_new_tokens']} new tokens, target {settings['target_dtype']}, seed {settings['seed']}. "
-        f"{machine_line(record)}"
+        f"{method} {sampling}, at most {settings['max_new_tokens']} new tokens, target {settings['target_dtype']}, seed {settings['seed']}."
+        f" {machine_line(record)}"
     )
     return f"{rates}\n\n{ratios}\n\n{note}"
 
@@ -78,9 +83,9 @@ def render_replay(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(['tokens/s, by requests in flight', *map(str, sizes)], [*rates, *ratios])}\n\n{note}"
 
 
-def _with_quartiles(row: Mapping[str, Any], key: str) -> str:
-    quartiles = row.get(f"{key}_quartiles")
-    spread = f" ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles and quartiles[0] != quartiles[1] else ""
+def _with_spread(row: Mapping[str, Any], key: str) -> str:
+    ends = row.get(f"{key}_interval") or row.get(f"{key}_quartiles")
+    spread = f" ({ends[0]:.2f}-{ends[1]:.2f})" if ends and ends[0] != ends[1] else ""
     return f"{number(row.get(key), 2)}{spread}"
 
 

@@ -248,7 +248,8 @@ def _run(args: argparse.Namespace) -> None:
             for turn in range(args.orders)
         ]
         whole = Played(*(sum(values) for values in zip(*(vars(turn).values() for turn in turns), strict=True)))
-        return whole.to_json(size, name) | {"repeats_tokens_per_s": [turn.tokens / turn.seconds for turn in turns]}
+        each = {"turn_tokens": [turn.tokens for turn in turns], "turn_seconds": [turn.seconds for turn in turns]}
+        return whole.to_json(size, name) | each
 
     cells = [cell(name, budget, costs, size) for size in sizes for name, budget in budgets.items()]
     found = summary(cells)
