@@ -233,12 +233,12 @@ def test_contenders_write_as_many_tokens_in_every_turn():
     target, drafter = pair()
     record = bench(
         target, drafter, many_prompts(20), end_ids=[NEVER], pad_id=0, concurrencies=[2, 4], budgets=["plain", "full", "load-aware"],
-        max_new_tokens=16, seconds=0.1, repeats=3, costs=full_machine(drafter.config.block_size),
+        max_new_tokens=16, seconds=0.4, repeats=3, costs=full_machine(drafter.config.block_size),
     )  # fmt: skip
     for n in (2, 4):
         tokens = [cell["tokens"] for cell in record["cells"] if cell["concurrency"] == n]
         assert max(tokens) - min(tokens) <= 2 * n * (drafter.config.block_size + 2)
-        assert min(tokens) > 4 * n * (drafter.config.block_size + 2)
+        assert min(tokens) > 3 * (max(tokens) - min(tokens))
 
 
 def test_the_spread_of_a_ratio_is_that_of_turns_drawn_anew():
