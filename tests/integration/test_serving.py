@@ -15,6 +15,7 @@ from hf_dspark.errors import CheckpointError, DataError
 from hf_dspark.evaluation.calibrating import calibrate, held_out, record_rounds
 from hf_dspark.evaluation.load import Contender, bench, summary
 from hf_dspark.evaluation.serving import Server, serve
+from hf_dspark.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
 from hf_dspark.modeling_dspark import DSparkDrafter
 from tests.budgets import full_machine, middling
 from tests.integration.helpers import NEVER, bigram_drafter, plain, random_prompts
@@ -211,6 +212,16 @@ def test_a_server_that_pauses_gives_the_texts_of_one_that_does_not():
     assert slices[-1].tokens == [alone(r) for r in range(len(LENGTHS))]
     assert sum(one.emitted for one in slices) == sum(LIMITS)
     assert len(server.speeds(fewest=1)) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("kind", [LoadAwareBudget, LaggedLoadAwareBudget])
+def test_following_costs_leaves_the_texts_as_they_are(kind):
+    """With made-up costs that this machine's rounds correct as they go, every request's greedy tokens are those of plain generation."""
+    target, drafter = pair()
+    budget = kind(follow_costs=True).start(lambda: middling(drafter.config.block_size))
+    served = serve(target, drafter, random_prompts(LENGTHS), concurrency=3, max_new_tokens=LIMITS, budget=budget, end_ids=[NEVER])
+    assert served.tokens == [alone(r) for r in range(len(LENGTHS))]
+    assert all(factor != 1.0 for factor in budget.costs.factors(3))  # rounds were heard of, drafts apart
 
 
 def test_a_server_that_stops_by_tokens_stops_within_a_round_of_them():
