@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from hf_dspark.costs import Costs, RowCosts
 
+LOADS = (1, 2, 4, 8, 16, 32)
+
 
 def made_costs(
     pass_s: Callable[[int], float], draft_s: Callable[[int, int], float], block_size: int, rows: tuple[int, ...] = (1, 2, 4, 8)
@@ -41,3 +43,20 @@ def middling(block_size: int) -> Costs:
 def jagged(block_size: int) -> Costs:
     """Passes cost by steps of four tokens."""
     return made_costs(lambda b: 1.0 + 0.6 * -(-b // 4), lambda r, n: 1e-3, block_size)
+
+
+def machine(tokens_s: Callable[[int], float], width: float = 0.02, draft: float = 1.0) -> Costs:
+    """A made-up machine for 1 .. 32 rows and blocks of 7, by what so many tokens in a pass cost."""
+    gamma = 7
+    return Costs(
+        {
+            r: RowCosts(
+                {0: {n: tokens_s(r * n) + width * r * (n - 1) for n in range(1, gamma + 2)}},
+                {n: (3.0 + 0.05 * r * n) * draft for n in range(1, gamma + 1)},
+                {0: {n: tokens_s(r + n) + width * r * n for n in range(1, gamma + 1)}} if r > 1 else {},
+                {n: tokens_s(r + n) + width * r for n in range(1, r)},
+            )
+            for r in LOADS
+        },
+        gamma,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.cache = RowCache()
         self.cache.add_rows(1)
         self._round: FinishedRound | None = None
+        self._began = 0.0
 
     def _started(self, budget: Budget, target: Any, sample: bool, cap: int | None) -> Budget:
         try:
@@ -90,6 +92,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the
         first target pass."""
+        self._began, self._round = time.perf_counter(), None
         committed = input_ids.shape[1] - 1
         room = self.max_length - input_ids.shape[1] - 1
         if kwargs.get("is_first_iteration") or room < 1:
@@ -103,7 +106,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         live = LiveRows((0,), self.block_size, (min(room, self.block_size),), committed)
         proposal = self.budget.propose(live)
         if proposal.length == 0:
-            self._round = None
+            self._round = FinishedRound((0,), (0,), (0,), (0,), (0,))
             return input_ids, None
         config = self.drafter.config
         sequences = Sequences(input_ids, self.max_length, self.block_size + 1)
@@ -141,7 +144,8 @@ class DSparkCandidateGenerator(CandidateGenerator):
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Tell the budget how the round ended."""
         if self._round is not None:
-            self.budget.learn(replace(self._round, accepted=(min(int(num_matches), self._round.verified[0]),)))
+            accepted = min(int(num_matches), self._round.verified[0])  # The device has been waited for.
+            self.budget.learn(replace(self._round, accepted=(accepted,), seconds=time.perf_counter() - self._began))
 
 
 _FACTORY: ContextVar[Callable[..., DSparkCandidateGenerator] | None] = ContextVar("hf_dspark_candidate_factory", default=None)

@@ -7,7 +7,7 @@ base of a pass, what its tokens add, and drafting are followed each for itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,43 +27,62 @@ _USUAL_AT_FIRST = 0.4
 _LEAST, _MOST = 0.25, 8.0
 
 
+def _near(value: float, usual: float) -> float:
+    """A ratio to what was expected, brought to within some usual distances of 1."""
+    return 1 + float(np.clip(value - 1, -_FAR * usual, _FAR * usual))
+
+
+def _usual(usual: float, value: float) -> float:
+    """The usual distance of such ratios from 1, with one more; of one that is far off not all counts."""
+    return usual + 0.05 * (min(abs(value - 1), 2 * _FAR * usual) - usual)
+
+
 @dataclass
-class _Factors:
+class _PassFactors:
     """Of rounds with about the same number of rows: least squares with forgetting for y = base (1 + u) + more u, where y is what a round
     took and u what its tokens add by the profile, both in units of the profile's pass without drafted tokens.
     """
 
-    moments: np.ndarray = field(default_factory=lambda: _PROFILE_ROUNDS * np.outer(_TYPICAL, _TYPICAL))
-    sums: np.ndarray = field(default_factory=lambda: _PROFILE_ROUNDS * _TYPICAL * _TYPICAL[0])
     base: float = 1.0
     token: float = 1.0
     usual: float = _USUAL_AT_FIRST
-    draft: float = 1.0
-    drafts: float = _PROFILE_ROUNDS
+
+    def __post_init__(self) -> None:
+        self.moments = _PROFILE_ROUNDS * np.outer(_TYPICAL, _TYPICAL)
+        self.sums = _PROFILE_ROUNDS * _TYPICAL * (_TYPICAL @ [self.base, self.token - self.base])
 
     def learn(self, took: float, added: float) -> None:
         """A round of `took` base passes, of which its tokens add `added` by the profile."""
         x = np.array([1 + added, added])
         expected = self.base + self.token * added
-        distance = abs(took - expected) / expected
-        took = expected * (1 + float(np.clip(took / expected - 1, -_FAR * self.usual, _FAR * self.usual)))
-        self.usual += 0.05 * (min(distance, 2 * _FAR * self.usual) - self.usual)
+        ratio = took / expected
         self.moments = _FORGET * self.moments + np.outer(x, x)
-        self.sums = _FORGET * self.sums + x * took
+        self.sums = _FORGET * self.sums + x * expected * _near(ratio, self.usual)
+        self.usual = _usual(self.usual, ratio)
         base, more = np.linalg.solve(self.moments + np.diag([0.0, _SHAPE_ROUNDS * _TYPICAL[1] ** 2]), self.sums)
         self.base = float(np.clip(base, _LEAST, _MOST))
         self.token = float(np.clip(base + more, _LEAST, _MOST))
 
-    def learn_draft(self, ratio: float) -> None:
-        """A draft that took `ratio` times what the profile says."""
-        self.drafts = min(self.drafts + 1, 1 / (1 - _FORGET))
-        ratio = float(np.clip(ratio, self.draft * (1 - _FAR * self.usual), self.draft * (1 + _FAR * self.usual)))
-        self.draft = float(np.clip(self.draft + (ratio - self.draft) / self.drafts, _LEAST, _MOST))
+
+@dataclass
+class _DraftFactor:
+    """Of drafts, whatever their rows and length: what they took over what the profile says, with forgetting."""
+
+    factor: float = 1.0
+    weight: float = _PROFILE_ROUNDS
+    usual: float = _USUAL_AT_FIRST
+
+    def learn(self, took: float) -> None:
+        """A draft that took so many times what the profile says."""
+        ratio = took / self.factor
+        self.weight = min(self.weight + 1, 1 / (1 - _FORGET))
+        self.factor = float(np.clip(self.factor * (1 + (_near(ratio, self.usual) - 1) / self.weight), _LEAST, _MOST))
+        self.usual = _usual(self.usual, ratio)
 
 
 class FollowedCosts(Costs):
-    """Costs that follow the machine: those of a table, each part times a factor that finished rounds tell, apart for 1, 2 to 3, 4 to 7 ..
-    rows.
+    """Costs that follow the machine: those of a table, each part times a factor that finished rounds tell; of passes apart for 1, 2 to 3,
+    4 to 7 .. rows.
 
     Args:
         costs (`Costs`): the table's.
@@ -72,7 +91,9 @@ class FollowedCosts(Costs):
     def __init__(self, costs: Costs) -> None:
         super().__init__(costs.rows, costs.block_size)
         self.table = costs
-        self._factors: dict[int, _Factors] = {}
+        self._of_passes: dict[int, _PassFactors] = {}
+        self._of_drafts = _DraftFactor()
+        self._behind: set[int] = set()  # requests that the drafter has to catch up with before it drafts for them
 
     def factors(self, rows: int) -> tuple[float, float, float]:
         """By which a pass without drafted tokens, what tokens add to it, and drafting are dearer than the table says.
@@ -80,15 +101,15 @@ class FollowedCosts(Costs):
         Args:
             rows (`int`): live rows.
         """
-        found = self._of(rows)
-        return found.base, found.token, found.draft
+        found = self._factors(rows)
+        return found.base, found.token, self._of_drafts.factor
 
     def passes(self, rows: int, context_tokens: int = 0) -> PassCosts:
-        table, factors = self.table.passes(rows, context_tokens), self._of(rows)
-        return _Scaled(table, factors.base, factors.token)
+        factors = self._factors(rows)
+        return _Scaled(self.table.passes(rows, context_tokens), factors.base, factors.token)
 
     def draft_s(self, rows: int, length: int) -> float:
-        return self.table.draft_s(rows, length) * self._of(rows).draft
+        return self.table.draft_s(rows, length) * self._of_drafts.factor
 
     def learn(self, finished: FinishedRound, context_tokens: int) -> None:
         """Hear of a round that is over; one without times tells nothing.
@@ -99,22 +120,31 @@ class FollowedCosts(Costs):
         """
         if finished.seconds is None:
             return
-        rows, drafted = len(finished.requests), sum(n > 0 for n in finished.drafted)
-        factors, table = self._of(rows), self.table.passes(rows, context_tokens)
-        draft_s = self.table.draft_s(drafted, max(finished.drafted))
+        rows = len(finished.requests)
+        drafted = {request for request, length in zip(finished.requests, finished.drafted, strict=True) if length}
+        table = self.table.passes(rows, context_tokens)
+        draft_s = self.table.draft_s(len(drafted), max(finished.drafted))
         if finished.draft_seconds is None:  # not known apart
-            pass_s = finished.seconds - draft_s * factors.draft
+            pass_s = finished.seconds - draft_s * self._of_drafts.factor
         else:
             pass_s = finished.seconds - finished.draft_seconds
-            if draft_s > 0 and finished.draft_seconds > 0:
-                self._of(drafted).learn_draft(finished.draft_seconds / draft_s)
+            # The table's drafts read what one round committed; one that reads more is dearer for no fault of the machine.
+            if draft_s > 0 and finished.draft_seconds > 0 and not drafted & self._behind:
+                self._of_drafts.learn(finished.draft_seconds / draft_s)
+        self._behind = set(finished.requests) - drafted
         base = float(table.verify_s[0])
         priced = float(table.verify_s[sum(finished.verified)] + table.wide_s[max(finished.verified)])
         if pass_s > 0:
-            factors.learn(pass_s / base, priced / base - 1)
+            self._of_passes.setdefault(rows.bit_length(), self._factors(rows)).learn(pass_s / base, priced / base - 1)
 
-    def _of(self, rows: int) -> _Factors:
-        return self._factors.setdefault(rows.bit_length(), _Factors())
+    def _factors(self, rows: int) -> _PassFactors:
+        """Those of this number of rows; what was never heard of begins where its nearest neighbour stands."""
+        size = rows.bit_length()
+        if size not in self._of_passes:
+            near = min(self._of_passes, key=lambda other: abs(other - size), default=None)
+            known = _PassFactors() if near is None else self._of_passes[near]
+            return _PassFactors(known.base, known.token)
+        return self._of_passes[size]
 
 
 class _Scaled(PassCosts):

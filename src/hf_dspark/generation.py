@@ -23,6 +23,8 @@ from .budgets import make_budget
 from .constraints import RowProcessors, RowStopping, Sequences
 from .decoding import PREFILL_TOKENS, Context, DecodingLoop, Recorder
 from .errors import UnsupportedOptionError, UnsupportedTargetError
+from .machine import device_name, has_bf16
+from .notices import warn_once
 from .online import OnlineCalibration
 from .profiling import CostProfile
 from .row_cache import RowCache
@@ -240,6 +242,12 @@ def _check_placement(model: Any, drafter: Any) -> None:
         raise UnsupportedOptionError(
             f"A float16 drafter cannot hold the activations of a {model.dtype} target, which may exceed 65504; acceptance would silently "
             "fall to nothing. Load the drafter with dtype=torch.bfloat16 or torch.float32."
+        )
+    if model.dtype == torch.bfloat16 and not has_bf16(theirs):
+        warn_once(
+            logger,
+            f"The target is in bfloat16, which {device_name(theirs)} does not compute in: float32 is several times faster here. Load "
+            "target and drafter with dtype=torch.float32 (or load_target and load_drafter with dtype='fast').",
         )
     if drafter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UnsupportedOptionError(

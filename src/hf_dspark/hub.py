@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FAST = "fast"
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -60,15 +61,16 @@ def resolve_drafter(name: str | os.PathLike[str]) -> str:
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
-    """Returns the torch dtype of a name such as `bf16`; `"auto"` (the checkpoint's own) stays a string.
+    """Returns the torch dtype of a name such as `bf16`; `"auto"` (the checkpoint's own) and `"fast"` (that, unless the device does not
+    compute in it) stay strings.
 
     Raises:
         ValueError: for a name that is none of these.
     """
-    if isinstance(name, torch.dtype) or name == "auto":
+    if isinstance(name, torch.dtype) or name in ("auto", FAST):
         return name
     if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; allowed: auto, {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {name!r}; allowed: auto, {FAST}, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -84,8 +86,8 @@ def load_target(
 
     Args:
         name: embedded name, folder or Hub id (`resolve_target`).
-        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or float32 where that is bfloat16 and the device
-            does not compute in it (logged once).
+        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or `fast` for that, but float32 where it is
+            bfloat16 and the device does not compute in it (logged once).
         device: where the model goes; default: where `from_pretrained` leaves it (give `device_map` in `model_options`
             to spread it).
         revision: branch, tag or commit on the Hub.
@@ -104,7 +106,7 @@ def load_target(
     hub_options = {"revision": revision} if revision is not None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub_options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **hub_options, **model_options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_stored_dtype(torch_dtype), **hub_options, **model_options)
     except OSError as error:
         raise _unreadable("target", name, revision, error) from error
     tokenizer.padding_side = "left"  # A batch is continued at its right end.
@@ -128,8 +130,8 @@ def load_drafter(
 
     Args:
         name: embedded name, folder or Hub id (`resolve_drafter`).
-        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or float32 where that is bfloat16 and the device
-            does not compute in it (logged once).
+        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or `fast` for that, but float32 where it is
+            bfloat16 and the device does not compute in it (logged once).
         device: where the drafter goes; default: where `from_pretrained` leaves it.
         revision: branch, tag or commit on the Hub.
         model_options: passed to `DSparkDrafter.from_pretrained`.
@@ -145,13 +147,18 @@ def load_drafter(
     place = _place(device, model_options)
     hub_options = {"revision": revision} if revision is not None else {}
     try:
-        drafter = DSparkDrafter.from_pretrained(source, dtype=torch_dtype, **hub_options, **model_options)
+        drafter = DSparkDrafter.from_pretrained(source, dtype=_stored_dtype(torch_dtype), **hub_options, **model_options)
     except OSError as error:
         raise _unreadable("drafter", name, revision, error) from error
     drafter = _affordable(drafter, torch_dtype, place)
     if device is not None:
         drafter = drafter.to(device)
     return drafter.eval()
+
+
+def _stored_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """What `from_pretrained` takes for a dtype of ours."""
+    return "auto" if dtype == FAST else dtype
 
 
 def _place(device: str | torch.device | None, model_options: Mapping[str, Any]) -> torch.device | None:
@@ -163,7 +170,7 @@ def _place(device: str | torch.device | None, model_options: Mapping[str, Any]) 
 
 def _affordable(model: Any, dtype: torch.dtype | str, device: torch.device | None) -> Any:
     """A model as it is, or in float32 where its own dtype was to be taken, that is bfloat16, and the device does not compute in it."""
-    if dtype != "auto" or device is None or model.dtype != torch.bfloat16 or getattr(model, "is_quantized", False) or has_bf16(device):
+    if dtype != FAST or device is None or model.dtype != torch.bfloat16 or getattr(model, "is_quantized", False) or has_bf16(device):
         return model
     warn_once(
         logger,

@@ -88,7 +88,7 @@ class LoadAwareBudget(Budget):
 
     def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
         fresh = copy.copy(self)
-        known = self.costs or costs()
+        known = self.costs.table if isinstance(self.costs, FollowedCosts) else self.costs or costs()
         fresh.costs = FollowedCosts(known) if self.follow_costs else known
         fresh._forget()
         return fresh
@@ -127,7 +127,7 @@ class LoadAwareBudget(Budget):
         if gamma <= 0:
             return Proposal(0)
         if live.requests == self._resting:
-            return self._probe_batch(gamma)  # The same rows, and nothing new is known of them.
+            return self._probe_batch(gamma)  # The same rows, and nothing new is known of their texts.
         decided = self._decided
         if decided is not None and decided.rounds > 0 and (decided.requests, decided.gamma) == (live.requests, gamma):
             decided.rounds -= 1

@@ -25,7 +25,7 @@ def has_bf16(device: torch.device) -> bool:
     On CPUs it is for oneDNN to say, which asks for AVX-512 on x86.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
     if device.type != "cpu":
         return True
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

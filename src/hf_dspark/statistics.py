@@ -135,7 +135,7 @@ class Stopwatch:
 
     def so_far(self, name: str) -> float | None:
         """Seconds under a name, where they can be told without waiting for the device."""
-        return None if self._cuda else self._seconds.get(name, 0.0)
+        return self._seconds.get(name, 0.0) if self._device.type == "cpu" else None
 
     def read(self) -> dict[str, float]:
         """Seconds by name, and `total` since this stopwatch was made."""

@@ -11,7 +11,7 @@ import pytest
 import hf_dspark
 from hf_dspark.budgets import make_budget
 from hf_dspark.evaluation.replay import main, misjudged, play, record_walks
-from tests.budgets import flat, middling
+from tests.budgets import flat, machine, middling
 from tests.integration.helpers import bigram_drafter, left_padded, random_prompts
 from tests.tiny import tiny_target
 
@@ -47,12 +47,13 @@ def test_the_clock_is_the_table_of_costs() -> None:
 
 def test_a_misjudged_table_differs_in_what_drafted_tokens_cost() -> None:
     """Twice as dear over the plain pass, in rows of equal and of unequal length; plain passes and drafts cost what they did."""
-    costs = middling(7)
+    costs = machine(lambda b: 25.0 + 1.2 * b, width=0.15)
     twice = misjudged(costs, 2.0)
     for rows in (1, 4, 6):
         real, wrong = costs.passes(rows), twice.passes(rows)
         assert wrong.verify_s[0] == pytest.approx(real.verify_s[0])
         np.testing.assert_allclose(wrong.verify_s - wrong.verify_s[0], 2 * (real.verify_s - real.verify_s[0]), rtol=1e-6)
+        np.testing.assert_allclose(wrong.wide_s, 2 * real.wide_s, rtol=1e-6)
         assert twice.draft_s(rows, 5) == costs.draft_s(rows, 5)
 
 

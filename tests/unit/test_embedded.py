@@ -181,17 +181,17 @@ def bf16_pair(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_auto_is_the_checkpoints_dtype_where_the_device_computes_in_it(bf16_pair, monkeypatch, caplog, native):
-    """Weights of bfloat16 become float32 on a device that does not compute in it, told once; on others, and where asked for, they stay."""
+def test_fast_is_the_checkpoints_dtype_where_the_device_computes_in_it(bf16_pair, monkeypatch, caplog, native):
+    """Weights of bfloat16 become float32 on a device that does not compute in it, told once; otherwise they stay."""
     monkeypatch.setattr("hf_dspark.hub.has_bf16", lambda device: native)
     warn_once.cache_clear()
     expected = torch.bfloat16 if native else torch.float32
     for _ in range(2):
-        assert load_target(bf16_pair[0], device="cpu")[0].dtype == expected
-        assert load_drafter(bf16_pair[1], device="cpu").dtype == expected
+        assert load_target(bf16_pair[0], dtype="fast", device="cpu")[0].dtype == expected
+        assert load_drafter(bf16_pair[1], dtype="fast", device="cpu").dtype == expected
     told = [record for record in caplog.records if "does not compute in bfloat16" in record.message]
     assert len(told) == (0 if native else 1)
-    assert load_target(bf16_pair[0], dtype="bf16", device="cpu")[0].dtype == torch.bfloat16
+    assert load_target(bf16_pair[0], dtype="bf16", device="cpu")[0].dtype == load_target(bf16_pair[0])[0].dtype == torch.bfloat16
     assert load_drafter(bf16_pair[1], dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
 
 

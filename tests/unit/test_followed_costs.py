@@ -48,7 +48,7 @@ def test_a_profile_is_believed_until_rounds_tell_otherwise() -> None:
 
 @pytest.mark.parametrize(("base", "token", "draft"), [(1.0, 3.0, 1.0), (1.5, 1.5, 1.5), (1.2, 0.4, 2.0), (0.6, 1.0, 0.5)])
 def test_each_part_is_followed_for_itself(base: float, token: float, draft: float) -> None:
-    """After 120 rounds each 5% off, passes of any size, and drafts, are within 6% of what they cost; other batches are untouched."""
+    """After 120 rounds each 5% off, passes of any size, and drafts, are within 6% of what they cost; batches not seen begin there."""
     costs, table = FollowedCosts(profile()), profile()
     feed(costs, 4, 120, base=base, token=token, draft=draft, noise=0.05)
     found, known = costs.passes(5), table.passes(5)
@@ -56,7 +56,7 @@ def test_each_part_is_followed_for_itself(base: float, token: float, draft: floa
     np.testing.assert_allclose(found.verify_s, real, rtol=0.06)
     np.testing.assert_allclose(found.wide_s, token * known.wide_s, rtol=0.2)
     assert costs.draft_s(4, 5) == pytest.approx(draft * table.draft_s(4, 5), rel=0.06)
-    assert costs.factors(16) == (1.0, 1.0, 1.0)
+    assert costs.factors(16) == costs.factors(4)
 
 
 def test_where_the_device_does_not_tell_the_drafts_time_the_rest_is_followed() -> None:
@@ -83,3 +83,28 @@ def test_rounds_without_times_tell_nothing() -> None:
     costs = FollowedCosts(profile())
     costs.learn(FinishedRound((0,), (7,), (3,), (1,), (3,)), 0)
     assert costs.factors(1) == (1.0, 1.0, 1.0)
+
+
+def test_a_draft_that_reads_more_than_a_round_is_not_taken_for_a_dear_one() -> None:
+    """The first draft after a rest catches up with all that was committed meanwhile; the next one counts again."""
+    costs = FollowedCosts(profile())
+    usual = costs.table.draft_s(4, 7)
+
+    def round_(length: int, draft_s: float) -> None:
+        costs.learn(FinishedRound((0, 1, 2, 3), (length,) * 4, (0,) * 4, (0,) * 4, (0,) * 4, None, None, 0.05 + draft_s, draft_s), 0)
+
+    for _ in range(30):
+        round_(7, usual)
+    round_(0, 0.0)
+    round_(7, 4 * usual)
+    assert costs.factors(4)[2] == pytest.approx(1.0)
+    round_(7, 1.1 * usual)
+    assert costs.factors(4)[2] > 1.0
+
+
+def test_drafts_that_become_dearer_for_good_are_followed() -> None:
+    """Half as dear again after 300 quiet rounds: within 400 more the factor tells."""
+    costs = FollowedCosts(profile())
+    feed(costs, 4, 300, base=1.0, token=1.0, draft=1.0, noise=0.02)
+    feed(costs, 4, 400, base=1.0, token=1.0, draft=1.5, noise=0.02, seed=1)
+    assert costs.factors(4)[2] == pytest.approx(1.5, rel=0.1)

@@ -249,6 +249,7 @@ LOAD: dict[str, Any] = {
 REPLAY: dict[str, Any] = LOAD | {"settings": LOAD["settings"] | {"answers": 9, "places": 1000, "requests": 20, "orders": 2, "noise": 0.1}}
 REPLAY |= {
     "costs_file": "bench.json",
+    "costs_machine": _MACHINE | {"cpu": "Another CPU"},
     "misjudged": [
         {"tokens_taken_for": 0.3, "budget": "load-aware", "follows_costs": follows, "over_best_fixed": [ratio, 1.0]}
         for follows, ratio in ((False, 0.9), (True, 1.1))
@@ -466,6 +467,7 @@ def test_the_table_of_a_replay(folder):
     assert body[3][1:] == ["1.200", "1.200"]
     assert body[4] == ["`load-aware`, tokens at 0.3 of their cost, does not", "0.900", "1.000"]
     assert body[5] == ["`load-aware`, tokens at 0.3 of their cost, follows costs", "1.100", "1.000"]
+    assert "in bench.json (Another CPU" in render("replay", folder / "replay.json")
 
 
 def test_the_table_of_a_drift(folder):

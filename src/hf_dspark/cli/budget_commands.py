@@ -19,7 +19,7 @@ from hf_dspark.evaluation.calibrating import calibrate
 from hf_dspark.evaluation.load import Contender, bench
 from hf_dspark.evaluation.load_plots import plot_costs, plot_load, plot_reliability
 from hf_dspark.evaluation.prompts import encode, read_prompts
-from hf_dspark.hub import parse_dtype
+from hf_dspark.hub import load_drafter, parse_dtype
 from hf_dspark.profiling import CostProfile
 
 
@@ -110,7 +110,7 @@ def run_calibrate(
             on_file=lambda _: advance(1),
         )
     record = {"target": target_name, **record}
-    _save_calibration(drafter, record, own if own.is_dir() else None, output)
+    _save_calibration(drafter_name, drafter, record, own if own.is_dir() else None, output)
     if plots is not None:
         plot_reliability(record, plots)
     if as_json:
@@ -119,11 +119,13 @@ def run_calibrate(
         _print_calibration(record)
 
 
-def _save_calibration(drafter: Any, record: dict[str, Any], own: Path | None, output: Path | None) -> None:
+def _save_calibration(name: str, drafter: Any, record: dict[str, Any], own: Path | None, output: Path | None) -> None:
     """Beside the weights where they are already; else a whole drafter."""
     drafter.set_calibration(record)
     if output is not None and (own is None or output.resolve() != own.resolve()):
-        drafter.save_pretrained(output)
+        stored = load_drafter(name)  # in the dtype of its files, whatever was computed in
+        stored.set_calibration(record)
+        stored.save_pretrained(output)
         return
     assert own is not None
     config = json.loads((own / "config.json").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from hf_dspark.budgets import make_budget
 from hf_dspark.evaluation.benchmark import Bench, Measured, Run, Sampling, acceptance_of, evaluate, time_of
 from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record
 from hf_dspark.evaluation.prompts import Conversation, read_prompts, user_turn
-from hf_dspark.hub import load_drafter, load_target, parse_dtype
+from hf_dspark.hub import FAST, load_drafter, load_target, parse_dtype
 
 
 def run_generate(
@@ -165,6 +165,7 @@ def load_pair(
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, Any]:
     """Loads a target with its tokenizer and its drafter, without the loader's own progress bars."""
     with load_quietly(f"{target_name} and {drafter_name}"):
+        dtype = computing(dtype)
         drafter = load_drafter(drafter_name, dtype=dtype, device=device)  # first: it is small, and often the mistaken one
         target, tokenizer = load_target(target_name, dtype=dtype, device=device)
     return target, tokenizer, drafter
@@ -200,6 +201,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
+
+
+def computing(dtype: str) -> str:
+    """The dtype to compute in, of what `--dtype` says: `auto` is the checkpoint's own where the device computes in it."""
+    return FAST if dtype == "auto" else dtype
 
 
 def plain_name(target: str) -> str:

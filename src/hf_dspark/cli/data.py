@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hf_dspark.cli.commands import load_quietly, pick_device, plain_name, print_json
+from hf_dspark.cli.commands import computing, load_quietly, pick_device, plain_name, print_json
 from hf_dspark.errors import DataError
 from hf_dspark.hub import load_target, parse_dtype
 from hf_dspark.training.conversations import ChatTemplate, Opening, Prompt, prompt_key, read_openings, read_prompts
@@ -82,7 +82,7 @@ def run_data(options: DataOptions, settings: DataSettings) -> None:
     if place.type == "cpu":
         keep_freed_memory()
     with load_quietly(options.target):
-        target, tokenizer = load_target(options.target, dtype=options.dtype, device=place, revision=options.revision)
+        target, tokenizer = load_target(options.target, dtype=computing(options.dtype), device=place, revision=options.revision)
     template = ChatTemplate(tokenizer, thinking=settings.thinking)
     folder = make_folder(options.output, target, template, settings, name=plain_name(options.target))
     with folder.open():

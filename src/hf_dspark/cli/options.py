@@ -34,7 +34,7 @@ Budget = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), fp32, bf16 or fp16.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 MaxVerifyTokens = Annotated[

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hf_dspark.adapter_files import fingerprint
 from hf_dspark.adapters import DEFAULT_TARGETS, adapter_names, add_lora, merge_adapter
-from hf_dspark.cli.commands import figure, load_quietly, pick_device, plain_name, print_json
+from hf_dspark.cli.commands import computing, figure, load_quietly, pick_device, plain_name, print_json
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
 from hf_dspark.evaluation.metrics import machine_record
@@ -117,7 +117,7 @@ def run_finetune(options: RunOptions, config: dict[str, Any], *, drafter_name: s
     if lora is None:
         drafter, facts = _whole_drafter(drafter_name, target, options, place)
     else:
-        drafter = load_drafter(drafter_name, dtype=parse_dtype(options.dtype), device=place).bind(target)
+        drafter = load_drafter(drafter_name, dtype=computing(options.dtype), device=place).bind(target)
         facts = {"base": plain_name(drafter_name), "base_fingerprint": fingerprint(drafter)}
         torch.manual_seed(config["seed"])
         add_lora(drafter, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, adapter_name=lora.name)
@@ -127,7 +127,7 @@ def run_finetune(options: RunOptions, config: dict[str, Any], *, drafter_name: s
 
 def _whole_drafter(name: str, target: Any, options: RunOptions, place: torch.device) -> tuple[Any, dict[str, Any]]:
     """An existing drafter, all of whose weights are to be trained, and facts about it; an adapter on it becomes part of it."""
-    drafter = load_drafter(name, dtype=parse_dtype(options.dtype), device=place).bind(target)
+    drafter = load_drafter(name, dtype=computing(options.dtype), device=place).bind(target)
     if adapter_names(drafter):
         merge_adapter(drafter)
     facts: dict[str, Any] = {"base": plain_name(name), "base_fingerprint": fingerprint(drafter)}
@@ -206,7 +206,7 @@ def _prepare(options: RunOptions) -> tuple[torch.device, Any, Any, DataSet]:
         options.output.mkdir(parents=True, exist_ok=True)
     load_responses(options.data)
     with load_quietly(options.target):
-        target, tokenizer = load_target(options.target, dtype=options.dtype, device=place)
+        target, tokenizer = load_target(options.target, dtype=computing(options.dtype), device=place)
     target.requires_grad_(False)
     if options.decode_prompts:
         try:

@@ -2,7 +2,7 @@
 
 At each concurrency every contender is a server that keeps running, on the same prompts in the same order. They take short turns, over and
 over, and who goes first rotates: a machine whose speed drifts slows all alike. A turn ends after as many tokens for each, so that greedy
-contenders write the same texts in it, and ratios are taken within a turn.
+contenders write the same texts in it.
 """
 
 from __future__ import annotations
@@ -97,9 +97,13 @@ class _Cell:
     accepted: int = 0
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "rest"), 0.0))
 
-    def add(self, served: Served) -> None:
-        """Count one run of this package's loop."""
-        self.turns.append((served.emitted, served.seconds))
+    def add(self, *runs: Served) -> None:
+        """Count one turn of this package's loop, of one run or several."""
+        self.turns.append((sum(served.emitted for served in runs), sum(served.seconds for served in runs)))
+        for served in runs:
+            self._add_counts(served)
+
+    def _add_counts(self, served: Served) -> None:
         for row in served.stats.rows:
             self.rounds += row.rounds
             self.drafted += row.drafted
@@ -297,14 +301,20 @@ class _Run:
     def _begin(self) -> None:
         self.server = self.runner.server(self.contender, self.concurrency, self.seconds)
         self.goal = 0
+        self.largest = self.runner.drafter.config.block_size + 1  # tokens of a row in one round
 
     def turn(self, tokens: int, cell: _Cell) -> None:
         """Go on until so many more tokens are out than were asked for in the turns before."""
         self.goal += tokens
-        cell.add(self.server.run(steady=True, tokens=self.goal))
-        if len(self.server.loop.live) < self.concurrency:  # all its requests are answered
-            cell.users += self.server.speeds()
-            self._begin()
+        runs = []
+        while self.server.emitted < self.goal:
+            runs.append(self.server.run(steady=True, tokens=self.goal))
+            if self.server.exhausted:
+                cell.users += self.server.speeds()
+                missing = self.goal - self.server.emitted
+                self._begin()
+                self.goal = max(missing, 0)
+        cell.add(*runs)
 
 
 def _first_turns(runs: Sequence[_Run], seconds: float) -> int:
@@ -315,8 +325,11 @@ def _first_turns(runs: Sequence[_Run], seconds: float) -> int:
         emitted.append(run.server.emitted)
     for run in runs:
         run.turn(max(emitted), _Cell())
-    # A server's first tokens are those of prompts, which all began at once: they belong to no turn.
-    return max(int(statistics.median(emitted)) - runs[0].concurrency, 1) if runs else 0
+    if not runs:
+        return 0
+    # A server's first tokens are those of prompts, which all began at once: they belong to no turn. And a turn holds rounds enough to bring
+    # contenders of any length of rounds to about the same place.
+    return max(int(statistics.median(emitted)) - runs[0].concurrency, 2 * runs[0].concurrency * runs[0].largest)
 
 
 @dataclass

@@ -70,11 +70,11 @@ def render_replay(record: Mapping[str, Any]) -> str:
         ratios.append([f"`{row['budget']}`, tokens {what}, {how}", *(number(ratio, 3) for ratio in row["over_best_fixed"])])
     heard = (
         " Below it, over the same best: budgets whose profile takes drafted tokens for more or less than the clock does, and which hear "
-        f"of rounds' times {100 * settings['noise']:g}% off, of one in fifty as five times as long."
+        f"of passes' times {100 * settings['noise']:g}% off, of one in fifty as five times as long."
         if misled
         else ""
     )
-    source = f" in {record['costs_file']}" if record.get("costs_file") else ""
+    source = f" in {record['costs_file']} ({machine_line({'machine': record['costs_machine']})[:-1]})" if record.get("costs_file") else ""
     note = (
         f"{settings['answers']} greedy answers ({', '.join(record['prompt_files'])}), a block drafted at each of their "
         f"{settings['places']:,} places; {settings['requests']} answers served in {settings['orders']} orders; seconds from the cost "

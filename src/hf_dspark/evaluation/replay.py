@@ -141,7 +141,8 @@ def play(
         concurrency (`int`): answers in flight; the first ones are of all ages.
         requests (`int`): answers in all, of those that join after the first.
         seed (`int`): of the order.
-        noise (`float`): standard deviation of the times that the budget hears of, over the clock's; one in fifty is five times as long.
+        noise (`float`): standard deviation of the times of passes that the budget hears of, over the clock's; one in fifty is five times
+            as long. Those of drafts are exact.
     """
     heard = np.random.default_rng(seed + 1)
     order, gamma = np.random.default_rng(seed).permutation(len(walks)), costs.block_size
@@ -223,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--costs", type=Path, help="a result of `hf-dspark bench` whose profile to take; measured here by default")
     parser.add_argument("--errors", default="0.3,1,2.5", help="what a profile takes tokens for, over what they cost")
     parser.add_argument("--noise", type=float, default=0.1, help="of the times that budgets hear of where costs are followed")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="fast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -235,11 +236,17 @@ def _run(args: argparse.Namespace) -> None:
     budgets = {name: StaticBudget(0) if name == PLAIN else make_budget(name) for name in names}
     files = [read_prompts(path, args.limit) for path in args.prompts]
     recorded = None if args.costs is None else _recorded_profile(args.costs)
+    errors = [float(factor) for factor in args.errors.split(",") if factor]
     target, tokenizer = load_target(args.target, dtype=args.dtype)
     drafter = load_drafter(args.drafter, dtype=args.dtype).bind(target)
     prompts = [encode(tokenizer, [one])["input_ids"][0].tolist() for one in (c for rows in files for c in rows)]
     profile, origin = recorded or (CostProfile.cached(target, drafter, rows=max(sizes)), machine_record(target.device))
     costs = profile.costs()
+    if costs.block_size != drafter.config.block_size or max(costs.rows) < max(sizes):
+        raise ValueError(
+            f"The profile is of blocks of {costs.block_size} tokens and up to {max(costs.rows)} rows; wanted: {drafter.config.block_size} "
+            f"and {max(sizes)}. Take another --costs, a smaller --concurrency, or measure here."
+        )
     walks = record_walks(target, drafter, prompts, end_ids=sorted(end_ids_of(target)), max_new_tokens=args.max_new_tokens)
 
     def cell(name: str, budget: Budget, believed: Costs, size: int, noise: float = 0.0) -> dict[str, Any]:
@@ -253,9 +260,9 @@ def _run(args: argparse.Namespace) -> None:
 
     cells = [cell(name, budget, costs, size) for size in sizes for name, budget in budgets.items()]
     found = summary(cells)
-    best = {one["concurrency"]: max(c["tokens_per_s"] for c in cells if _fixed(c, one["concurrency"])) for one in found}
+    best = {size: max((c["tokens_per_s"] for c in cells if _fixed(c, size)), default=None) for size in sizes}
     misled = []
-    for factor in map(float, args.errors.split(",")):
+    for factor in errors if None not in best.values() else ():
         believed = misjudged(costs, factor)
         for name, kind in ((name, type(budget)) for name, budget in budgets.items() if isinstance(budget, LoadAwareBudget)):
             for follows in (False, True):

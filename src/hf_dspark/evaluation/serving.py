@@ -93,8 +93,8 @@ class Server:
         """Go on with the requests.
 
         Args:
-            steady (`bool`): let the places that are free be taken before the clock starts, and stop it when no request is left to take
-                one: `concurrency` rows are live all the time.
+            steady (`bool`): let the first requests join before the clock starts, and stop it when none is left to take a place that is
+                free: `concurrency` rows are live all the time.
             seconds (`float`, *optional*): end when so much time has passed; all is as it was when `run` is called again. Without it, end
                 when all requests are answered.
             tokens (`int`, *optional*): end when so many new tokens have come out since this server was made.
@@ -104,7 +104,7 @@ class Server:
         loop, device = self.loop, self.loop.target.device
         row_rounds = 0
         with torch.inference_mode(), loop.target.open():
-            if steady:
+            if steady and not self._waiting:
                 self._join(self._clock)
             loop.watch = Stopwatch(device)
             loop.stats = DecodingStats([RowStats.for_block(loop.block_size) for _ in range(self.count)], loop.block_size)
@@ -121,7 +121,7 @@ class Server:
                     break
                 if tokens is not None and self.emitted >= tokens:
                     break
-                if steady and self._waiting == self.count and len(loop.live) < self.concurrency:
+                if steady and self.exhausted:
                     break
             _wait(device)
             spent = time.perf_counter() - start
@@ -134,6 +134,11 @@ class Server:
         for request, row in enumerate(loop.stats.rows):
             self._counted[request] += row.generated
         return Served(answers, spans, sum(row.generated for row in loop.stats.rows), spent, loop.stats, row_rounds)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether a place is free that no request is left to take."""
+        return self._waiting == self.count and len(self.loop.live) < self.concurrency
 
     @property
     def emitted(self) -> int:
