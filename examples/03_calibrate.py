@@ -2,7 +2,7 @@
 
 Thirty prompts are too few to trust (give hundreds); this shows the steps. `hf-dspark calibrate` does the same from files.
 
-Expected output (bf16, greedy; the figures depend on the drafter that the checkout ships):
+Expected output (in bf16, greedy; figures depend on the drafter that the checkout ships, and a little on the dtype):
 
     rounds: 569 to fit, 539 to judge
     calibration error: 3.8% -> 2.6%
@@ -18,8 +18,8 @@ import hf_dspark
 from hf_dspark.evaluation.calibrating import calibrate
 from hf_dspark.hub import load_drafter, load_target
 
-target, tokenizer = load_target("smollm2", dtype="bfloat16")
-drafter = load_drafter("smollm2-dspark", dtype="bfloat16")
+target, tokenizer = load_target("smollm2", dtype="fast")
+drafter = load_drafter("smollm2-dspark", dtype="fast")
 drafter.drop_calibration()  # it comes calibrated; a drafter of your own does not
 
 questions = [f"What is {a} times {b}? Think step by step." for a in (7, 12, 25, 31, 44, 58) for b in (3, 8, 14, 21, 36)]
