@@ -22,8 +22,8 @@ PY = $(VENV)/bin/python
 TORCH_SPEC ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 OLDEST_TRANSFORMERS ?= transformers==5.17.*
-# The models in the tests are tiny: more threads than this only get in each other's way.
-TEST_THREADS ?= 2
+# The models in the tests are tiny: threads that wait for each other cost more than they give, the more so beside other work.
+TEST_THREADS ?= 1
 # speculators judges what is exported for it. It asks for an older transformers than it needs, so it is installed without its dependencies.
 JUDGES ?= 'speculators==0.9.0; python_version >= "3.11"' 'hs-connectors==0.9.0; python_version >= "3.11"'
 PYTEST_ARGS ?=

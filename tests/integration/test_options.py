@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_dspark
 from hf_dspark import GenerateDSparkOutput
+from hf_dspark.notices import warn_once
 from hf_dspark.scheduling import Budget, Drafts
 from tests.integration.helpers import (
     NEVER,
@@ -604,6 +605,18 @@ def test_an_fp32_drafter_for_a_bf16_target():
             logits = target(text).logits[0, len(prompt) - 1 : -1].float()
         chosen = logits.gather(1, text[0, len(prompt) :, None])[:, 0]
         assert ((logits.amax(-1) - chosen) / logits.std(-1)).max() < 1 / 32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_bf16_target_where_bf16_is_slow_is_told_once(monkeypatch, caplog, native):
+    """Where the device does not compute in bf16, with what to do; nothing is said elsewhere."""
+    monkeypatch.setattr("hf_dspark.generation.has_bf16", lambda device: native)
+    warn_once.cache_clear()
+    w = make_world(talking_target())
+    for _ in range(2):
+        speculate(w.target.to(torch.bfloat16), w.drafter, w.inputs(1))
+    told = [record.message for record in caplog.records if "dtype='fast'" in record.message]
+    assert len(told) == (0 if native else 1)
 
 
 @pytest.mark.parametrize("how", ["dispatch_model", "cpu_offload"])
