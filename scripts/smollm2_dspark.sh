@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 prompts=${1:?PROMPTS} runs=${2:?RUNS}
 minutes=${MINUTES:-52} rows=${ROWS:-700} more_minutes=${MORE_MINUTES:-60} third_minutes=${THIRD_MINUTES:-56}
-last_minutes=${LAST_MINUTES:-90} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-320}
+last_minutes=${LAST_MINUTES:-90} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-1000}
 command=${HF_DSPARK:-.venv/bin/hf-dspark}
 
 write() { # SEED ROWS
@@ -48,5 +48,5 @@ again drafter4 "$last_minutes" drafter3 4
 "${PYTHON:-.venv/bin/python}" scripts/fresh_prompts.py "$prompts/train/gsm8k_train.jsonl" --limit "$limit" --output "$runs/gsm8k_fresh.jsonl" \
     $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
 $command calibrate --target smollm2 --drafter "$runs/drafter4/best" --prompts "$runs/gsm8k_fresh.jsonl" --max-new-tokens 128 \
-    --concurrency 32 --dtype bf16 --replace \
+    --concurrency 32 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)

@@ -15,6 +15,7 @@ from hf_dspark.evaluation.benchmark import Bench
 from hf_dspark.evaluation.divergence import METHODS, Comparison, compare, shape_differences
 from hf_dspark.evaluation.prompts import encode
 from hf_dspark.hub import load_drafter, load_target
+from hf_dspark.machine import has_bf16
 from tests.budgets import flat, full_machine, middling
 from tests.smollm2.helpers import DRAFTER, NEW_TOKENS, PROCESSORS, PROMPTS, plain
 
@@ -123,7 +124,9 @@ def test_bf16_divergences_are_explained(comparison):
 
 
 def test_the_shape_of_a_pass_moves_logits_in_bf16_and_not_in_fp32(exact, rounded):
-    """What divergences are measured against: in bf16 the plain target's own passes disagree by fractions of a logit."""
+    """What divergences are measured against: in bf16 the plain target's own passes disagree by fractions of a logit, where the CPU computes
+    in it. One that does not adds up in one order whatever the shape.
+    """
     prefix = exact.inputs(1)["input_ids"][0]
     spread = {}
     for name, pair in (("fp32", exact), ("bf16", rounded)):
@@ -133,4 +136,5 @@ def test_the_shape_of_a_pass_moves_logits_in_bf16_and_not_in_fp32(exact, rounded
         plain_passes = [value for shape, value in found.items() if not shape.startswith("ragged")]
         spread[name] = max(plain_passes) - min(plain_passes)
     assert spread["fp32"] < 1e-3
-    assert 0.01 < spread["bf16"] < 1
+    assert spread["bf16"] < 1
+    assert spread["bf16"] > 0.01 or not has_bf16(torch.device("cpu"))
