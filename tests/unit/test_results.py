@@ -181,12 +181,13 @@ def test_confidences_tell_survivors_from_casualties() -> None:
         assert number(part["after"], "auc") >= 0.80
 
 
-def test_calibrated_confidences_can_be_trusted_elsewhere_too() -> None:
-    """At most 3% of calibration error on prompts of other kinds; on its own kind calibration lowers it, to 2%. Asked was 1.5%."""
+def test_calibrated_confidences_can_be_trusted() -> None:
+    """At most 1.5% of calibration error, less than before, on held-out prompts of its own kind, and 3% on prompts of other kinds."""
     record = calibration()
     assert all(number(part["after"], "ece") <= 0.03 for part in record["others"].values())
     (own,) = record["files"].values()
-    assert number(own["after"], "ece") < min(number(own["before"], "ece"), 0.021)
+    assert number(own["after"], "ece") <= 0.015
+    assert number(own["after"], "ece") < number(own["before"], "ece")
 
 
 def test_the_shipped_drafter_holds_its_calibration() -> None:
@@ -213,3 +214,12 @@ def test_replayed_without_noise_no_fixed_choice_beats_load_aware() -> None:
         cells = {c["budget"]: c["tokens"] / c["seconds"] for c in record["cells"] if c["concurrency"] == one["concurrency"]}
         best = max(rate for name, rate in cells.items() if name in ("plain", "full") or name.startswith("static"))
         assert max(cells["load-aware"], cells["load-aware-lag2"]) >= 0.98 * best
+
+
+def test_replayed_with_a_profile_that_is_wrong_costs_are_followed() -> None:
+    """Where the profile takes tokens for 0.3 or 2.5 times their cost, load-aware that follows costs loses less at its worst load than
+    load-aware that does not.
+    """
+    rows = {(row["tokens_taken_for"], row["budget"], row["follows_costs"]): row["over_best_fixed"] for row in result("replay")["misjudged"]}
+    for factor in (0.3, 2.5):
+        assert min(rows[factor, "load-aware", True]) > min(rows[factor, "load-aware", False])
