@@ -465,7 +465,7 @@ def test_the_table_of_a_replay(folder):
     body = rows(render("replay", folder / "replay.json"))[2:]
     assert body[1] == ["`full`", "50.0", "400.0"]
     assert body[3][1:] == ["1.200", "1.200"]
-    assert body[4] == ["`load-aware`, tokens at 0.3 of their cost, does not", "0.900", "1.000"]
+    assert body[4] == ["`load-aware`, tokens at 0.3 of their cost, does not follow", "0.900", "1.000"]
     assert body[5] == ["`load-aware`, tokens at 0.3 of their cost, follows costs", "1.100", "1.000"]
     assert "in bench.json (Another CPU" in render("replay", folder / "replay.json")
 

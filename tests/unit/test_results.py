@@ -217,9 +217,9 @@ def test_replayed_without_noise_no_fixed_choice_beats_load_aware() -> None:
 
 
 def test_replayed_with_a_profile_that_is_wrong_costs_are_followed() -> None:
-    """Where the profile takes tokens for 0.3 or 2.5 times their cost, load-aware that follows costs loses less at its worst load than
-    load-aware that does not.
+    """Where the profile takes tokens for 0.3 or 2.5 times their cost, load-aware that follows costs gives 0.98 of the best fixed choice at
+    every load all the same; not following loses more than that somewhere.
     """
     rows = {(row["tokens_taken_for"], row["budget"], row["follows_costs"]): row["over_best_fixed"] for row in result("replay")["misjudged"]}
     for factor in (0.3, 2.5):
-        assert min(rows[factor, "load-aware", True]) > min(rows[factor, "load-aware", False])
+        assert min(rows[factor, "load-aware", True]) >= 0.98 > min(rows[factor, "load-aware", False])

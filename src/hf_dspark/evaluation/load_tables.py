@@ -66,7 +66,7 @@ def render_replay(record: Mapping[str, Any]) -> str:
     misled = record.get("misjudged", [])
     for row in misled:
         what = "as they are" if row["tokens_taken_for"] == 1 else f"at {row['tokens_taken_for']:g} of their cost"
-        how = "follows costs" if row["follows_costs"] else "does not"
+        how = "follows costs" if row["follows_costs"] else "does not follow"
         ratios.append([f"`{row['budget']}`, tokens {what}, {how}", *(number(ratio, 3) for ratio in row["over_best_fixed"])])
     heard = (
         " Below it, over the same best: budgets whose profile takes drafted tokens for more or less than the clock does, and which hear "
