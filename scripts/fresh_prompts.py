@@ -23,11 +23,10 @@ def main() -> None:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--answered", type=Path, action="append", required=True, help="rows with the key `prompt`")
     parser.add_argument("--limit", type=int, required=True)
-    parser.add_argument("--skip", type=int, default=0, help="of the fresh prompts, leave so many out from the top")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     answered = {json.loads(line).get("prompt") for path in args.answered for line in lines(path)}
-    fresh = [line for line in lines(args.prompts) if json.loads(line)["turns"][0] not in answered][args.skip :][: args.limit]
+    fresh = [line for line in lines(args.prompts) if json.loads(line)["turns"][0] not in answered][: args.limit]
     args.output.write_text("".join(fresh), encoding="utf-8")
     print(f"{len(fresh)} prompts")
 
