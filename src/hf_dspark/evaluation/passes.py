@@ -180,7 +180,7 @@ def measure(model: Any, drafter: Any, *, seed: int = 0, repeats: int = 15) -> di
 
 
 def main() -> None:
-    """Measure passes from the command line; returns 2 for bad input."""
+    """Measure passes from the command line."""
     from hf_dspark.hub import load_drafter, load_target
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

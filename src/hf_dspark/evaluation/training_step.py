@@ -399,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure training steps from the command line; returns 2 for bad input."""
+    """Measure training steps from the command line."""
     args = _parser().parse_args(arguments)
     shape = StepShape(**{size.name: getattr(args, size.name) for size in fields(StepShape)})
     counts = {"steps": args.steps, "warmup": args.warmup, "seed": args.seed}
