@@ -8,7 +8,7 @@
 #   make setup         only the virtual environment
 #   make clean         remove environments and caches
 #
-# Variables to override: PYTHON, VENV, TORCH_SPEC, TORCH_CPU_INDEX, OLDEST_TRANSFORMERS, TEST_THREADS, PYTEST_ARGS, DEMO_ARGS.
+# Variables to override: PYTHON, VENV, TORCH_SPEC, TORCH_CPU_INDEX, OLDEST_TRANSFORMERS, TEST_THREADS, TEST_PROCESSES, PYTEST_ARGS, DEMO_ARGS.
 # To use an environment of your own: make check VENV=/path/to/venv STAMP=
 
 PYTHON ?= python3
@@ -22,11 +22,14 @@ PY = $(VENV)/bin/python
 TORCH_SPEC ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 OLDEST_TRANSFORMERS ?= transformers==5.17.*
-# The models in the tests are tiny: threads that wait for each other cost more than they give, the more so beside other work.
+# The models in the tests are tiny: threads that wait for each other cost more than they give, the more so beside other work. Processes do
+# better; a file's tests stay in one of them, and share what they load.
 TEST_THREADS ?= 1
+TEST_PROCESSES ?= 2
 # speculators judges what is exported for it. It asks for an older transformers than it needs, so it is installed without its dependencies.
 JUDGES ?= 'speculators==0.9.0; python_version >= "3.11"' 'hs-connectors==0.9.0; python_version >= "3.11"'
 PYTEST_ARGS ?=
+PARALLEL = $(if $(filter-out 0 1,$(TEST_PROCESSES)),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 DEMO_ARGS ?=
 
 .PHONY: help setup demo test check format test-oldest clean
@@ -67,10 +70,10 @@ demo: $(STAMP)
 	@$(VENV)/bin/hf-dspark demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST_STAMP)
-	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .

@@ -9,7 +9,7 @@ from typing import Any
 
 from .calibration import FORMAT
 from .checkpoints import cached_path
-from .configuration_dspark import check_temperatures
+from .configuration_dspark import check_copying, check_temperatures
 from .errors import CheckpointError
 
 FILE_NAME = "calibration.json"
@@ -36,9 +36,24 @@ def check_calibration(record: Any, block_size: int | None, source: str) -> dict[
         raise CheckpointError(f"The calibration of {source!r} holds temperatures that are no numbers: {temperatures}. Calibrate again.")
     try:
         check_temperatures(temperatures, len(temperatures) if block_size is None else block_size)
+        check_copying(*copying_of(record))
     except ValueError as error:
         raise CheckpointError(f"The calibration of {source!r} does not fit this drafter: {error}") from error
     return dict(record)
+
+
+def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`copy_weights` and `copy_confidence` that the temperatures of a record go with; None and None where without copying.
+
+    Raises:
+        ValueError: if the record says something else there.
+    """
+    copying = record.get("copying")
+    if copying is None:
+        return None, None
+    if not isinstance(copying, Mapping):
+        raise ValueError(f"`copying` must be an object with `weights` and `confidence`; got {copying!r}")
+    return copying.get("weights"), copying.get("confidence")
 
 
 def _as_ours(record: Any) -> Any:

@@ -22,6 +22,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .budgets import make_budget
 from .constraints import RowProcessors, Sequences
+from .copying import Copies, Texts
 from .drafting import draft_block
 from .errors import UnsupportedTargetError
 from .notices import warn_once
@@ -46,6 +47,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         budget (`str` or `Budget`, *optional*): `drafter.budget` where None.
         block_size (`int`, *optional*): gamma, the drafter's where None.
         max_verify_tokens (`int`, *optional*): most tokens of one pass, the anchor included.
+        copying (`bool`): draft what the text repeats too, where the checkpoint has weights for that.
     Raises:
         ValueError: for more than one row.
     """
@@ -66,6 +68,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         budget: str | Budget | None = None,
         block_size: int | None = None,
         max_verify_tokens: int | None = None,
+        copying: bool = True,
     ) -> None:
         if input_ids.shape[0] != 1:
             raise ValueError(f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches.")
@@ -77,6 +80,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.processors = RowProcessors(logits_processor, 1)
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = drafter.config.block_size if block_size is None else block_size
+        self.copy_weights = drafter.config.copy_weights if copying else None
         self.cache = RowCache()
         self.cache.add_rows(1)
         self._round: FinishedRound | None = None
@@ -133,13 +137,24 @@ class DSparkCandidateGenerator(CandidateGenerator):
             sample=self.do_sample,
             process=process,
             with_confidence=self.budget.needs_confidence,
+            copies=self._copies(input_ids, proposal.length),
         )
         confidence = None if block.confidence is None else block.confidence.cpu()
         length = min(self.budget.plan(Drafts((min(proposal.length, room),), confidence, live))[0], room)
         self._round = FinishedRound((0,), (proposal.length,), (length,), (0,), (length,), confidence)
         if length == 0:
             return input_ids, None
-        return torch.cat([input_ids, block.tokens[:, :length]], dim=1), torch.stack(kept[:length], dim=1)
+        logits = torch.stack(kept[:length], dim=1)
+        if block.copied is not None:
+            logits = block.copied.until(length).mixture(logits.softmax(-1)).log()
+        return torch.cat([input_ids, block.tokens[:, :length]], dim=1), logits
+
+    def _copies(self, input_ids: torch.Tensor, length: int) -> Copies | None:
+        if self.copy_weights is None:
+            return None
+        texts = Texts(input_ids.device)
+        texts.join([input_ids[0]])
+        return Copies(texts, None, self.copy_weights, length, obey=bool(self.processors) and not self.processors.any_vocabulary)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Tell the budget how the round ended."""
@@ -156,7 +171,12 @@ _REPLACED: dict[Any, tuple[bool, Any]] = {}
 
 @contextmanager
 def stock_loop(
-    target: Any, drafter: Any, budget: str | Budget | None = None, block_size: int | None = None, max_verify_tokens: int | None = None
+    target: Any,
+    drafter: Any,
+    budget: str | Budget | None = None,
+    block_size: int | None = None,
+    max_verify_tokens: int | None = None,
+    copying: bool = True,
 ) -> Iterator[None]:
     """While open, `target._get_candidate_generator` proposes this drafter's blocks in this thread, and their taps are
     caught.
@@ -177,6 +197,7 @@ def stock_loop(
             budget=budget,
             block_size=block_size,
             max_verify_tokens=max_verify_tokens,
+            copying=copying,
         )
         made.taps = taps
         return made

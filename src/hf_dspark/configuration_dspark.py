@@ -17,6 +17,10 @@ MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 # rotated once.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 BACKBONES = ("qwen3", "gemma4")
+# Copying: what a copy says about the drafter's own most likely token (no match, the same token, another one that wins against it, one that
+# loses), and what survival is read off for each: 1, the confidence head's logit, logit(lambda_m), log p_d of that token.
+COPY_RELATIONS = ("none", "agrees", "wins", "loses")
+COPY_FEATURES = ("one", "confidence", "copy", "draft")
 _ROPE_KEYS = {
     *("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
     *("beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate"),
@@ -54,6 +58,9 @@ class DSparkConfig(Qwen3Config):
         target_name (`str`, *optional*): the target's name or path, for messages and model cards.
         confidence_temperatures (`list[float]`, *optional*): T_1..T_gamma of Sequential Temperature Scaling (section
             3.2.1).
+        copy_weights (`list[float]`, *optional*): lambda_1..lambda_M of copying: how far what followed an earlier occurrence of the last m
+            tokens is drafted instead; None drafts from the heads alone. Not in the paper; see `hf_dspark.copying`.
+        copy_confidence (`list[list[float]]`, *optional*): `(4, 4)`, c_k where copies are drafted too.
         backbone (`str`): `"qwen3"`, or `"gemma4"` (four norms a layer, unscaled scores, normed values, a scalar a layer).
         attention_k_eq_v (`bool`): values are the keys before norm and rotation; `"gemma4"` only.
         raw_embeddings (`bool`): read the target's embedding rows and logits as stored, without the scaling and soft-cap that some
@@ -84,6 +91,8 @@ class DSparkConfig(Qwen3Config):
     target_model_type: str | None = None
     target_name: str | None = None
     confidence_temperatures: list[float] | tuple[float, ...] | None = None
+    copy_weights: list[float] | tuple[float, ...] | None = None
+    copy_confidence: list[list[float]] | None = None
     backbone: str = "qwen3"
     attention_k_eq_v: bool = False
     raw_embeddings: bool = False
@@ -153,6 +162,7 @@ class DSparkConfig(Qwen3Config):
                 "the target's embedding and head."
             )
         check_temperatures(self.confidence_temperatures, self.block_size)
+        check_copying(self.copy_weights, self.copy_confidence)
         kinds = set(self.layer_types or ())
         if kinds - {"full_attention", "sliding_attention"} or len(self.layer_types or ()) != self.num_hidden_layers:
             raise ValueError(
@@ -339,6 +349,40 @@ def check_temperatures(temperatures: Sequence[float] | None, block_size: int) ->
         )
     if not all(0.0 < t < float("inf") for t in temperatures):
         raise ValueError(f"confidence_temperatures must be positive and finite; got {temperatures}.")
+
+
+def check_copying(weights: Sequence[float] | None, table: Sequence[Sequence[float]] | None) -> None:
+    """Refuse lambdas or a table that are none.
+
+    Args:
+        weights (`list[float]`, *optional*): lambda_1..lambda_M in [0, 1); None is no copying.
+        table (`list[list[float]]`, *optional*): `(4, 4)`, finite; needs weights.
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if table is not None and weights is None:
+        raise ValueError("copy_confidence is for a drafter that copies; got it without copy_weights. Give both, or neither.")
+    if weights is None:
+        return
+    if not isinstance(weights, (list, tuple)) or not 1 <= len(weights) <= 64 or not all(_number(w) and 0.0 <= w < 1.0 for w in weights):
+        raise ValueError(
+            f"copy_weights must be 1 to 64 probabilities below 1, for matches of 1, 2, .. tokens; got {weights}. Fit them with "
+            "hf-dspark calibrate --copying."
+        )
+    shape = (len(COPY_RELATIONS), len(COPY_FEATURES))
+    fits = table is None or (_listed(table, shape[0]) and all(_listed(row, shape[1]) and all(map(_number, row)) for row in table))
+    if not fits:
+        raise ValueError(
+            f"copy_confidence must hold {shape[0]} rows ({', '.join(COPY_RELATIONS)}) of {shape[1]} finite numbers; got {table}."
+        )
+
+
+def _listed(value: object, length: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == length
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _check_positive(**values: int) -> None:

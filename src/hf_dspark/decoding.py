@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from .constraints import RowProcessors, RowStopping, Sequences
+from .copying import Copies, Texts
 from .drafting import draft_block
 from .row_cache import RowCache, RowLayout
 from .sampling import draw
@@ -115,6 +116,7 @@ class DecodingLoop:
         context (`Context`, *optional*): what is remembered of the row's beginning, to go on from.
         keep_context (`bool`): leave the last row's keys and values in place when it ends, for the caller's next turn.
         listener (`RoundListener`, *optional*): hears of rounds, with confidences, as they are over.
+        copying (`bool`): draft what rows repeat too, where the checkpoint has weights for that.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class DecodingLoop:
         context: Context | None = None,
         keep_context: bool = False,
         listener: RoundListener | None = None,
+        copying: bool = True,
     ) -> None:
         self.target = target
         self.drafter = drafter
@@ -156,6 +159,8 @@ class DecodingLoop:
         self.stats = DecodingStats([RowStats.for_block(block_size) for _ in sequences.lengths], block_size)
         self.watch = Stopwatch(target.device)
         self.drafts = drafter is not None and budget.longest != 0
+        self.copy_weights = drafter.config.copy_weights if self.drafts and copying else None
+        self.texts = Texts(sequences.ids.device)
         self.with_confidence = budget.needs_confidence or listener is not None
         # Taps of committed tokens that the drafter has not read yet, by row: it catches up when it next drafts.
         self.unread: dict[int, list[torch.Tensor]] = {}
@@ -172,7 +177,7 @@ class DecodingLoop:
         block = self.draft(starts, proposal)
         confidence = block.confidence.cpu() if self.budget.needs_confidence and block.confidence is not None else None
         drafted, lengths = self.plan(proposal, live, confidence)
-        raw, block = block.confidence_logits, block.truncate(max(lengths))
+        raw, copied, block = block.confidence_logits, block.copied, block.truncate(max(lengths))
         layout = RowLayout(starts, [1 + length for length in lengths], self.anchors.device)
         ids = torch.cat([self.anchors[:, None], block.tokens], dim=1).flatten()[layout.flat_index]
         with self.watch.measure("verify"):
@@ -182,10 +187,11 @@ class DecodingLoop:
         self.stats.rounds += 1
         # The device has been waited for, so a listener's copy of the confidences costs no wait of its own.
         raw = raw.cpu() if self.listener is not None and raw is not None else None
+        copied = copied.cpu() if self.listener is not None and copied is not None else None
         draft_s = None if drafted_before is None else (self.watch.so_far("draft") or 0.0) - drafted_before
         over = FinishedRound(
             live.requests, tuple(drafted), tuple(lengths), tuple(accepted), tuple(judged), confidence, raw,
-            time.perf_counter() - began, draft_s,
+            time.perf_counter() - began, draft_s, copied,
         )  # fmt: skip
         self.budget.learn(over)
         if self.listener is not None:
@@ -233,8 +239,15 @@ class DecodingLoop:
                 generator=self.generator,
                 row_ids=rows,
                 temperatures=None if self.listener is None else self.listener.temperatures,
+                copies=self.copies(rows, proposal.length),
             )
             return block if rows is None else block.among(rows, len(self.live))
+
+    def copies(self, rows: Sequence[int] | None, length: int) -> Copies | None:
+        """What the drafting rows would go on with if they repeated themselves."""
+        if self.copy_weights is None:
+            return None
+        return Copies(self.texts, rows, self.copy_weights, length, obey=bool(self.processors) and not self.processors.any_vocabulary)
 
     def plan(self, proposal: Proposal, live: LiveRows, confidence: torch.Tensor | None) -> tuple[list[int], list[int]]:
         """Step 5: what was drafted for each row, and l_r of it, never past what the row may still emit."""
@@ -280,6 +293,7 @@ class DecodingLoop:
         sound = self.sound(scores).expand(len(self.live), 1)
         host = torch.cat([sound, verdict.accepted[:, None], padded], dim=1).tolist()
         gone, counts, accepted_counts, judged = [], layout.counts, [], []
+        kept_counts = []
         first = 0
         for index, row in enumerate(self.live):
             is_sound, accepted, *tokens = host[index]
@@ -290,6 +304,7 @@ class DecodingLoop:
             self.stats.rows[row].count_round(drafted[index], verified, accepted, kept)
             self.context.target.lengths[index] += kept
             accepted_counts.append(min(accepted, kept))
+            kept_counts.append(kept)
             judged.append(verified if kept > accepted else min(verified, kept))
             if self.drafts and (not ended or self.keep_context):
                 self.unread.setdefault(row, []).append(taps[first : first + kept])
@@ -298,6 +313,8 @@ class DecodingLoop:
             if ended:
                 gone.append(index)
         self.anchors = verdict.next_token
+        if self.copy_weights is not None:
+            self.texts.append(padded, kept_counts)
         self.context.drafter.lengths = list(self.context.target.lengths)
         self.leave(gone)
         if self.unread_tokens > self.prefill_tokens and self.live:
@@ -386,6 +403,8 @@ class DecodingLoop:
         for place in gone:
             self.unread.pop(self.live[place], None)
         order = self.context.remove_rows(gone)
+        if self.copy_weights is not None:
+            self.texts.keep(order)
         self.live = [self.live[old] for old in order]
         self.anchors = self.anchors[torch.tensor(order, dtype=torch.long, device=self.anchors.device)]
 
@@ -408,6 +427,8 @@ class DecodingLoop:
         scores = self.process(logits, [(row, 0) for row in rows])
         tokens = draw(scores.softmax(-1), self.generator) if self.sample else scores.argmax(-1)
         self.anchors = torch.cat([self.anchors, tokens])
+        if self.copy_weights is not None:
+            self.texts.join([torch.cat([prompt, token]) for prompt, token in zip(prompts, tokens[:, None], strict=True)])
         gone = []
         is_sound, *host = torch.cat([self.sound(scores), tokens]).tolist()
         self.require_sound(is_sound)

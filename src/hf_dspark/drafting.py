@@ -6,10 +6,12 @@ Source: DSPARK.md steps 2-4; paper sections 3.1 and 3.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from .copying import Copied, Copies, adjusted
 from .row_cache import RowCache
 from .sampling import draw_from_logits, exponential_noise
 from .verification import DraftBlock
@@ -45,6 +47,7 @@ def draft_block(
     generator: torch.Generator | None = None,
     row_ids: Sequence[int] | None = None,
     temperatures: Sequence[float] | None = None,
+    copies: Copies | None = None,
 ) -> DraftBlock:
     """Draft `length` tokens a row.
 
@@ -61,35 +64,78 @@ def draft_block(
         generator (`torch.Generator`, *optional*): source of randomness.
         row_ids (`list[int]`, *optional*): the cache's rows that these are; 0..R-1 where None.
         temperatures (`list[float]`, *optional*): T_k to calibrate c_k with; the checkpoint's where None.
+        copies (`Copies`, *optional*): of the same rows; draws from the mixture of p_d and them.
     """
     h = drafter.draft_hidden(anchors, starts, cache, length, row_ids)
     base = drafter.base_logits(h)
     noise = exponential_noise(tuple(base.shape), base, generator) if sample else None
+    coins = torch.rand(base.shape[:2], generator=generator, device=base.device) if sample and copies is not None else None
     head = drafter.markov_head
     state = None if head is None else head.initial_state(h[:, 0])
     prev = anchors
     tokens: list[torch.Tensor] = []
     ids: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
+    mixed: list[Copied] = []
     for k in range(length):
         logits = base[:, k]
         if head is not None:
             latent, state = head.step(prev, h[:, k], state)
             logits = logits + head.project(latent)
-        if sample or process is not None:
+        if sample or process is not None or copies is not None:
             logits = logits.float()
         if process is not None:
             logits = process(logits, k, tokens)
         chosen = logits.argmax(-1) if noise is None else draw_from_logits(logits, noise[:, k])
         prev = drafter.to_target_ids(chosen)
+        if copies is not None:
+            best = prev if noise is None else drafter.to_target_ids(logits.argmax(-1))
+            copied = _compare(drafter, copies, logits, best)
+            takes = copied.wins if coins is None else coins[:, k] < copied.weights
+            prev = torch.where(takes, copied.tokens, prev)
+            mixed.append(copied)
+            if k + 1 < length:
+                copies.extend(prev)
         ids.append(chosen)
         tokens.append(prev)
         kept.append(logits)
     drafted = torch.stack(tokens, dim=1)
-    raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1)) if with_confidence else None
-    confidence = None if raw is None else calibrated(raw, temperatures or drafter.config.confidence_temperatures)
+    record = Copied.join(mixed) if mixed else None
+    raw = confidence = None
+    if with_confidence:
+        raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1))
+    if raw is not None:
+        table = drafter.config.copy_confidence if record is not None else None
+        if record is not None:
+            record = replace(record, confidence=raw)
+        raw = raw if record is None or table is None else adjusted(record.features(), table)
+        confidence = calibrated(raw, temperatures or _temperatures(drafter.config, copies))
     if not sample:
-        return DraftBlock(drafted, confidence, confidence_logits=raw)
+        return DraftBlock(drafted, confidence, confidence_logits=raw, copied=record)
     p_d = torch.stack(kept, dim=1).softmax(-1)
-    drawn = p_d.gather(-1, torch.stack(ids, dim=1)[..., None])[..., 0]
-    return DraftBlock(drafted, confidence, p_d, drafter.draft_token_ids, drawn, raw)
+    if record is None:
+        drawn = p_d.gather(-1, torch.stack(ids, dim=1)[..., None])[..., 0]
+    else:
+        drawn = record.mix(drafter.values_at(p_d, drafted), drafted)
+    return DraftBlock(drafted, confidence, p_d, drafter.draft_token_ids, drawn, raw, copied=record)
+
+
+def _compare(drafter: Any, copies: Copies, logits: torch.Tensor, best: torch.Tensor) -> Copied:
+    """One position's copies beside the drafter's own distribution: processed logits `(R, V_draft)`.
+
+    `best` is the drafter's most likely token.
+    """
+    weights, tokens = copies.weight, copies.tokens
+    if copies.obey:
+        allowed = drafter.values_at(logits, tokens, outside=0.0) > float("-inf")
+        weights = torch.where(allowed, weights, 0.0)
+    log_p = logits.log_softmax(-1)
+    log_best = log_p.amax(-1)
+    p_best, p_copy = log_best.exp(), drafter.values_at(log_p, tokens, outside=float("-inf")).exp()
+    wins = weights + (1 - weights) * p_copy > (1 - weights) * p_best
+    return Copied.beside(tokens, weights, wins, tokens == best, log_best)
+
+
+def _temperatures(config: Any, copies: Copies | None) -> list[float] | None:
+    """The checkpoint's T_k, which hold with copying where they were fitted with it, and without where without."""
+    return config.confidence_temperatures if (copies is None) == (config.copy_weights is None) else None

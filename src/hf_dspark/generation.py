@@ -61,6 +61,7 @@ class CallOptions:
     adapter: str | None = None
     max_verify_tokens: int | None = None
     online: OnlineCalibration | None = None
+    copying: bool = True
 
 
 _OPTIONS: ContextVar[CallOptions | None] = ContextVar("hf_dspark_call_options", default=None)
@@ -161,6 +162,7 @@ def generate_batch(
         context=context,
         keep_context=covers_text,
         listener=options.online,
+        copying=options.copying,
     )
     with target.open():
         loop.join(range(batch), prompts, known)

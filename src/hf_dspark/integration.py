@@ -69,7 +69,7 @@ def install() -> None:
                 raise UnsupportedOptionError(
                     f"{refused} That loop tells nobody what it accepts: leave online_calibration out."
                 ) from refused
-            with stock_loop(self, drafter, options.budget, options.block_size, options.max_verify_tokens):
+            with stock_loop(self, drafter, options.budget, options.block_size, options.max_verify_tokens, options.copying):
                 return original(self, *args, **kwargs)
 
     _assisted_decoding._hf_dspark_original = original  # type: ignore[attr-defined]
@@ -94,6 +94,7 @@ def generate(
     adapter: str | None = None,
     max_verify_tokens: int | None = None,
     online_calibration: OnlineCalibration | None = None,
+    copying: bool = True,
     num_return_sequences: int = 1,
     **kwargs: Any,
 ) -> GenerateDSparkOutput | torch.Tensor:
@@ -113,6 +114,7 @@ def generate(
         max_verify_tokens (`int`, *optional*): most tokens of one verification pass, each row's anchor included; caps any budget.
         online_calibration (`OnlineCalibration`, *optional*): watches confidences against what is accepted, in this call and the next ones
             that it is given to, and corrects their temperatures where they drift.
+        copying (`bool`): draft what the text repeats too, where the checkpoint has weights for that (`copy_weights`).
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
         kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping
             criteria, streamer ..
@@ -144,7 +146,7 @@ def generate(
     patched = getattr(GenerationMixin._assisted_decoding, "_hf_dspark_original", None) is not None
     install()
     try:
-        with call_options(CallOptions(budget, generator, block_size, adapter, max_verify_tokens, online_calibration)):
+        with call_options(CallOptions(budget, generator, block_size, adapter, max_verify_tokens, online_calibration, copying)):
             return target.generate(**with_cache_renamed(kwargs), assistant_model=drafter)
     finally:
         if not patched:

@@ -22,7 +22,7 @@ from hf_dspark.adapters import adapter_names, unload
 from hf_dspark.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
 from hf_dspark.backbone_gemma4 import Gemma4Layer, Gemma4Norm
 from hf_dspark.borrowed import Borrowed, check_carried, check_fit, input_output_embeddings
-from hf_dspark.calibration_files import check_calibration, find_calibration, save_calibration
+from hf_dspark.calibration_files import check_calibration, copying_of, find_calibration, save_calibration
 from hf_dspark.checkpoints import HUB_ARGUMENTS, TensorRecord, check_finite, check_tensors
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.errors import UnboundDrafterError
@@ -546,6 +546,7 @@ class DSparkDrafter(PreTrainedModel):
         """
         self.calibration = check_calibration(record, self.config.block_size, str(self.config.name_or_path or "this drafter"))
         self.config.confidence_temperatures = [float(t) for t in self.calibration["temperatures"]]
+        self.config.copy_weights, self.config.copy_confidence = copying_of(self.calibration)
         self.budget = CALIBRATED_BUDGET
         return self
 
@@ -559,6 +560,7 @@ class DSparkDrafter(PreTrainedModel):
         """Forget temperatures that were fitted to other weights; the drafter's own budget is `full` again."""
         if self.config.confidence_temperatures is not None or self.calibration is not None:
             self.config.confidence_temperatures = self.calibration = None
+            self.config.copy_weights = self.config.copy_confidence = None
             self.budget = "full"
 
     # ------------------------------------------------------------------------------------------------------- vocabulary
@@ -577,6 +579,23 @@ class DSparkDrafter(PreTrainedModel):
             `torch.LongTensor` of the same shape.
         """
         return draft_ids if self.config.draft_vocab_size is None else draft_ids + self.d2t[draft_ids]
+
+    def values_at(self, values: torch.Tensor, target_ids: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
+        """Values over the draft vocabulary at some tokens.
+
+        Args:
+            values (`torch.Tensor` of shape `(..., V_draft)`): p_d, or logits.
+            target_ids (`torch.LongTensor` of shape `(...,)`): one a distribution.
+            outside (`float`): where the drafter cannot propose that token.
+        Returns:
+            `torch.Tensor` of shape `(...,)`.
+        """
+        if self.config.draft_vocab_size is None:
+            return values.gather(-1, target_ids[..., None])[..., 0]
+        self._draft_ids_cached()
+        places = self.__dict__["_draft_ids"][2].to(values.device)[target_ids]
+        found = values.gather(-1, places.clamp(min=0)[..., None])[..., 0]
+        return torch.where(places >= 0, found, outside)
 
     def widen(self, probabilities: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """Spread values over the draft vocabulary onto the target's, with `fill` elsewhere.
@@ -718,7 +737,11 @@ class DSparkDrafter(PreTrainedModel):
         key = (self.d2t.data_ptr(), version, self.d2t.device)
         cached = self.__dict__.get("_draft_ids")
         if cached is None or cached[0] != key:
-            cached = self.__dict__["_draft_ids"] = (key, self.d2t + torch.arange(len(self.d2t), device=self.d2t.device))
+            ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+            places = torch.full((self.config.vocab_size,), -1, device=ids.device).scatter_(
+                0, ids, torch.arange(len(ids), device=ids.device)
+            )
+            cached = self.__dict__["_draft_ids"] = (key, ids, places)
         return cached[1]
 
 

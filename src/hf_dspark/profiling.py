@@ -215,7 +215,7 @@ def profile_key(target: Any, drafter: Any) -> dict[str, Any]:
                 "markov_head_type", "enable_confidence_head", "draft_vocab_size",
             )
         }
-        | {"dtype": str(drafter.dtype).removeprefix("torch.")},
+        | {"dtype": str(drafter.dtype).removeprefix("torch."), "copying": len(own.copy_weights or ())},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_dspark": __version__},
@@ -274,6 +274,7 @@ class _Rounds:
         if loop is None:
             loop = self.loops[shape] = self._loop(shape)
         loop.live, loop.anchors = list(range(self.rows)), self.anchors
+        loop.texts.lengths = [held + 1 for held in self.held]
         self.context.target.lengths, self.context.drafter.lengths = list(self.held), list(self.held)
         before = loop.watch.read().get("draft", 0.0)
         begin = time.perf_counter()
@@ -282,7 +283,7 @@ class _Rounds:
         return time.perf_counter() - begin - draft, draft
 
     def _loop(self, shape: Sequence[int]) -> DecodingLoop:
-        return DecodingLoop(
+        loop = DecodingLoop(
             self.target,
             self.drafter,
             _Shape(shape, self.drafter.confidence_head is not None),
@@ -294,6 +295,9 @@ class _Rounds:
             generator=torch.Generator(device=self.target.device).manual_seed(0),
             context=self.context,
         )
+        vocab = self.target.model.config.get_text_config(decoder=True).vocab_size
+        loop.texts.join([torch.randint(vocab, (held + 1,)).to(self.target.device) for held in self.held])
+        return loop
 
 
 def _measure_rows(target: Target, drafter: Any, rows: int, contexts: Sequence[int], sample: bool) -> RowCosts:

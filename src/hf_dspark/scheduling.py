@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .copying import Copied
+
 
 @dataclass(frozen=True)
 class LiveRows:
@@ -77,6 +79,7 @@ class FinishedRound:
         judged (`tuple[int, ...]`): of the verified ones, those before the row's end: what was decided about later ones is unknown.
         confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host; given where the budget needs it.
         confidence_logits (`torch.Tensor` of shape `(R, n)`, *optional*): the same before calibration and sigmoid; where someone listens.
+        copied (`Copied`, *optional*): what the draft was mixed with, on the host; where someone listens.
         seconds (`float`, *optional*): that the round took.
         draft_seconds (`float`, *optional*): of these, the draft's; None where the device does not tell while it works.
     """
@@ -90,6 +93,7 @@ class FinishedRound:
     confidence_logits: torch.Tensor | None = None
     seconds: float | None = None
     draft_seconds: float | None = None
+    copied: Copied | None = None
 
 
 class Budget:

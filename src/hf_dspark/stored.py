@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 
-from hf_dspark.calibration_files import check_calibration, read_calibration
+from hf_dspark.calibration_files import check_calibration, copying_of, read_calibration
 from hf_dspark.checkpoints import (
     EMBEDDING_KEY,
     HUB_ARGUMENTS,
@@ -142,6 +142,15 @@ def _calibration(source: str, config: DSparkConfig, own_block: int | None, hub: 
         raise CheckpointError(
             f"{source!r}: calibration.json says temperatures {temperatures}, config.json {config.confidence_temperatures}; a confidence is "
             "calibrated once. Remove calibration.json, and calibrate again with --replace."
+        )
+    copying = copying_of(record)
+    stated = (config.copy_weights, config.copy_confidence)
+    if stated == (None, None):
+        config.copy_weights, config.copy_confidence = copying
+    elif stated != copying:
+        raise CheckpointError(
+            f"{source!r}: calibration.json and config.json say different things about copying. Remove calibration.json, and calibrate "
+            "again with --replace."
         )
     return {**record, "temperatures": temperatures}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .copying import Copied
 from .row_cache import RowLayout
 from .sampling import draw
 
@@ -30,6 +31,7 @@ class DraftBlock:
         drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): p_d of the drawn tokens; goes with `probs`.
         places (`torch.LongTensor` of shape `(R,)`, *optional*): row of `probs` for each row, where only D of the R rows were
             drafted (any row of it for the others); None where they are the same.
+        copied (`Copied`, *optional*): what p_d was mixed with.
     """
 
     tokens: torch.Tensor
@@ -39,6 +41,7 @@ class DraftBlock:
     drawn: torch.Tensor | None = None
     confidence_logits: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    copied: Copied | None = None
 
     @property
     def block_size(self) -> int:
@@ -49,7 +52,8 @@ class DraftBlock:
         if length == self.block_size:
             return self
         names = ("tokens", "confidence", "confidence_logits", "probs", "drawn")
-        return replace(self, **{name: value[:, :length] for name in names if (value := getattr(self, name)) is not None})
+        copied = None if self.copied is None else self.copied.until(length)
+        return replace(self, copied=copied, **{name: value[:, :length] for name in names if (value := getattr(self, name)) is not None})
 
     def among(self, rows: Sequence[int], total: int) -> DraftBlock:
         """The record of `total` rows, of which these D, `rows`, were drafted; what it holds for the others means nothing."""
@@ -59,7 +63,7 @@ class DraftBlock:
         index = torch.tensor(places).to(self.tokens.device, non_blocking=True)
         names = ("tokens", "confidence", "confidence_logits", "drawn")
         spread = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, places=index, **spread)
+        return replace(self, places=index, copied=None if self.copied is None else self.copied.on(index), **spread)
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,16 @@ def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, gene
         of = rows if block.places is None else block.places
         if block.probs is None:
             residual[rows, block.tokens[rows, at]] = 0.0
-        elif block.draft_ids is None:
-            residual -= block.probs[of, at]
         else:
-            residual[:, block.draft_ids] -= block.probs[of, at]
+            p_d = block.probs[of, at]
+            if block.copied is not None:
+                weight = block.copied.weights[rows, at]
+                p_d = (1 - weight)[:, None] * p_d
+                residual[rows, block.copied.tokens[rows, at]] -= weight
+            if block.draft_ids is None:
+                residual -= p_d
+            else:
+                residual[:, block.draft_ids] -= p_d
         residual.clamp_(min=0.0)
         # p_t == p_d up to rounding leaves nothing; then a rejection had probability zero and p_t itself is the limit.
         usable = rejected & (residual.sum(-1) > 0)

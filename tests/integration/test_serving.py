@@ -18,7 +18,7 @@ from hf_dspark.evaluation.serving import Server, serve
 from hf_dspark.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
 from hf_dspark.modeling_dspark import DSparkDrafter
 from tests.budgets import full_machine, middling
-from tests.integration.helpers import NEVER, bigram_drafter, plain, random_prompts
+from tests.integration.helpers import NEVER, bigram_drafter, plain, random_prompts, talking_target
 from tests.tiny import tiny_drafter, tiny_target
 
 LENGTHS = (9, 4, 13, 1, 7, 5, 11, 2, 6, 3)
@@ -94,9 +94,10 @@ def many_prompts(n: int, seed: int = 3) -> list[list[int]]:
 def test_rounds_are_recorded_as_they_happened():
     """What the recorder says was accepted adds up to what the loop's statistics say, and every block position was judged."""
     target, drafter = pair()
-    rounds, requests = record_rounds(
+    found = record_rounds(
         target, drafter, many_prompts(12), end_ids=[NEVER], max_new_tokens=20, temperature=0.0, top_p=1.0, concurrency=5, seed=0
     )
+    rounds, requests = found.rounds, found.requests
     assert rounds.logits.shape[1] == drafter.config.block_size
     assert len(rounds) == len(requests)
     served = serve(target, drafter, many_prompts(12), concurrency=5, max_new_tokens=20, budget=make_budget("full"), end_ids=[NEVER])
@@ -161,6 +162,40 @@ def test_a_calibration_file_and_a_config_must_agree(tmp_path):
     config["confidence_temperatures"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert DSparkDrafter.from_pretrained(tmp_path).config.confidence_temperatures == calibrated()["temperatures"]
+
+
+@functools.cache
+def calibrated_with_copies():
+    target = talking_target(loudness=60.0)
+    drafter = tiny_drafter(target)
+    record = calibrate(
+        target, drafter, {"here": many_prompts(150)}, end_ids=[NEVER], max_new_tokens=40, concurrency=32, copying=4,
+    )  # fmt: skip
+    return record, drafter
+
+
+def test_copying_is_fitted_with_the_calibration():
+    """On a target that repeats itself an untrained drafter learns to copy, the longer the match the surer; confidences know of it."""
+    record, drafter = calibrated_with_copies()
+    weights = record["copying"]["weights"]
+    assert len(weights) == 4
+    assert all(0.0 < w < 1.0 for w in weights)
+    assert weights[3] > weights[0]
+    part = record["files"]["here"]
+    assert part["after"]["ece"] < part["before"]["ece"]
+    assert part["after"]["auc"] > part["before"]["auc"] + 0.1
+    again = copy.deepcopy(drafter).set_calibration(record)
+    assert again.config.copy_weights == weights == drafter.config.copy_weights
+    assert again.config.copy_confidence == record["copying"]["confidence"]
+
+
+def test_copying_can_be_fitted_away():
+    """`copying=0` calibrates a drafter that copies for doing without; the record says nothing of copies then."""
+    target = talking_target(loudness=60.0)
+    drafter = tiny_drafter(target, copy_weights=[0.5])
+    record = calibrate(target, drafter, {"here": many_prompts(150)}, end_ids=[NEVER], max_new_tokens=24, concurrency=32, copying=0)
+    assert "copying" not in record
+    assert drafter.config.copy_weights is None
 
 
 def test_too_few_rounds_to_calibrate_are_refused():

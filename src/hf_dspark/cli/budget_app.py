@@ -55,6 +55,15 @@ def calibrate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    copying: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=64,
+            help="Fit how far the drafter may copy what the text repeats, matches of up to so many tokens told apart (8 is plenty); 0: it "
+            "shall not. Default: as it does now.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="Folder for the calibrated drafter. Default: the drafter's own folder, where it has one."),
@@ -82,6 +91,7 @@ def calibrate(
         temperature=temperature,
         top_p=top_p,
         concurrency=concurrency,
+        copying=copying,
         output=output,
         replace=replace,
         plots=plots,

@@ -69,6 +69,7 @@ def run_calibrate(
     temperature: float,
     top_p: float,
     concurrency: int,
+    copying: int | None,
     output: Path | None,
     replace: bool,
     plots: Path | None,
@@ -106,6 +107,7 @@ def run_calibrate(
             temperature=temperature,
             top_p=top_p,
             concurrency=concurrency,
+            copying=copying,
             seed=seed,
             on_file=lambda _: advance(1),
         )
@@ -129,7 +131,8 @@ def _save_calibration(name: str, drafter: Any, record: dict[str, Any], own: Path
         return
     assert own is not None
     config = json.loads((own / "config.json").read_text(encoding="utf-8"))
-    config["confidence_temperatures"] = drafter.config.confidence_temperatures
+    for name in ("confidence_temperatures", "copy_weights", "copy_confidence"):
+        config[name] = getattr(drafter.config, name)
     draft = own / "config.json.tmp"
     draft.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_calibration(own, record)
@@ -215,6 +218,8 @@ def _print_calibration(record: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print("temperatures: " + " ".join(f"{t:.2f}" for t in record["temperatures"]), highlight=False)
+    if "copying" in record:
+        console.print("weights of copies: " + " ".join(f"{w:.2f}" for w in record["copying"]["weights"]), highlight=False)
 
 
 def _percent(value: float | None) -> str:

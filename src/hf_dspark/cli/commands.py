@@ -39,6 +39,7 @@ def run_generate(
     top_p: float,
     max_new_tokens: int,
     budget: str | None,
+    copying: bool,
     max_verify_tokens: int | None = None,
     seed: int,
     stream: bool,
@@ -53,7 +54,8 @@ def run_generate(
     conversations = read_prompts(prompts, limit) if prompts is not None else [user_turn(prompt or "")]
     target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=place)
     chosen = make_budget(drafter.budget if budget is None else budget, max_verify_tokens)
-    bench = Bench(target, drafter, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens, budget=chosen, seed=seed)
+    options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "budget": chosen, "copying": copying, "seed": seed}
+    bench = Bench(target, drafter, tokenizer, **options)
     results: list[dict[str, Any]] = []
     runs: list[Run] = []
     with progress("generating", len(conversations), show=not stream) as advance:
@@ -114,6 +116,7 @@ def run_eval(
     top_p: float,
     batch_size: int,
     budget: str | None,
+    copying: bool,
     dtype: str,
     device: str,
     seed: int,
@@ -142,6 +145,7 @@ def run_eval(
             top_p=top_p,
             batch_size=batch_size,
             budget=budget,
+            copying=copying,
             seed=seed,
             on_batch=lambda _, rows: advance(rows),
         )

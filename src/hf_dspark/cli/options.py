@@ -33,6 +33,9 @@ Budget = Annotated[
         help="Verified tokens a round: `full`, `static:N`, `threshold:P`, `load-aware` or `load-aware-lag2`. Default: the drafter's own."
     ),
 ]
+Copying = Annotated[
+    bool, typer.Option("--copying/--no-copying", help="Draft what the text repeats too, where the drafter has weights for that.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]

@@ -177,6 +177,7 @@ class Bench:
         sampling: how the next token is chosen.
         max_new_tokens: new tokens a row at most.
         budget: verified tokens a round, a name or an object; None uses `drafter.budget`.
+        copying: draft what the text repeats too, where the drafter has weights for that.
         seed: random state at the start of every run.
         prompt_lookup_tokens: candidates a round of transformers' prompt lookup.
     """
@@ -190,6 +191,7 @@ class Bench:
         sampling: Sampling | None = None,
         max_new_tokens: int = 128,
         budget: str | Budget | None = None,
+        copying: bool = True,
         seed: int = 0,
         prompt_lookup_tokens: int = 10,
     ) -> None:
@@ -201,6 +203,7 @@ class Bench:
         self.sampling = sampling if sampling is not None else Sampling()
         self.max_new_tokens = max_new_tokens
         self.budget = budget
+        self.copying = copying
         self.seed = seed
         self.prompt_lookup_tokens = prompt_lookup_tokens
         self.end_ids = end_ids_of(target)
@@ -232,10 +235,8 @@ class Bench:
         if method == "dspark":
             from hf_dspark import generate
 
-            return self._timed(
-                lambda: generate(self.target, self.drafter, **inputs, **options, budget=self.budget, return_dict_in_generate=True),
-                inputs,
-            )
+            options |= {"budget": self.budget, "copying": self.copying, "return_dict_in_generate": True}
+            return self._timed(lambda: generate(self.target, self.drafter, **inputs, **options), inputs)
         if method == "prompt_lookup":
             lookup = partial(self.target.generate, **options, prompt_lookup_num_tokens=self.prompt_lookup_tokens)
             runs = [self._timed(partial(lookup, **row), row) for row in _rows(inputs)]
@@ -275,6 +276,7 @@ def evaluate(
     top_p: float = 1.0,
     batch_size: int = 1,
     budget: str | Budget | None = None,
+    copying: bool = True,
     seed: int = 0,
     prompt_lookup_tokens: int = 10,
     on_batch: Callable[[str, int], None] | None = None,
@@ -291,6 +293,7 @@ def evaluate(
         top_p: nucleus, in (0, 1].
         batch_size: rows a batch; prompt lookup, which takes one row at a time, gets a batch row by row.
         budget: verified tokens a round, a name or an object; None uses `drafter.budget`.
+        copying: draft what the text repeats too, where the drafter has weights for that.
         seed: random state at the start of every run of every method.
         prompt_lookup_tokens: candidates a round of prompt lookup.
         on_batch: called after each batch with the file's name and the rows done.
@@ -309,6 +312,7 @@ def evaluate(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         budget=budget,
+        copying=copying,
         seed=seed,
         prompt_lookup_tokens=prompt_lookup_tokens,
     )
@@ -330,6 +334,7 @@ def evaluate(
         "top_p": top_p,
         "batch_size": batch_size,
         "budget": str(budget if budget is not None else drafter.budget),
+        "copying": len(drafter.config.copy_weights or ()) if copying else 0,
         "seed": seed,
         "prompt_lookup_tokens": prompt_lookup_tokens,
         "prompt_lookup_batch_size": 1,

@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_dspark.adapter_files import fingerprint
 from hf_dspark.calibration import BINS, FEWEST_ROUNDS, FORMAT, PositionQuality, Rounds, fit_temperatures, quality, reliability
 from hf_dspark.calibration_files import for_sglang
+from hf_dspark.copy_fitting import fit_copy_confidence
+from hf_dspark.copying import adjusted
 from hf_dspark.errors import DataError
+from hf_dspark.evaluation.copying import fit_copying
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import serve
 from hf_dspark.scheduling import FinishedRound, FullBudget
 
+# Prompts that weights of copies are fitted on: far more positions than the few numbers need.
+_COPY_PROMPTS = 128
+
 
 class RoundRecorder:
-    """A listener that keeps every round's confidence logits and fate, by request."""
+    """A listener that keeps every round's confidence logits and fate, by request; and what lies beside them where copies are drafted."""
 
     temperatures: None = None
 
@@ -31,22 +38,65 @@ class RoundRecorder:
         self._judged: list[int] = []
         self._accepted: list[int] = []
         self._logits: list[np.ndarray] = []
+        self._features: list[np.ndarray] = []
 
     def learn(self, finished: FinishedRound) -> None:
         if finished.confidence_logits is None:
             return
         kept = [r for r, judged in enumerate(finished.judged) if judged]
+        if finished.copied is not None:
+            self._features.append(finished.copied.features().float().numpy()[kept])
         self._logits.append(finished.confidence_logits.float().numpy()[kept])
         self._requests += [finished.requests[r] for r in kept]
         self._judged += [finished.judged[r] for r in kept]
         self._accepted += [finished.accepted[r] for r in kept]
 
-    def rounds(self) -> tuple[Rounds, np.ndarray]:
+    def rounds(self) -> Recorded:
         """All rounds, and the request of each."""
         if not self._judged:
             raise DataError("nothing was drafted: every answer ended with its first token; give more prompts, or more --max-new-tokens")
-        logits = np.concatenate(self._logits).astype(np.float64)
-        return Rounds(logits, np.array(self._judged), np.array(self._accepted)), np.array(self._requests)
+        features = np.concatenate(self._features).astype(np.float64) if self._features else None
+        # The confidence head's own logits, whatever table is in force.
+        logits = np.concatenate(self._logits).astype(np.float64) if features is None else features[..., 2]
+        return Recorded(Rounds(logits, np.array(self._judged), np.array(self._accepted)), np.array(self._requests), features)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Rounds of decoding.
+
+    Attributes:
+        rounds (`Rounds`): N of them.
+        requests (`numpy.ndarray` of shape `(N,)`): whose each was.
+        features (`numpy.ndarray` of shape `(N, gamma, 5)`, *optional*): of `Copied.features`, where copies were drafted.
+    """
+
+    rounds: Rounds
+    requests: np.ndarray
+    features: np.ndarray | None
+
+    def part(self, rows: np.ndarray) -> Recorded:
+        """Some of the rounds, by index or mask."""
+        return Recorded(self.rounds.part(rows), self.requests[rows], None if self.features is None else self.features[rows])
+
+    def copy_confidence(self) -> list[list[float]]:
+        """The table that says best which tokens survive, of those whose predecessors did."""
+        assert self.features is not None
+        places = np.arange(self.rounds.block_size)
+        reached = (self.rounds.judged[:, None] > places) & (self.rounds.accepted[:, None] >= places)
+        return fit_copy_confidence(self.features[reached], (self.rounds.accepted[:, None] > places)[reached])
+
+    def adjusted(self, table: Sequence[Sequence[float]] | None) -> Rounds:
+        """The rounds with the logits that a table makes of theirs."""
+        if self.features is None or table is None:
+            return self.rounds
+        return replace(self.rounds, logits=adjusted(torch.from_numpy(self.features), table).numpy())
+
+    @classmethod
+    def join(cls, parts: Sequence[Recorded]) -> Recorded:
+        """Several records as one."""
+        features = None if parts[0].features is None else np.concatenate([part.features for part in parts])
+        return cls(Rounds.join([part.rounds for part in parts]), np.concatenate([part.requests for part in parts]), features)
 
 
 def record_rounds(
@@ -60,8 +110,8 @@ def record_rounds(
     top_p: float,
     concurrency: int,
     seed: int,
-) -> tuple[Rounds, np.ndarray]:
-    """Decode prompts with the full budget; the rounds, and which prompt each belongs to."""
+) -> Recorded:
+    """Decode prompts with the full budget."""
     recorder = RoundRecorder()
     serve(
         target, drafter, prompts, concurrency=concurrency, max_new_tokens=max_new_tokens, budget=FullBudget(), end_ids=end_ids,
@@ -89,6 +139,7 @@ def calibrate(
     concurrency: int = 16,
     test_share: float = 0.5,
     seed: int = 0,
+    copying: int | None = None,
     on_file: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Fit temperatures on part of the prompts, judge them on the rest, and on files of other domains.
@@ -100,6 +151,8 @@ def calibrate(
         end_ids (`list[int]`): that end a text.
         max_new_tokens, temperature, top_p, concurrency, seed: of decoding.
         test_share (`float`): share of the prompts to judge on.
+        copying (`int`, *optional*): fit the weights of copies first, for matches of up to so many tokens, on up to 128 of the prompts; 0
+            is no copying; as the drafter has it where None. The drafter is left with what was chosen.
         on_file (`Callable`, *optional*): called with each file's name when it is decoded.
     Returns:
         `dict`: the record that `calibration.json` holds.
@@ -112,34 +165,40 @@ def calibrate(
         "end_ids": end_ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "concurrency": concurrency,
         "seed": seed,
     }  # fmt: skip
-    fit_parts: list[Rounds] = []
-    test_parts: dict[str, Rounds] = {}
+    if copying is not None:
+        _choose_copying(target, drafter, [p for ps in files.values() for p in ps if not held_out(p, test_share)], copying, options)
+    fit_parts: list[Recorded] = []
+    test_parts: dict[str, Recorded] = {}
     data = []
     for name, prompts in files.items():
-        rounds, requests = record_rounds(target, drafter, prompts, **options)
-        for_test = np.array([held_out(prompt, test_share) for prompt in prompts])[requests]
-        fit_parts.append(rounds.part(~for_test))
-        test_parts[name] = rounds.part(for_test)
-        data.append({"file": name, "prompts": len(prompts), "rounds_fitted": len(fit_parts[-1]), "rounds_judged": len(test_parts[name])})
+        found = record_rounds(target, drafter, prompts, **options)
+        for_test = np.array([held_out(prompt, test_share) for prompt in prompts])[found.requests]
+        fit_parts.append(found.part(~for_test))
+        test_parts[name] = found.part(for_test)
+        fitted, judged = len(fit_parts[-1].rounds), len(test_parts[name].rounds)
+        data.append({"file": name, "prompts": len(prompts), "rounds_fitted": fitted, "rounds_judged": judged})
         if on_file is not None:
             on_file(name)
-    fitted_on = Rounds.join(fit_parts)
-    if min(len(fitted_on), *map(len, test_parts.values())) < FEWEST_ROUNDS:
+    fitted_on = Recorded.join(fit_parts)
+    if min(len(fitted_on.rounds), *(len(part.rounds) for part in test_parts.values())) < FEWEST_ROUNDS:
         raise DataError(f"calibration needs at least {FEWEST_ROUNDS} rounds to fit and in each file; got {data}. Give more prompts.")
+    weights = drafter.config.copy_weights
+    table = None if weights is None else fitted_on.copy_confidence()
     try:
-        temperatures = fit_temperatures(fitted_on)
+        temperatures = fit_temperatures(fitted_on.adjusted(table))
     except ValueError as error:
         raise DataError(str(error)) from error
-    domain = Rounds.join(list(test_parts.values()))
+    domain = Recorded.join(list(test_parts.values()))
     record: dict[str, Any] = {
         "format": FORMAT,
         "temperatures": temperatures,
+        **({} if weights is None else {"copying": {"weights": list(weights), "confidence": table}}),
         "sampling": {"temperature": temperature, "top_p": top_p},
         "max_new_tokens": max_new_tokens,
         "data": data,
         "bins": BINS,
-        **_before_and_after(domain, temperatures),
-        "files": {name: _before_and_after(part, temperatures) for name, part in test_parts.items()},
+        **_before_and_after(domain, temperatures, table),
+        "files": {name: _before_and_after(part, temperatures, table) for name, part in test_parts.items()},
         "others": {},
         "drafter_fingerprint": fingerprint(drafter),
         "seed": seed,
@@ -147,18 +206,27 @@ def calibrate(
     }
     record |= for_sglang(record)
     for name, prompts in (others or {}).items():
-        rounds, _ = record_rounds(target, drafter, prompts, **options)
-        record["others"][name] = _before_and_after(rounds, temperatures)
+        record["others"][name] = _before_and_after(record_rounds(target, drafter, prompts, **options), temperatures, table)
         if on_file is not None:
             on_file(name)
     return record
 
 
-def _before_and_after(rounds: Rounds, temperatures: Sequence[float]) -> dict[str, Any]:
-    return {
-        when: {**_summary(quality(rounds, t)), "reliability": _diagrams(rounds, t)}
-        for when, t in (("before", None), ("after", temperatures))
-    }
+def _choose_copying(target: Any, drafter: Any, prompts: Sequence[Sequence[int]], longest: int, options: dict[str, Any]) -> None:
+    """Fit how far copies are trusted, on answers decoded without them."""
+    config = drafter.config
+    config.copy_weights = config.copy_confidence = None
+    if not longest:
+        return
+    some = prompts[:_COPY_PROMPTS]
+    served = serve(target, drafter, some, budget=FullBudget(), **options)
+    config.copy_weights = fit_copying(target, drafter.bind(target), list(zip(some, served.tokens, strict=True)), longest)
+
+
+def _before_and_after(found: Recorded, temperatures: Sequence[float], table: Sequence[Sequence[float]] | None) -> dict[str, Any]:
+    """Of the confidence head's own logits, and of what the table and the temperatures make of them."""
+    cases = (("before", found.rounds, None), ("after", found.adjusted(table), temperatures))
+    return {when: {**_summary(quality(rounds, t)), "reliability": _diagrams(rounds, t)} for when, rounds, t in cases}
 
 
 def _summary(positions: Sequence[PositionQuality]) -> dict[str, Any]:

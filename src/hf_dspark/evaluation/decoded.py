@@ -1,5 +1,5 @@
-"""Tau of real decoding, in batches and without timing: cheap enough to be taken during training, and over many prompts. Knows `generate`
-from outside; knows no trainer.
+"""Tau of real decoding, in batches and without timing, with and without copies where the drafter drafts them: cheap enough to be taken
+during training, and over many prompts. Knows `generate` from outside; knows no trainer.
 
     python -m hf_dspark.evaluation.decoded --target smollm2 --drafter smollm2-dspark --prompts gsm8k.jsonl --limit 32 --json tau.json
 """
@@ -57,6 +57,7 @@ class DecodedTau:
         temperatures: 0 is greedy.
         batch_size (`int`): prompts decoded together.
         seed (`int`): of sampling.
+        copying (`bool`): draft what the text repeats too, where the drafter has weights for that.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class DecodedTau:
         temperatures: Sequence[float] = (0.0, 1.0),
         batch_size: int = 8,
         seed: int = 0,
+        copying: bool = True,
     ) -> None:
         self.target = target
         self.prompts = sorted(prompts, key=lambda prompt: len(prompt[1]))
@@ -75,6 +77,7 @@ class DecodedTau:
         self.temperatures = list(temperatures)
         self.batch_size = batch_size
         self.seed = seed
+        self.copying = copying
 
     def __call__(self, drafter: Any) -> dict[str, Any]:
         """Tau by temperature and source.
@@ -116,6 +119,7 @@ class DecodedTau:
                 pad_token_id=pad,
                 return_dict_in_generate=True,
                 seed=self.seed + first,
+                copying=self.copying,
                 budget="full",  # tau is what the drafter can do, not what a budget lets it do
                 **sampling,
             )
@@ -133,6 +137,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         for conversation in read_prompts(path, args.limit)
     ]
     decode = DecodedTau(target, prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, seed=args.seed)
+    decoded = decode(drafter.bind(target))
+    decode.copying = False
+    heads_alone = None if drafter.config.copy_weights is None else decode(drafter)
     return {
         "settings": {
             "target": args.target,
@@ -143,7 +150,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             "batch_size": args.batch_size,
             "dtype": str(target.dtype).removeprefix("torch."),
         },
-        "decoded": decode(drafter.bind(target)),
+        "decoded": decoded,
+        **({} if heads_alone is None else {"without_copying": heads_alone}),
         "machine": machine_record(target.device),
         "seed": args.seed,
     }

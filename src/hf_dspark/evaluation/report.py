@@ -68,10 +68,11 @@ def render_eval(record: Mapping[str, Any]) -> str:
     sampling = "greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
     if settings["top_p"] != 1:
         sampling += f", top-p {settings['top_p']:g}"
+    copies = "" if "copying" not in settings else "with copies, " if settings["copying"] else "heads alone, "
     note = (
         f"Plain, DSpark and prompt lookup in tokens/s; c1..c{gamma}: acceptance where all before it stood. "
         f"{sampling[0].upper()}{sampling[1:]}, at most {settings['max_new_tokens']} new tokens, batch size "
-        f"{settings['batch_size']}, budget `{settings['budget']}`, target {settings['target_dtype']}, "
+        f"{settings['batch_size']}, budget `{settings['budget']}`, {copies}target {settings['target_dtype']}, "
         f"seed {settings['seed']}."
     )
     return f"{markdown_table(heading, rows)}\n\n{note}"

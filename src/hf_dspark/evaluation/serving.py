@@ -58,6 +58,7 @@ class Server:
         top_p (`float`): nucleus.
         seed (`int`): of all draws.
         listener (`RoundListener`, *optional*): hears of rounds.
+        copying (`bool`): draft what requests repeat too, where the drafter has weights for that.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class Server:
         top_p: float = 1.0,
         seed: int = 0,
         listener: RoundListener | None = None,
+        copying: bool = True,
     ) -> None:
         self.count = len(prompts)
         new = [max_new_tokens] * self.count if isinstance(max_new_tokens, int) else list(max_new_tokens)
         check_length(model, max(len(p) + n for p, n in zip(prompts, new, strict=True)))
         self.concurrency = concurrency
-        self.loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener)
+        self.loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener, copying)
         self._ids = [torch.tensor(list(prompt), device=self.loop.target.device) for prompt in prompts]
         self._waiting = 0
         self._clock = 0.0
@@ -200,6 +202,7 @@ def _loop(
     top_p: float,
     seed: int,
     listener: RoundListener | None,
+    copying: bool,
 ) -> DecodingLoop:
     """The decoding loop with a row of its own for each request, of which none has joined yet."""
     target = Target(model, [] if drafter is None else drafter.config.target_layer_ids)
@@ -220,6 +223,7 @@ def _loop(
         block_size=1 if drafter is None else drafter.config.block_size,
         generator=torch.Generator(device=target.device).manual_seed(seed),
         listener=listener,
+        copying=copying,
     )
 
 

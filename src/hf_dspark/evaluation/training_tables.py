@@ -19,14 +19,15 @@ def render_decoded(record: Mapping[str, Any]) -> str:
     sets = record["settings"]["sets"]
     gamma = max(len(record["decoded"][key]["acceptance"]) for key in temperatures)
     body = []
-    for key in temperatures:
-        found = record["decoded"][key]
-        values = [found["by_source"][name] for name in sets]
+    kinds = [("decoded", ""), *([("without_copying", ", heads alone")] if "without_copying" in record else [])]
+    for kind, name, key in ((kind, name, key) for kind, name in kinds for key in temperatures):
+        found = record[kind][key]
+        values = [found["by_source"][one] for one in sets]
         mean = sum(values) / len(values)
         positions = [*found["acceptance"], *[None] * (gamma - len(found["acceptance"]))]
         body.append(
             [
-                key.replace("=", " = "),
+                key.replace("=", " = ") + name,
                 *(number(v, 2) for v in values),
                 number(mean, 2),
                 *(number(v, 2) for v in positions),

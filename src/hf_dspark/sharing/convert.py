@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,8 @@ from hf_dspark.hub import load_drafter, load_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -62,6 +65,12 @@ def convert(
         if to == "hf-dspark":
             drafter.save_pretrained(waiting)
         else:
+            if drafter.config.copy_weights is not None:
+                logger.warning(
+                    "%r drafts copies of the text too, which the format %r cannot say: it goes without them, and without the confidence "
+                    "temperatures, which hold with copies only. hf-dspark calibrate --copying 0 fits temperatures without.", source, to
+                )  # fmt: skip
+                drafter.drop_calibration()
             config, tensors = (to_deepspec if to == "deepspec" else to_speculators)(drafter, target, carried)
             _write(waiting, config, tensors)
             save_calibration(waiting, drafter.calibration)

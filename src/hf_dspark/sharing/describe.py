@@ -65,6 +65,7 @@ def describe(name: str, **hub_arguments: Any) -> dict[str, Any]:
         "taps": list(config.target_layer_ids),
         "mask_token_id": config.mask_token_id,
         "temperatures": [round(float(t), 4) for t in temperatures] if temperatures else None,
+        "copies": len(config.copy_weights) if config.copy_weights else None,
         "ece_after": ((calibration or {}).get("after") or {}).get("ece"),
         "parameters": numbers,
         "bytes": stored,

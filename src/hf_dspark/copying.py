@@ -1,0 +1,196 @@
+"""Copying: what followed the last earlier occurrence of the last few tokens, as a second opinion on every drafted token. Knows ids and
+probabilities; knows no drafter, no target and no loop.
+
+The drafted token is drawn from (1 - lambda_m) p_d + lambda_m [x = copy], where m is how many of the last tokens the earlier occurrence
+agrees with, and lambda_m how often a copy of that length is right where p_d is not. Verification is told that distribution, so nothing
+else changes. Names, numbers and repeated phrases, which a small drafter has no room to know, come from the text itself; the more so tokens
+outside a reduced draft vocabulary.
+
+Source: pointer-generator mixtures (See et al. 2017, arXiv 1704.04368) over the matches of prompt lookup. Not in the DSpark paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+class Texts:
+    """Committed ids of the live rows, each from its own beginning, with room for what is drafted.
+
+    Args:
+        device (`torch.device`): where they lie.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.ids = torch.zeros(0, 0, dtype=torch.long, device=device)
+        self.lengths: list[int] = []
+
+    def join(self, prompts: Sequence[torch.Tensor]) -> None:
+        """Add a row for each prompt, ids of shape `(n_r,)`."""
+        first = len(self.lengths)
+        self.lengths += [len(prompt) for prompt in prompts]
+        self._grow(len(self.lengths), max(self.lengths))
+        for row, prompt in enumerate(prompts, first):
+            self.ids[row, : len(prompt)] = prompt
+
+    def append(self, tokens: torch.Tensor, kept: Sequence[int]) -> None:
+        """Commit the first `kept[r]` of `tokens[r]`, ids of shape `(R, n)`, to each row."""
+        places = torch.tensor(self.lengths).to(self.ids.device, non_blocking=True)[:, None] + torch.arange(
+            tokens.shape[1], device=self.ids.device
+        )
+        self._grow(len(self.lengths), max(self.lengths) + tokens.shape[1])
+        self.ids[: len(self.lengths)].scatter_(1, places, tokens)  # What lies beyond the kept ones is overwritten later.
+        self.lengths = [length + more for length, more in zip(self.lengths, kept, strict=True)]
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Rows leave: place i is what was at `order[i]`."""
+        self.ids = self.ids[torch.tensor(order, dtype=torch.long, device=self.ids.device)]
+        self.lengths = [self.lengths[old] for old in order]
+
+    def _grow(self, rows: int, width: int) -> None:
+        have_rows, have = self.ids.shape
+        if rows > have_rows or width > have:
+            ids = self.ids.new_zeros(max(rows, have_rows), have if width <= have else width + width // 2 + 64)
+            ids[:have_rows, :have] = self.ids
+            self.ids = ids
+
+
+class Copies:
+    """What rows would go on with if they repeated themselves, from the anchor on, token by token as they are drafted.
+
+    Of the earlier occurrences of the longest suffix, the last counts; suffixes of up to M tokens are told apart.
+
+    Args:
+        texts (`Texts`): of the live rows, the anchor the last token of each.
+        rows (`list[int]`, *optional*): the ones to draft for, by place; all where None.
+        weights (`list[float]`): lambda_1..lambda_M.
+        drafted (`int`): tokens that will follow.
+        obey (`bool`): give up copies that the user's logits processors rule out.
+    """
+
+    def __init__(self, texts: Texts, rows: Sequence[int] | None, weights: Sequence[float], drafted: int, *, obey: bool = False) -> None:
+        lengths = texts.lengths if rows is None else [texts.lengths[row] for row in rows]
+        device, width = texts.ids.device, max(lengths)
+        ids = texts.ids[: len(lengths)] if rows is None else texts.ids[torch.tensor(rows, dtype=torch.long, device=device)]
+        self.ids = torch.nn.functional.pad(ids[:, :width], (0, drafted), value=-1)
+        self.ends = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
+        self.weights = torch.tensor([0.0, *weights]).to(device, non_blocking=True)
+        self.longest = len(weights)
+        self.obey = obey
+        self.places = torch.arange(self.ids.shape[1], device=device)[None]
+        self.runs = self._suffixes()
+        self._look()
+
+    def _suffixes(self) -> torch.Tensor:
+        """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M."""
+        runs = torch.zeros_like(self.ids)
+        agree = torch.ones_like(self.ids, dtype=torch.bool)
+        for back in range(min(self.longest, self.ids.shape[1])):
+            last = self.ids.gather(1, (self.ends - 1 - back).clamp(min=0))
+            same = (self.ids == last) & (self.ends > back)
+            agree = agree & torch.nn.functional.pad(same[:, : self.ids.shape[1] - back], (back, 0))
+            runs += agree
+        return runs
+
+    def _look(self) -> None:
+        earlier = torch.where(self.places < self.ends - 1, self.runs, 0)
+        found = (earlier * self.places.shape[1] + self.places).argmax(1, keepdim=True)  # the longest, and of these the last
+        length = earlier.gather(1, found)
+        self.tokens = self.ids.gather(1, (found + 1).clamp(max=self.ids.shape[1] - 1))[:, 0].clamp(min=0)
+        self.lengths = length[:, 0]
+        self.weight = self.weights[self.lengths]
+
+    def extend(self, tokens: torch.Tensor) -> None:
+        """Go on behind `tokens`, ids of shape `(R,)`."""
+        self.ids = self.ids.scatter(1, self.ends, tokens[:, None])
+        before = torch.nn.functional.pad(self.runs[:, :-1], (1, 0))
+        self.runs = torch.where(self.ids == tokens[:, None], (before + 1).clamp(max=self.longest), 0)
+        self.ends = self.ends + 1
+        self._look()
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A block's copies beside what the drafter would draft without them: for verification, and for its confidence.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(R, gamma)`): target ids; any where the weight is 0.
+        weights (`torch.Tensor` of shape `(R, gamma)`): lambda of each.
+        relation (`torch.LongTensor` of shape `(R, gamma)`): to the drafter's most likely token, an index into `COPY_RELATIONS`.
+        best (`torch.Tensor` of shape `(R, gamma)`): log p_d of that token.
+        confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): logit of the confidence head.
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    relation: torch.Tensor
+    best: torch.Tensor
+    confidence: torch.Tensor | None = None
+
+    @classmethod
+    def beside(cls, tokens: torch.Tensor, weights: torch.Tensor, wins: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor) -> Copied:
+        """Of one position: tensors of shape `(R,)`; whether the mixture's most likely token is the copy, and whether it is p_d's too."""
+        relation = torch.where(agrees, 1, torch.where(wins, 2, 3)).masked_fill(weights == 0, 0)
+        return cls(tokens, weights, relation, best)
+
+    @classmethod
+    def join(cls, positions: Sequence[Copied]) -> Copied:
+        """Of a block, from its positions."""
+        return cls(*(torch.stack([getattr(p, name) for p in positions], dim=1) for name in ("tokens", "weights", "relation", "best")))
+
+    @property
+    def wins(self) -> torch.Tensor:
+        """Whether the most likely token of the mixture is a copy that p_d does not agree with."""
+        return self.relation == 2
+
+    def mix(self, p_d: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
+        """Probability of the drafted tokens `(R, gamma)` in the mixture, from that in p_d, both `(R, gamma)`."""
+        return torch.lerp(p_d, (self.tokens == drafted).to(p_d.dtype), self.weights)
+
+    def mixture(self, p_d: torch.Tensor) -> torch.Tensor:
+        """The whole distribution that tokens are drawn from, `(R, gamma, V)`, from p_d over the target's vocabulary."""
+        return ((1 - self.weights)[..., None] * p_d).scatter_add_(-1, self.tokens[..., None], self.weights[..., None])
+
+    def features(self) -> torch.Tensor:
+        """What survival is read off, `(R, gamma, 5)`: the relation, and behind it `COPY_FEATURES`.
+
+        Raises:
+            RuntimeError: without the confidence head's logits.
+        """
+        if self.confidence is None:
+            raise RuntimeError("these copies were drafted without confidences; draft with_confidence=True")
+        odds = torch.logit(self.weights, eps=1e-6).masked_fill(self.weights == 0, 0.0)
+        return torch.stack([self.relation.float(), torch.ones_like(self.best), self.confidence, odds, self.best], dim=-1)
+
+    def on(self, rows: torch.Tensor) -> Copied:
+        """Of other rows: place i holds what was at `rows[i]`."""
+        return Copied(*(None if t is None else t[rows] for t in self._tensors()))  # type: ignore[arg-type]
+
+    def until(self, length: int) -> Copied:
+        """Of the first positions."""
+        return Copied(*(None if t is None else t[:, :length] for t in self._tensors()))  # type: ignore[arg-type]
+
+    def cpu(self) -> Copied:
+        """On the host."""
+        return Copied(*(None if t is None else t.cpu() for t in self._tensors()))  # type: ignore[arg-type]
+
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.tokens, self.weights, self.relation, self.best, self.confidence
+
+
+def adjusted(features: torch.Tensor, table: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Logits of survival where copies are drafted too: for each relation a linear function of `COPY_FEATURES`.
+
+    All of them are known before the token is drawn, as a budget's decisions must be.
+
+    Args:
+        features (`torch.Tensor` of shape `(R, n, 5)`): of `Copied.features`.
+        table (`list[list[float]]` of shape `(4, 4)`): `COPY_RELATIONS` by `COPY_FEATURES`.
+    Returns:
+        `torch.Tensor` of shape `(R, n)`.
+    """
+    rows = torch.tensor(table, dtype=features.dtype, device=features.device)[features[..., 0].long()]
+    return (rows * features[..., 1:]).sum(-1)

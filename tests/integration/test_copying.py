@@ -1,0 +1,150 @@
+"""Drafts mixed with copies of the text, in every loop and through every door: plain greedy text, more of it accepted, and what is kept."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hf_dspark
+from hf_dspark import CheckpointError, DSparkDrafter
+from hf_dspark.budgets import make_budget
+from hf_dspark.candidates import stock_loop
+from hf_dspark.evaluation.serving import serve
+from hf_dspark.sharing.convert import convert
+from tests.integration.helpers import BUDGETS, NEVER, counts, left_padded, make_world, plain, speculate, talking_target
+from tests.tiny import tiny_drafter, tiny_target
+
+WEIGHTS = [0.2, 0.5, 0.8]
+TABLE = [[0.0, 1.0, 0.0, 0.0], [2.0, 0.5, 0.5, 0.0], [0.0, 0.1, 1.0, 0.0], [-1.0, 1.0, 0.0, 0.0]]
+RECORD = {"format": 1, "temperatures": [0.9] * 5, "copying": {"weights": WEIGHTS, "confidence": TABLE}}
+# Texts that say things twice, so that copies are found from the first round on.
+REPEATING = [[7, 8, 9, 10, 11, 7, 8, 9], [20, 21, 20, 21, 22, 20], [5], [30, 31, 32, 33, 30, 31, 32, 33, 30]]
+
+
+def copying_drafter(target, **fields):
+    return tiny_drafter(target, **{"copy_weights": WEIGHTS, "copy_confidence": TABLE, **fields})
+
+
+@pytest.mark.parametrize("budget", [*BUDGETS, "load-aware"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_greedy_text_is_the_plain_text(family, budget, monkeypatch):
+    """Rows of different length, copies found and not, whatever is verified."""
+    from tests.budgets import made_costs
+
+    target = talking_target(family)
+    drafter = copying_drafter(target)
+    chosen = make_budget(budget)
+    if budget == "load-aware":
+        chosen.costs = made_costs(lambda b: 0.02 + 0.001 * b, lambda r, n: 0.0001 * r * n, 5, (1, 4))
+    inputs = left_padded(REPEATING)
+    out = hf_dspark.generate(target, drafter, **inputs, max_new_tokens=24, do_sample=False, eos_token_id=NEVER, budget=chosen)
+    assert torch.equal(out, plain(target, inputs))
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
+def test_copies_are_accepted(reduced):
+    """A drafter that knows nothing is right where the target repeats itself, with copies and not without; `copying=False` is the drafter
+    without weights."""
+    target = talking_target(loudness=200.0)  # its next token depends on little but the last
+    inputs = left_padded(REPEATING)
+    assert len(set(plain(target, inputs, max_new_tokens=96)[0, -48:].tolist())) < 12  # so it goes in circles
+    ids = torch.tensor([4, 5, 6]) if reduced else None
+    drafter = copying_drafter(target, draft_token_ids=ids)
+    with torch.no_grad():
+        drafter.markov_head.markov_w2.weight.normal_()
+    options = {"max_new_tokens": 96, "do_sample": False, "eos_token_id": NEVER, "budget": "full", "return_dict_in_generate": True}
+    with_copies = hf_dspark.generate(target, drafter, **inputs, **options)
+    without = hf_dspark.generate(target, drafter, **inputs, **options, copying=False)
+    drafter.config.copy_weights = drafter.config.copy_confidence = None
+    unweighted = hf_dspark.generate(target, drafter, **inputs, **options)
+    assert torch.equal(with_copies.sequences, plain(target, inputs, max_new_tokens=96))
+    assert torch.equal(with_copies.sequences, without.sequences)
+    assert with_copies.stats.tau > 3.0
+    assert without.stats.tau < 2.0
+    assert counts(without) == counts(unweighted)
+
+
+def test_processors_that_forbid_repeating_end_copies():
+    """With no_repeat_ngram_size no copy that it forbids is drafted, and the text is the plain one."""
+    world = make_world(talking_target())
+    world.drafter.config.copy_weights = WEIGHTS
+    inputs = left_padded(REPEATING)
+    options = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.2}
+    assert torch.equal(speculate(world.target, world.drafter, inputs, **options), plain(world.target, inputs, **options))
+
+
+def test_a_cache_over_turns_keeps_the_whole_text_in_view():
+    """The second turn copies from the first, and its text is the plain one."""
+    target = talking_target()
+    drafter = copying_drafter(target)
+    cache = DynamicCache(config=target.config)
+    first = speculate(target, drafter, left_padded([REPEATING[0]]), past_key_values=cache)
+    again = {"input_ids": torch.cat([first, torch.tensor([REPEATING[3]])], dim=1)}
+    again["attention_mask"] = torch.ones_like(again["input_ids"])
+    second = speculate(target, drafter, again, past_key_values=cache)
+    assert torch.equal(second, plain(target, again))
+
+
+def test_the_stock_loop_copies_too():
+    """transformers' own assisted loop gives the plain text with this drafter's copies."""
+    target = talking_target()
+    drafter = copying_drafter(target)
+    inputs = left_padded([REPEATING[0]])
+    hf_dspark.uninstall()
+    try:
+        with stock_loop(target, drafter, "full"):
+            out = speculate(target, drafter, inputs)
+        with stock_loop(target, drafter, "full", copying=False):
+            without = speculate(target, drafter, inputs)
+    finally:
+        hf_dspark.install()
+    assert torch.equal(out, plain(target, inputs))
+    assert torch.equal(without, plain(target, inputs))
+
+
+def test_requests_that_join_and_leave_copy_from_their_own_text():
+    """Served two at a time, six requests answer as each does alone."""
+    target = talking_target()
+    drafter = copying_drafter(target)
+    prompts = [*REPEATING, REPEATING[0][:5], REPEATING[3][:6]]
+    limits = [9, 24, 17, 5, 24, 12]
+    served = serve(target, drafter, prompts, concurrency=2, max_new_tokens=limits, budget=make_budget("full"), end_ids=[NEVER])
+    for prompt, limit, answer in zip(prompts, limits, served.tokens, strict=True):
+        alone = plain(target, left_padded([prompt]), max_new_tokens=limit)
+        assert answer == alone[0, len(prompt) :].tolist()
+
+
+def test_copying_goes_with_the_calibration(tmp_path):
+    """Weights, table and temperatures are set, saved, loaded, and dropped together; a record without copying turns it off."""
+    target = tiny_target()
+    drafter = tiny_drafter(target).set_calibration(RECORD)
+    assert drafter.config.copy_weights == WEIGHTS
+    drafter.save_pretrained(tmp_path / "one")
+    loaded = DSparkDrafter.from_pretrained(tmp_path / "one")
+    assert (loaded.config.copy_weights, loaded.config.copy_confidence) == (WEIGHTS, TABLE)
+    assert loaded.calibration["copying"]["weights"] == WEIGHTS
+    loaded.config.copy_weights = [0.1]
+    loaded.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="different things about copying"):
+        DSparkDrafter.from_pretrained(tmp_path / "other")
+    drafter.set_calibration({"format": 1, "temperatures": [1.0] * 5})
+    assert drafter.config.copy_weights is None
+    drafter.set_calibration(RECORD).drop_calibration()
+    assert drafter.config.copy_weights is None
+    assert drafter.config.copy_confidence is None
+
+
+def test_other_formats_go_without_copies_and_say_so(tmp_path, caplog):
+    """DeepSpec's format has no word for copies: neither they nor temperatures that hold with them only go over."""
+    target = tiny_target("qwen3")
+    tiny_drafter(target).set_calibration(RECORD).save_pretrained(tmp_path / "own")
+    with caplog.at_level(logging.WARNING):
+        convert(str(tmp_path / "own"), tmp_path / "deepspec", "deepspec", target=target)
+    assert "calibrate --copying 0" in caplog.text
+    converted = DSparkDrafter.from_pretrained(tmp_path / "deepspec")
+    assert converted.config.copy_weights is None
+    assert converted.config.confidence_temperatures is None
+    assert not (tmp_path / "deepspec" / "calibration.json").exists()

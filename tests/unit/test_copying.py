@@ -1,0 +1,186 @@
+"""Copies and their mixture against straight-line searches and sums; what configs and records of copying must say."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from hf_dspark import CheckpointError, DSparkDrafter
+from hf_dspark.calibration_files import check_calibration
+from hf_dspark.configuration_dspark import COPY_FEATURES, COPY_RELATIONS
+from hf_dspark.copying import Copied, Copies, Texts, adjusted
+from hf_dspark.drafting import draft_block
+from hf_dspark.row_cache import RowCache
+from tests.tiny import VOCAB, tiny_drafter, tiny_target
+
+WEIGHTS = [0.1, 0.3, 0.5, 0.9]
+
+
+def searched(text: list[int], longest: int) -> tuple[int, int]:
+    """The token after the last earlier occurrence of the longest suffix, and how long that is; by trying every place."""
+    best, token = 0, -1
+    for end in range(len(text) - 1):
+        length = 0
+        while length < longest and length <= end and text[end - length] == text[len(text) - 1 - length]:
+            length += 1
+        if length and length >= best:
+            best, token = length, text[end + 1]
+    return best, token
+
+
+def test_copies_are_what_a_search_finds() -> None:
+    """Over rows of any length, joined, appended to, reordered and drafted for, copies and their lengths are those of a search."""
+    dice = random.Random(0)
+    for _ in range(60):
+        alphabet, longest = dice.randint(1, 5), dice.randint(1, 6)
+        rows = [[dice.randrange(alphabet) for _ in range(dice.randint(1, 30))] for _ in range(dice.randint(1, 5))]
+        texts = Texts(torch.device("cpu"))
+        half = len(rows) // 2
+        for part in (rows[:half], rows[half:]):
+            if part:
+                texts.join([torch.tensor(row) for row in part])
+        for _ in range(3):
+            drawn = torch.tensor([[dice.randrange(alphabet) for _ in range(4)] for _ in rows])
+            kept = [dice.randint(1, 4) for _ in rows]
+            texts.append(drawn, kept)
+            rows = [row + more[:n] for row, more, n in zip(rows, drawn.tolist(), kept, strict=True)]
+        if len(rows) > 1:
+            order = dice.sample(range(len(rows)), dice.randint(1, len(rows)))
+            texts.keep(order)
+            rows = [rows[old] for old in order]
+        some = None if dice.random() < 0.5 else sorted(dice.sample(range(len(rows)), dice.randint(1, len(rows))))
+        weights = [0.5 / (m + 1) for m in range(longest)]
+        copies = Copies(texts, some, weights, 4)
+        looked_at = [list(rows[row]) for row in (range(len(rows)) if some is None else some)]
+        for _ in range(4):
+            for place, row in enumerate(looked_at):
+                length, token = searched(row, longest)
+                assert copies.lengths[place] == length
+                assert copies.weight[place] == pytest.approx(weights[length - 1] if length else 0.0)
+                if length:
+                    assert copies.tokens[place] == token
+            more = [dice.randrange(alphabet) for _ in looked_at]
+            copies.extend(torch.tensor(more))
+            looked_at = [[*row, token] for row, token in zip(looked_at, more, strict=True)]
+
+
+def drafted(drafter: DSparkDrafter, text: list[int], sample: bool, rows: int = 1, **options: object) -> tuple[object, Copies]:
+    """Blocks of a bound drafter whose context is empty, behind a text."""
+    texts, cache = Texts(torch.device("cpu")), RowCache()
+    cache.add_rows(rows)
+    texts.join([torch.tensor(text)] * rows)
+    copies = Copies(texts, None, drafter.config.copy_weights, drafter.config.block_size)
+    anchors = torch.full((rows,), text[-1])
+    generator = torch.Generator().manual_seed(0)
+    block = draft_block(
+        drafter, anchors, [0] * rows, cache, length=drafter.config.block_size, sample=sample, generator=generator, copies=copies, **options
+    )
+    return block, copies
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
+@torch.no_grad()
+def test_drafted_tokens_are_drawn_from_the_mixture(reduced: bool) -> None:
+    """The first token of 20,000 blocks comes as often as (1 - lambda) p_d + lambda [x = copy] says (chi-square; false alarm 1e-4), also
+    where the drafter could not say the copied token itself; and the recorded probability of each token is that of the mixture.
+    """
+    from tests.statistical.exact import chi_square
+
+    target = tiny_target()
+    ids = torch.arange(0, VOCAB, 2) if reduced else None
+    drafter = tiny_drafter(target, draft_token_ids=ids, copy_weights=[0.2, 0.4]).bind(target)
+    text, copy = [5, 8, 13, 21, 5, 8], 13
+    rows = 20_000
+    block, _ = drafted(drafter, text, True, rows)
+    wide = drafter.widen(block.probs[0, 0].double())
+    exact = 0.6 * wide
+    exact[copy] += 0.4
+    assert exact.sum() == pytest.approx(1.0, abs=1e-6)
+    exact = exact / exact.sum()
+    outcomes = [(int(token),) for token in block.tokens[:, 0]]
+    assert chi_square(outcomes, {(t,): float(p) for t, p in enumerate(exact) if p > 0}).p_value > 1e-4
+    # A draw that knows nothing of the copy is told apart.
+    assert chi_square([o for o in outcomes if o != (copy,)], {(t,): float(p) for t, p in enumerate(exact) if p > 0}).p_value < 1e-4
+    torch.testing.assert_close(block.drawn[:, 0].double(), exact[block.tokens[:, 0]], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        block.copied.mixture(drafter.widen(block.probs))[:50].gather(-1, block.tokens[:50, :, None])[..., 0], block.drawn[:50]
+    )
+
+
+@torch.no_grad()
+def test_greedy_drafts_take_the_most_likely_token_of_the_mixture() -> None:
+    """At every position, given the tokens before it, from the logits that drafting without copies has there."""
+    target = tiny_target()
+    for weight in (0.01, 0.3, 0.9):
+        drafter = tiny_drafter(target, copy_weights=[weight] * 3).bind(target)
+        text = [5, 8, 13, 21, 5, 8]
+        block, _ = drafted(drafter, text, False)
+        cache = RowCache()
+        cache.add_rows(1)
+        h = drafter.draft_hidden(torch.tensor([text[-1]]), [0], cache, drafter.config.block_size)
+        base, state, so_far = drafter.base_logits(h), drafter.markov_head.initial_state(h[:, 0]), list(text)
+        for k in range(drafter.config.block_size):
+            latent, state = drafter.markov_head.step(torch.tensor([so_far[-1]]), h[:, k], state)
+            p = (base[:, k] + drafter.markov_head.project(latent))[0].softmax(-1)
+            length, token = searched(so_far, 3)
+            if length:
+                p = (1 - weight) * p
+                p[token] += weight
+            assert block.tokens[0, k] == p.argmax()
+            so_far.append(int(p.argmax()))
+
+
+@torch.no_grad()
+def test_confidences_follow_the_table() -> None:
+    """c_k is read off the row of the table that belongs to the copy's relation to the draft, linear in the named features."""
+    target = tiny_target()
+    table = [[0.1, 1.0, 9.0, 0.2], [1.0, 0.5, 0.3, 0.1], [2.0, 0.1, 1.0, 0.0], [-1.0, 0.7, -0.2, 0.4]]
+    drafter = tiny_drafter(target, copy_weights=[0.3, 0.6], copy_confidence=table).bind(target)
+    block, _ = drafted(drafter, [5, 8, 13, 21, 5, 8], False, with_confidence=True)
+    copied = block.copied
+    for k in range(drafter.config.block_size):
+        weight, relation = float(copied.weights[0, k]), int(copied.relation[0, k])
+        odds = torch.logit(torch.tensor(weight)).item() if weight else 0.0
+        one = [1.0, float(copied.confidence[0, k]), odds, float(copied.best[0, k])]
+        assert COPY_RELATIONS[relation] == ("none" if not weight else COPY_RELATIONS[relation])
+        assert float(block.confidence_logits[0, k]) == pytest.approx(
+            sum(a * b for a, b in zip(table[relation], one, strict=True)), abs=1e-4
+        )
+    assert copied.relation[0, 0] in (2, 3)
+
+
+def test_the_identity_table_leaves_confidences_alone() -> None:
+    """A row 0, 1, 0, 0 gives the confidence head's own logit."""
+    raw = torch.randn(3, 4)
+    copied = Copied(torch.zeros(3, 4).long(), torch.rand(3, 4), torch.randint(4, (3, 4)), -torch.rand(3, 4), raw)
+    torch.testing.assert_close(adjusted(copied.features(), [[0.0, 1.0, 0.0, 0.0]] * 4), raw)
+    with pytest.raises(RuntimeError, match="with_confidence"):
+        Copied(torch.zeros(1, 1).long(), torch.rand(1, 1), torch.zeros(1, 1).long(), torch.zeros(1, 1)).features()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"copy_weights": []}, "1 to 64"),
+        ({"copy_weights": [0.5] * 65}, "1 to 64"),
+        ({"copy_weights": [0.5, 1.0]}, "below 1"),
+        ({"copy_weights": [-0.1]}, "below 1"),
+        ({"copy_weights": [float("nan")]}, "below 1"),
+        ({"copy_weights": 0.5}, "1 to 64"),
+        ({"copy_confidence": [[0.0] * 4] * 4}, "without copy_weights"),
+        ({"copy_weights": [0.5], "copy_confidence": [[0.0] * 4] * 3}, "4 rows"),
+        ({"copy_weights": [0.5], "copy_confidence": [[0.0] * 3] * 4}, "4 rows"),
+        ({"copy_weights": [0.5], "copy_confidence": 4}, "4 rows"),
+        ({"copy_weights": [0.5], "copy_confidence": [[float("inf")] * 4] * 4}, "finite"),
+    ],
+)
+def test_what_is_no_copying_is_refused(fields: dict[str, object], message: str) -> None:
+    """A config and a calibration record refuse the same, each naming what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        tiny_drafter(tiny_target(), **fields)
+    copying = {"weights": fields.get("copy_weights"), "confidence": fields.get("copy_confidence")}
+    with pytest.raises(CheckpointError, match=message):
+        check_calibration({"format": 1, "temperatures": [1.0] * 7, "copying": copying}, 7, "x")
+    assert len(COPY_FEATURES) == len(COPY_RELATIONS) == 4
