@@ -48,5 +48,5 @@ again drafter4 "$last_minutes" drafter3 4
 "${PYTHON:-.venv/bin/python}" scripts/fresh_prompts.py "$prompts/train/gsm8k_train.jsonl" --limit "$limit" --output "$runs/gsm8k_fresh.jsonl" \
     $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
 $command calibrate --target smollm2 --drafter "$runs/drafter4/best" --prompts "$runs/gsm8k_fresh.jsonl" --max-new-tokens 128 \
-    --concurrency 32 --replace \
+    --concurrency 32 --copying 8 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)

@@ -36,14 +36,14 @@ def check_calibration(record: Any, block_size: int | None, source: str) -> dict[
         raise CheckpointError(f"The calibration of {source!r} holds temperatures that are no numbers: {temperatures}. Calibrate again.")
     try:
         check_temperatures(temperatures, len(temperatures) if block_size is None else block_size)
-        check_copying(*copying_of(record))
+        copying_of(record)
     except ValueError as error:
         raise CheckpointError(f"The calibration of {source!r} does not fit this drafter: {error}") from error
     return dict(record)
 
 
 def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
-    """`copy_weights` and `copy_confidence` that the temperatures of a record go with; None and None where without copying.
+    """`copy_weights` and `copy_confidence` that the temperatures of a record go with, as floats; None and None where without copying.
 
     Raises:
         ValueError: if the record says something else there.
@@ -53,7 +53,28 @@ def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
         return None, None
     if not isinstance(copying, Mapping):
         raise ValueError(f"`copying` must be an object with `weights` and `confidence`; got {copying!r}")
-    return copying.get("weights"), copying.get("confidence")
+    weights, table = copying.get("weights"), copying.get("confidence")
+    check_copying(weights, table)
+    weights = None if weights is None else [float(weight) for weight in weights]
+    return weights, None if table is None else [[float(number) for number in row] for row in table]
+
+
+def note_calibration(config: dict[str, Any], record: Mapping[str, Any], foreign: bool) -> None:
+    """Write a record's numbers into the `config.json` beside it.
+
+    A format of others has no word for copies, and temperatures that hold with them only must not be read there: both stay in the record.
+
+    Args:
+        config (`dict`): changed.
+        record (`dict`): checked.
+        foreign (`bool`): whether the config is of another format than this package's.
+    """
+    weights, table = copying_of(record)
+    config["confidence_temperatures"] = [float(t) for t in record["temperatures"]]
+    if not foreign:
+        config["copy_weights"], config["copy_confidence"] = weights, table
+    elif weights is not None:
+        del config["confidence_temperatures"]
 
 
 def _as_ours(record: Any) -> Any:

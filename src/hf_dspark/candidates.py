@@ -21,6 +21,7 @@ import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .budgets import make_budget
+from .configuration_dspark import check_copying
 from .constraints import RowProcessors, Sequences
 from .copying import Copies, Texts
 from .drafting import draft_block
@@ -81,6 +82,9 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = drafter.config.block_size if block_size is None else block_size
         self.copy_weights = drafter.config.copy_weights if copying else None
+        if self.copy_weights is not None:
+            check_copying(self.copy_weights, drafter.config.copy_confidence)
+        self.target_vocab_size = target.config.get_text_config(decoder=True).vocab_size
         self.cache = RowCache()
         self.cache.add_rows(1)
         self._round: FinishedRound | None = None
@@ -128,6 +132,9 @@ class DSparkCandidateGenerator(CandidateGenerator):
             kept.append(self.drafter.widen(narrow, fill=float("-inf")) if config.draft_vocab_size else narrow)
             return narrow
 
+        def allow(tokens: torch.Tensor, k: int) -> torch.Tensor:
+            return self.processors.allowed(tokens, self.target_vocab_size, sequences, [(0, k)])
+
         block = draft_block(
             self.drafter,
             input_ids[:, -1],
@@ -138,6 +145,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             process=process,
             with_confidence=self.budget.needs_confidence,
             copies=self._copies(input_ids, proposal.length),
+            allow=allow if self.processors and not self.processors.any_vocabulary else None,
         )
         confidence = None if block.confidence is None else block.confidence.cpu()
         length = min(self.budget.plan(Drafts((min(proposal.length, room),), confidence, live))[0], room)
@@ -145,7 +153,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         if length == 0:
             return input_ids, None
         logits = torch.stack(kept[:length], dim=1)
-        if block.copied is not None:
+        if block.copied is not None and self.do_sample:
             logits = block.copied.until(length).mixture(logits.softmax(-1)).log()
         return torch.cat([input_ids, block.tokens[:, :length]], dim=1), logits
 
@@ -154,7 +162,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             return None
         texts = Texts(input_ids.device)
         texts.join([input_ids[0]])
-        return Copies(texts, None, self.copy_weights, length, obey=bool(self.processors) and not self.processors.any_vocabulary)
+        return Copies(texts, None, self.copy_weights, length)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Tell the budget how the round ended."""

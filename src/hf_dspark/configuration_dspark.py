@@ -109,6 +109,8 @@ class DSparkConfig(Qwen3Config):
             self.confidence_head_with_markov = False
         if self.confidence_temperatures is not None:
             self.confidence_temperatures = [float(t) for t in self.confidence_temperatures]
+        if isinstance(self.copy_weights, tuple):
+            self.copy_weights = list(self.copy_weights)
         self.tie_word_embeddings = False
         super().__post_init__(**kwargs)
         self._check()

@@ -129,11 +129,31 @@ class RowProcessors:
             `torch.Tensor` of shape `(N, V)`.
         """
         for processor in self._processors:
-            if type(processor) in _NO_IDS:
-                scores = processor(None, scores)
-            else:
-                scores = torch.cat([self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)])
+            scores = self._apply(processor, scores, sequences, places)
         return scores
+
+    def allowed(self, tokens: torch.Tensor, vocab_size: int, sequences: Sequences, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Which of N tokens the processors that go by token id do not rule out; what top-k and the like would leave is not asked.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(N,)`): one for each place.
+            vocab_size (`int`): V of the target.
+            sequences (`Sequences`), places (`list[tuple[int, int]]`): as in a call.
+        Returns:
+            `torch.BoolTensor` of shape `(N,)`.
+        """
+        scores = torch.zeros(len(places), vocab_size, dtype=torch.float32, device=tokens.device)
+        for processor in self._processors:
+            if type(processor) not in _ANY_VOCABULARY:
+                scores = self._apply(processor, scores, sequences, places)
+        return scores.gather(1, tokens[:, None])[:, 0] > float("-inf")
+
+    def _apply(
+        self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, places: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        if type(processor) in _NO_IDS:
+            return processor(None, scores)
+        return torch.cat([self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)])
 
     def _one(self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, row: int, extra: int) -> torch.Tensor:
         ids = sequences.prefix(row, extra)

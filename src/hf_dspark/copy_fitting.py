@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .configuration_dspark import COPY_FEATURES, COPY_RELATIONS
+from .configuration_dspark import COPY_RELATIONS
 
 # Below so many copies of a length their weight would be noise; it is then that of the next shorter one.
 FEWEST_COPIES = 50

@@ -68,18 +68,16 @@ class Copies:
         rows (`list[int]`, *optional*): the ones to draft for, by place; all where None.
         weights (`list[float]`): lambda_1..lambda_M.
         drafted (`int`): tokens that will follow.
-        obey (`bool`): give up copies that the user's logits processors rule out.
     """
 
-    def __init__(self, texts: Texts, rows: Sequence[int] | None, weights: Sequence[float], drafted: int, *, obey: bool = False) -> None:
+    def __init__(self, texts: Texts, rows: Sequence[int] | None, weights: Sequence[float], drafted: int) -> None:
         lengths = texts.lengths if rows is None else [texts.lengths[row] for row in rows]
         device, width = texts.ids.device, max(lengths)
-        ids = texts.ids[: len(lengths)] if rows is None else texts.ids[torch.tensor(rows, dtype=torch.long, device=device)]
+        ids = texts.ids[: len(lengths)] if rows is None else texts.ids[torch.tensor(rows).to(device, non_blocking=True)]
         self.ids = torch.nn.functional.pad(ids[:, :width], (0, drafted), value=-1)
         self.ends = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
-        self.weights = torch.tensor([0.0, *weights]).to(device, non_blocking=True)
+        self.weights = torch.tensor([0.0, *weights], dtype=torch.float32).to(device, non_blocking=True)
         self.longest = len(weights)
-        self.obey = obey
         self.places = torch.arange(self.ids.shape[1], device=device)[None]
         self.runs = self._suffixes()
         self._look()
@@ -192,5 +190,5 @@ def adjusted(features: torch.Tensor, table: Sequence[Sequence[float]]) -> torch.
     Returns:
         `torch.Tensor` of shape `(R, n)`.
     """
-    rows = torch.tensor(table, dtype=features.dtype, device=features.device)[features[..., 0].long()]
+    rows = torch.tensor(table, dtype=features.dtype).to(features.device, non_blocking=True)[features[..., 0].long()]
     return (rows * features[..., 1:]).sum(-1)

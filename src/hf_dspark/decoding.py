@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .configuration_dspark import check_copying
 from .constraints import RowProcessors, RowStopping, Sequences
 from .copying import Copies, Texts
 from .drafting import draft_block
@@ -66,7 +67,8 @@ class Recorder:
 class RoundListener(Protocol):
     """Hears of every finished round, and may set the temperatures of the next.
 
-    `temperatures` are T_1..T_gamma of the confidences; the checkpoint's where None.
+    `temperatures` are T_1..T_gamma of the confidences; the checkpoint's where None. One with an attribute `wants_copies` that is true is
+    told of copies too.
     """
 
     @property
@@ -160,6 +162,8 @@ class DecodingLoop:
         self.watch = Stopwatch(target.device)
         self.drafts = drafter is not None and budget.longest != 0
         self.copy_weights = drafter.config.copy_weights if self.drafts and copying else None
+        if self.copy_weights is not None:
+            check_copying(self.copy_weights, drafter.config.copy_confidence)
         self.texts = Texts(sequences.ids.device)
         self.with_confidence = budget.needs_confidence or listener is not None
         # Taps of committed tokens that the drafter has not read yet, by row: it catches up when it next drafts.
@@ -187,7 +191,7 @@ class DecodingLoop:
         self.stats.rounds += 1
         # The device has been waited for, so a listener's copy of the confidences costs no wait of its own.
         raw = raw.cpu() if self.listener is not None and raw is not None else None
-        copied = copied.cpu() if self.listener is not None and copied is not None else None
+        copied = copied.cpu() if copied is not None and getattr(self.listener, "wants_copies", False) else None
         draft_s = None if drafted_before is None else (self.watch.so_far("draft") or 0.0) - drafted_before
         over = FinishedRound(
             live.requests, tuple(drafted), tuple(lengths), tuple(accepted), tuple(judged), confidence, raw,
@@ -240,6 +244,7 @@ class DecodingLoop:
                 row_ids=rows,
                 temperatures=None if self.listener is None else self.listener.temperatures,
                 copies=self.copies(rows, proposal.length),
+                allow=self.allow_copies if self.processors and not self.processors.any_vocabulary else None,
             )
             return block if rows is None else block.among(rows, len(self.live))
 
@@ -247,7 +252,12 @@ class DecodingLoop:
         """What the drafting rows would go on with if they repeated themselves."""
         if self.copy_weights is None:
             return None
-        return Copies(self.texts, rows, self.copy_weights, length, obey=bool(self.processors) and not self.processors.any_vocabulary)
+        return Copies(self.texts, rows, self.copy_weights, length)
+
+    def allow_copies(self, tokens: torch.Tensor, k: int) -> torch.Tensor:
+        """Which copies at block position k the user's processors do not rule out; drafted tokens before it are pencilled in."""
+        vocab = self.target.model.config.get_text_config(decoder=True).vocab_size
+        return self.processors.allowed(tokens, vocab, self.sequences, [(row, k) for row in self.drafting])
 
     def plan(self, proposal: Proposal, live: LiveRows, confidence: torch.Tensor | None) -> tuple[list[int], list[int]]:
         """Step 5: what was drafted for each row, and l_r of it, never past what the row may still emit."""

@@ -16,6 +16,8 @@ from .row_cache import RowCache
 from .sampling import draw_from_logits, exponential_noise
 from .verification import DraftBlock
 
+# Which of the tokens `(R,)` may stand at block position k (0-based), behind the tokens drafted so far, bool `(R,)`.
+AllowCopies = Callable[[torch.Tensor, int], torch.Tensor]
 # Turns the drafter's logits at block position k (0-based), `(R, V_draft)` float32, into processed ones, given tokens drawn so far.
 ProcessDraft = Callable[[torch.Tensor, int, list[torch.Tensor]], torch.Tensor]
 
@@ -48,6 +50,7 @@ def draft_block(
     row_ids: Sequence[int] | None = None,
     temperatures: Sequence[float] | None = None,
     copies: Copies | None = None,
+    allow: AllowCopies | None = None,
 ) -> DraftBlock:
     """Draft `length` tokens a row.
 
@@ -65,11 +68,14 @@ def draft_block(
         row_ids (`list[int]`, *optional*): the cache's rows that these are; 0..R-1 where None.
         temperatures (`list[float]`, *optional*): T_k to calibrate c_k with; the checkpoint's where None.
         copies (`Copies`, *optional*): of the same rows; draws from the mixture of p_d and them.
+        allow (`AllowCopies`, *optional*): which copies the user's logits processors do not rule out; asked after `process`.
     """
     h = drafter.draft_hidden(anchors, starts, cache, length, row_ids)
     base = drafter.base_logits(h)
     noise = exponential_noise(tuple(base.shape), base, generator) if sample else None
-    coins = torch.rand(base.shape[:2], generator=generator, device=base.device) if sample and copies is not None else None
+    coins = (
+        torch.rand(base.shape[:2], generator=generator, dtype=torch.float32, device=base.device) if sample and copies is not None else None
+    )
     head = drafter.markov_head
     state = None if head is None else head.initial_state(h[:, 0])
     prev = anchors
@@ -90,7 +96,8 @@ def draft_block(
         prev = drafter.to_target_ids(chosen)
         if copies is not None:
             best = prev if noise is None else drafter.to_target_ids(logits.argmax(-1))
-            copied = _compare(drafter, copies, logits, best)
+            weights = copies.weight if allow is None else torch.where(allow(copies.tokens, k), copies.weight, 0.0)
+            copied = _compare(drafter, copies.tokens, weights, logits, best)
             takes = copied.wins if coins is None else coins[:, k] < copied.weights
             prev = torch.where(takes, copied.tokens, prev)
             mixed.append(copied)
@@ -120,15 +127,8 @@ def draft_block(
     return DraftBlock(drafted, confidence, p_d, drafter.draft_token_ids, drawn, raw, copied=record)
 
 
-def _compare(drafter: Any, copies: Copies, logits: torch.Tensor, best: torch.Tensor) -> Copied:
-    """One position's copies beside the drafter's own distribution: processed logits `(R, V_draft)`.
-
-    `best` is the drafter's most likely token.
-    """
-    weights, tokens = copies.weight, copies.tokens
-    if copies.obey:
-        allowed = drafter.values_at(logits, tokens, outside=0.0) > float("-inf")
-        weights = torch.where(allowed, weights, 0.0)
+def _compare(drafter: Any, tokens: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor, best: torch.Tensor) -> Copied:
+    """One position's copies, `(R,)` each, beside the drafter's own distribution, processed logits `(R, V_draft)`, and its best token."""
     log_p = logits.log_softmax(-1)
     log_best = log_p.amax(-1)
     p_best, p_copy = log_best.exp(), drafter.values_at(log_p, tokens, outside=float("-inf")).exp()

@@ -114,7 +114,8 @@ def generate(
         max_verify_tokens (`int`, *optional*): most tokens of one verification pass, each row's anchor included; caps any budget.
         online_calibration (`OnlineCalibration`, *optional*): watches confidences against what is accepted, in this call and the next ones
             that it is given to, and corrects their temperatures where they drift.
-        copying (`bool`): draft what the text repeats too, where the checkpoint has weights for that (`copy_weights`).
+        copying (`bool`): draft what the text repeats too, where the checkpoint has weights for that (`copy_weights`). Without
+            it the confidences of such a checkpoint are not calibrated.
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
         kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping
             criteria, streamer ..

@@ -514,7 +514,8 @@ class DSparkDrafter(PreTrainedModel):
     def survival(self, confidence_logits: torch.Tensor) -> torch.Tensor:
         """a_k = prod_{i<=k} sigmoid(logit_i / T_i): probability that tokens 1..k all survive.
 
-        Source: paper section 3.2.1. T_i are `config.confidence_temperatures`, or 1 where there are none.
+        Source: paper section 3.2.1. T_i are `config.confidence_temperatures`, or 1 where there are none. With `config.copy_confidence` they
+        are for logits that it has adjusted (`hf_dspark.copying.adjusted`).
 
         Args:
             confidence_logits (`torch.Tensor` of shape `(..., gamma)`): from `confidence`.
@@ -533,7 +534,7 @@ class DSparkDrafter(PreTrainedModel):
         return torch.sigmoid(logits).cumprod(dim=-1)
 
     def set_calibration(self, record: Mapping[str, Any]) -> DSparkDrafter:
-        """Decode with calibrated confidences, and save them with the drafter.
+        """Decode with calibrated confidences, and save them with the drafter. Copying goes with them: as the record says, or not at all.
 
         The drafter's own budget becomes the load-aware one, as it is for calibrated checkpoints.
 
@@ -557,8 +558,8 @@ class DSparkDrafter(PreTrainedModel):
         self.calibration = stored.calibration
 
     def drop_calibration(self) -> None:
-        """Forget temperatures that were fitted to other weights; the drafter's own budget is `full` again."""
-        if self.config.confidence_temperatures is not None or self.calibration is not None:
+        """Forget temperatures, and copying, that were fitted to other weights; the drafter's own budget is `full` again."""
+        if self.config.confidence_temperatures is not None or self.calibration is not None or self.config.copy_weights is not None:
             self.config.confidence_temperatures = self.calibration = None
             self.config.copy_weights = self.config.copy_confidence = None
             self.budget = "full"

@@ -70,18 +70,26 @@ class OnlineCalibration:
         self.seen = 0
         self._next_look = every
         self._block_size = 0
+        self._copying: tuple[list[float] | None, list[list[float]] | None] = (None, None)
         self._logits = np.empty((0, 0))
         self._judged = np.empty(0, dtype=np.int64)
         self._accepted = np.empty(0, dtype=np.int64)
 
-    def check(self, config: Any) -> None:
-        """Fit this object to a drafter: its temperatures are where the first call begins.
+    def check(self, config: Any, copying: bool = True) -> None:
+        """Fit this object to a drafter: its temperatures are where the first call begins, or ones where they do not hold.
 
         Args:
             config (`DSparkConfig`): of the drafter.
+            copying (`bool`): whether it drafts the copies that it has weights for.
         Raises:
-            ValueError: if the object has watched a drafter with another block size.
+            ValueError: if the object has watched a drafter with another block size, or one that copies otherwise.
         """
+        copies = (config.copy_weights, config.copy_confidence) if copying else (None, None)
+        if self._block_size and self._copying != copies:
+            raise ValueError(
+                "This OnlineCalibration has watched drafts with other copies (copying=, copy_weights), beside which confidences mean "
+                "something else. Use one object for each."
+            )
         if self._block_size and self._block_size != config.block_size:
             raise ValueError(
                 f"This OnlineCalibration has watched blocks of {self._block_size} tokens; the drafter's have {config.block_size}. "
@@ -89,10 +97,12 @@ class OnlineCalibration:
             )
         if not self._block_size:
             self._block_size = config.block_size
+            self._copying = copies
             self._logits = np.full((self.window, self._block_size), np.nan)
             self._judged = np.zeros(self.window, dtype=np.int64)
             self._accepted = np.zeros(self.window, dtype=np.int64)
-            self.temperatures = list(config.confidence_temperatures or [1.0] * self._block_size)
+            hold = config.confidence_temperatures is not None and (copying or config.copy_weights is None)
+            self.temperatures = list(config.confidence_temperatures) if hold else [1.0] * self._block_size
 
     def learn(self, finished: FinishedRound) -> None:
         """Take in a finished round, and check the window when it is time."""
@@ -124,9 +134,11 @@ class OnlineCalibration:
         """
         if self.temperatures is None:
             raise RuntimeError("Nothing was watched yet; give this object to hf_dspark.generate(.., online_calibration=..) first.")
+        weights, table = self._copying
         return {
             "format": FORMAT,
             "temperatures": list(self.temperatures),
+            **({} if weights is None else {"copying": {"weights": weights, "confidence": table}}),
             "data": [{"online": True, "rounds": self.seen, "window": min(self.seen, self.window)}],
             "ece": self.history[-1].ece if self.history and self.history[-1].ece == self.history[-1].ece else None,
         }

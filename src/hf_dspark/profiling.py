@@ -295,8 +295,9 @@ class _Rounds:
             generator=torch.Generator(device=self.target.device).manual_seed(0),
             context=self.context,
         )
-        vocab = self.target.model.config.get_text_config(decoder=True).vocab_size
-        loop.texts.join([torch.randint(vocab, (held + 1,)).to(self.target.device) for held in self.held])
+        if loop.copy_weights is not None:
+            vocab, seeded = self.target.model.config.get_text_config(decoder=True).vocab_size, torch.Generator().manual_seed(0)
+            loop.texts.join([torch.randint(vocab, (held + 1,), generator=seeded).to(self.target.device) for held in self.held])
         return loop
 
 

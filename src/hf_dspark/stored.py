@@ -125,7 +125,8 @@ def _calibration(source: str, config: DSparkConfig, own_block: int | None, hub: 
     """The calibration that lies beside the checkpoint; its temperatures go into the config where that has none.
 
     Args:
-        own_block (`int`, *optional*): the block size that the checkpoint itself states; None where the caller gave temperatures, which win.
+        own_block (`int`, *optional*): the block size that the checkpoint itself states; None where the caller gave temperatures or copying,
+            which win.
     Raises:
         CheckpointError: if the file cannot be used, or says something else than the config.
     """
@@ -144,7 +145,7 @@ def _calibration(source: str, config: DSparkConfig, own_block: int | None, hub: 
             "calibrated once. Remove calibration.json, and calibrate again with --replace."
         )
     copying = copying_of(record)
-    stated = (config.copy_weights, config.copy_confidence)
+    stated = copying_of({"copying": {"weights": config.copy_weights, "confidence": config.copy_confidence}})
     if stated == (None, None):
         config.copy_weights, config.copy_confidence = copying
     elif stated != copying:
@@ -181,7 +182,7 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
             f"{source!r} was trained for blocks of {longest} tokens; got block_size={overrides['block_size']}. "
             f"Acceptance collapses beyond what was trained: use 1..{longest}."
         )
-    own_block = None if "confidence_temperatures" in overrides else longest
+    own_block = None if {"confidence_temperatures", "copy_weights", "copy_confidence"} & overrides.keys() else longest
     shorter = overrides.get("block_size")
     if shorter is not None and "confidence_temperatures" not in overrides and temperatures:
         overrides["confidence_temperatures"] = list(temperatures)[:shorter]  # positions do not change by what follows them

@@ -25,13 +25,14 @@ class DraftBlock:
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): c_k, calibrated, float32.
         confidence_logits (`torch.Tensor` of shape `(R, gamma)`, *optional*): the same before calibration and sigmoid.
         probs (`torch.Tensor` of shape `(D, gamma, V_draft)`, *optional*): p_d, the distribution that each token was
-            drawn from; None where the draft is an arg-max.
+            drawn from, before it was mixed with `copied`; None where the draft is an arg-max.
         draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they
             are the same.
-        drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): p_d of the drawn tokens; goes with `probs`.
+        drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): probability that each token was drawn with: in p_d, or in the mixture of
+            p_d and `copied`; goes with `probs`.
         places (`torch.LongTensor` of shape `(R,)`, *optional*): row of `probs` for each row, where only D of the R rows were
             drafted (any row of it for the others); None where they are the same.
-        copied (`Copied`, *optional*): what p_d was mixed with.
+        copied (`Copied`, *optional*): what p_d was mixed with, a row for each of the R.
     """
 
     tokens: torch.Tensor
@@ -103,7 +104,8 @@ def accept_greedy(choice: torch.Tensor, block: DraftBlock, layout: RowLayout) ->
 def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None) -> Verdict:
     """Speculative sampling: accept x_k with probability min(1, p_t / p_d), else draw from norm(max(p_t - p_d, 0)).
 
-    The result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d.
+    The result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d; where copies were drafted too,
+    p_d here is its mixture with them.
 
     Args:
         p_t (`torch.Tensor` of shape `(T, V)`): the target's distribution after each token of the flattened pass,

@@ -148,3 +148,86 @@ def test_other_formats_go_without_copies_and_say_so(tmp_path, caplog):
     assert converted.config.copy_weights is None
     assert converted.config.confidence_temperatures is None
     assert not (tmp_path / "deepspec" / "calibration.json").exists()
+
+
+def test_a_folder_of_another_format_keeps_copies_in_its_calibration_alone(tmp_path):
+    """Other servers read its config, where temperatures that hold with copies only must not stand; loaded here, it copies."""
+    import json
+
+    from hf_dspark.calibration_files import note_calibration, write_calibration
+    from hf_dspark.sharing.describe import describe
+
+    target = tiny_target("qwen3")
+    tiny_drafter(target).save_pretrained(tmp_path / "own")
+    folder = convert(str(tmp_path / "own"), tmp_path / "deepspec", "deepspec", target=target)
+    config = json.loads((folder / "config.json").read_text())
+    before = dict(config)
+    note_calibration(config, RECORD, foreign=True)
+    assert config == before
+    write_calibration(folder, RECORD)
+    assert DSparkDrafter.from_pretrained(folder).config.copy_weights == WEIGHTS
+    assert describe(str(folder))["copies"] == 3
+    note_calibration(config, RECORD, foreign=False)
+    assert (config["copy_weights"], config["copy_confidence"], config["confidence_temperatures"]) == (WEIGHTS, TABLE, [0.9] * 5)
+
+
+def test_what_the_caller_says_of_copies_wins(tmp_path):
+    """Fields of the config given to `from_pretrained` override the stored ones, calibration.json or not; nonsense is refused."""
+    target = tiny_target()
+    tiny_drafter(target).set_calibration(RECORD).save_pretrained(tmp_path)
+    assert DSparkDrafter.from_pretrained(tmp_path, copy_weights=None, copy_confidence=None).config.copy_weights is None
+    assert DSparkDrafter.from_pretrained(tmp_path, copy_weights=[0.5], copy_confidence=TABLE).config.copy_weights == [0.5]
+    wrong = DSparkDrafter.from_pretrained(tmp_path)
+    wrong.config.copy_weights = [1.5]
+    with pytest.raises(ValueError, match="below 1"):
+        hf_dspark.generate(target, wrong, **left_padded(REPEATING), max_new_tokens=4, budget="full")
+
+
+def test_online_calibration_keeps_the_copies_that_its_temperatures_hold_with():
+    """Its record sets a drafter up to go on copying; it refuses to watch the same drafter without copies, where T_k do not hold."""
+    target = talking_target()
+    drafter = tiny_drafter(target).set_calibration(RECORD)
+    inputs = left_padded(REPEATING)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": NEVER, "budget": "full"}
+    online, without = hf_dspark.OnlineCalibration(), hf_dspark.OnlineCalibration()
+    hf_dspark.generate(target, drafter, **inputs, **options, online_calibration=online)
+    assert online.temperatures == [0.9] * 5
+    again = tiny_drafter(target).set_calibration(online.record())
+    assert (again.config.copy_weights, again.config.copy_confidence) == (WEIGHTS, TABLE)
+    with pytest.raises(ValueError, match="other copies"):
+        hf_dspark.generate(target, drafter, **inputs, **options, online_calibration=online, copying=False)
+    hf_dspark.generate(target, drafter, **inputs, **options, online_calibration=without, copying=False)
+    assert without.temperatures == [1.0] * 5
+    assert "copying" not in without.record()
+
+
+def test_only_processors_that_go_by_token_forbid_copies():
+    """A penalised, suppressed or repeated n-gram's token is ruled out or not by what that processor says of it; top-k is not asked."""
+    from transformers.generation import logits_process as lp
+
+    from hf_dspark.constraints import RowProcessors, Sequences
+
+    sequences = Sequences(torch.tensor([[5, 6, 7, 5, 6], [8, 9, 8, 9, 10]]), 20, 4)
+    rules = [lp.RepetitionPenaltyLogitsProcessor(1.5), lp.NoRepeatNGramLogitsProcessor(3), lp.SuppressTokensLogitsProcessor([11])]
+    processors = RowProcessors([*rules, lp.TemperatureLogitsWarper(0.7), lp.TopKLogitsWarper(1)], 2)
+    places = [(0, 0), (1, 0)]
+
+    def allowed(*tokens):
+        return processors.allowed(torch.tensor(tokens), 16, sequences, places).tolist()
+
+    assert allowed(7, 7) == [False, True]
+    assert allowed(6, 11) == [True, False]
+    assert allowed(8, 9) == [True, True]
+
+
+def test_measuring_costs_leaves_torchs_random_state_alone():
+    """The same seed gives the same text whether or not the profile had to be measured first."""
+    from hf_dspark.profiling import CostProfile
+
+    target = tiny_target()
+    for fields in ({}, {"copy_weights": WEIGHTS}):
+        drafter = tiny_drafter(target, **fields)
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        CostProfile.measure(target, drafter, rows=1)
+        assert torch.equal(torch.get_rng_state(), before)

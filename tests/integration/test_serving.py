@@ -196,6 +196,8 @@ def test_copying_can_be_fitted_away():
     record = calibrate(target, drafter, {"here": many_prompts(150)}, end_ids=[NEVER], max_new_tokens=24, concurrency=32, copying=0)
     assert "copying" not in record
     assert drafter.config.copy_weights is None
+    with pytest.raises(ValueError, match="0 \\(none\\) to 64"):
+        calibrate(target, drafter, {"here": many_prompts(4)}, end_ids=[NEVER], copying=65)
 
 
 def test_too_few_rounds_to_calibrate_are_refused():

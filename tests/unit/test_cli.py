@@ -333,7 +333,17 @@ def test_calibrate_saves_beside_the_weights_once(capsys, tmp_path, tiny_pair):
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["confidence_temperatures"] == record["temperatures"]
     assert (tmp_path / "plots" / "reliability.png").stat().st_size > 1000
     assert "is calibrated already" in fails(capsys, *arguments, *more)
+    assert run([*arguments, *more, "--replace", "--copying", "3", "--json"]) == 0
+    record = last_json(capsys.readouterr().out)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert {"weights": config["copy_weights"], "confidence": config["copy_confidence"]} == record["copying"]
+    assert len(config["copy_weights"]) == 3
+    evaluate = ["eval", *arguments[1:5], "--prompts", str(many), "--limit", "1", "--max-new-tokens", "4", *more[:4], "--json"]
+    for option, longest in ((), 3), (("--no-copying",), 0):
+        assert run([*evaluate, *option]) == 0
+        assert last_json(capsys.readouterr().out)["settings"]["copying"] == longest
     assert run([*arguments, *more, "--replace"]) == 0
+    assert json.loads((folder / "calibration.json").read_text(encoding="utf-8"))["copying"]["weights"] == config["copy_weights"]
 
 
 def test_calibrate_needs_somewhere_to_save(capsys, prompts):

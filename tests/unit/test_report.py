@@ -12,7 +12,7 @@ import pytest
 from hf_dspark.errors import DataError
 from hf_dspark.evaluation.load import summary
 from hf_dspark.evaluation.report import TABLES, in_sync, main, plots, render, sections, updated
-from hf_dspark.evaluation.training_tables import plot_matched
+from hf_dspark.evaluation.training_tables import plot_matched, render_decoded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -399,6 +399,14 @@ def test_the_recipe_table_of_a_finetuned_drafter(folder):
     facts = dict(rows(render("recipe", folder / "recipe.json"))[2:])
     assert facts["base"] == "some/drafter, fingerprint `0123456789abcdef`"
     assert facts["trained"] == "LoRA of rank 16 on q_proj, markov_w2: 0.12 M of 11.7 M parameters (1.0%)"
+
+
+def test_tau_with_and_without_copies_is_told_row_by_row() -> None:
+    """A record that has both names the second one for what it is; one that has not says nothing of copies."""
+    both = render_decoded({**DECODED, "without_copying": {**DECODED["decoded"], "T=0": {**DECODED["decoded"]["T=0"], "acceptance": [0.1]}}})
+    assert "| T = 0 | 2.20 | 2.00 |" in both
+    assert "| T = 0, heads alone | 2.20 | 2.00 | 2.10 | 0.10 | - |" in both
+    assert "heads alone" not in render_decoded(DECODED)
 
 
 def test_a_recipe_tells_what_was_decoded(folder):

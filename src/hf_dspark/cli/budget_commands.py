@@ -12,13 +12,14 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from hf_dspark.calibration_files import write_calibration
+from hf_dspark.calibration_files import note_calibration, write_calibration
 from hf_dspark.cli.commands import figure, load_pair, pick_device, print_json, progress
 from hf_dspark.evaluation.benchmark import Sampling, end_ids_of
 from hf_dspark.evaluation.calibrating import calibrate
 from hf_dspark.evaluation.load import Contender, bench
 from hf_dspark.evaluation.load_plots import plot_costs, plot_load, plot_reliability
 from hf_dspark.evaluation.prompts import encode, read_prompts
+from hf_dspark.formats.reading import recognise_format
 from hf_dspark.hub import load_drafter, parse_dtype
 from hf_dspark.profiling import CostProfile
 
@@ -131,8 +132,7 @@ def _save_calibration(name: str, drafter: Any, record: dict[str, Any], own: Path
         return
     assert own is not None
     config = json.loads((own / "config.json").read_text(encoding="utf-8"))
-    for name in ("confidence_temperatures", "copy_weights", "copy_confidence"):
-        config[name] = getattr(drafter.config, name)
+    note_calibration(config, record, foreign=recognise_format(config, str(own)) is not None)
     draft = own / "config.json.tmp"
     draft.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_calibration(own, record)

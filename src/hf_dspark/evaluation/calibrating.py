@@ -6,8 +6,10 @@ Everything is decoded with the full budget and recorded before calibration, so a
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import serve
 from hf_dspark.scheduling import FinishedRound, FullBudget
 
+logger = logging.getLogger(__name__)
+
 # Prompts that weights of copies are fitted on: far more positions than the few numbers need.
 _COPY_PROMPTS = 128
 
@@ -32,6 +36,7 @@ class RoundRecorder:
     """A listener that keeps every round's confidence logits and fate, by request; and what lies beside them where copies are drafted."""
 
     temperatures: None = None
+    wants_copies = True
 
     def __init__(self) -> None:
         self._requests: list[int] = []
@@ -152,7 +157,7 @@ def calibrate(
         max_new_tokens, temperature, top_p, concurrency, seed: of decoding.
         test_share (`float`): share of the prompts to judge on.
         copying (`int`, *optional*): fit the weights of copies first, for matches of up to so many tokens, on up to 128 of the prompts; 0
-            is no copying; as the drafter has it where None. The drafter is left with what was chosen.
+            is no copying; as the drafter has it where None. The drafter is left with these weights; `set_calibration` gives it the rest.
         on_file (`Callable`, *optional*): called with each file's name when it is decoded.
     Returns:
         `dict`: the record that `calibration.json` holds.
@@ -166,7 +171,9 @@ def calibrate(
         "seed": seed,
     }  # fmt: skip
     if copying is not None:
-        _choose_copying(target, drafter, [p for ps in files.values() for p in ps if not held_out(p, test_share)], copying, options)
+        # By turns from each file, so that all of them are heard.
+        turns = [p for row in zip_longest(*files.values()) for p in row if p is not None and not held_out(p, test_share)]
+        _choose_copying(target, drafter, turns, copying, options)
     fit_parts: list[Recorded] = []
     test_parts: dict[str, Recorded] = {}
     data = []
@@ -214,13 +221,23 @@ def calibrate(
 
 def _choose_copying(target: Any, drafter: Any, prompts: Sequence[Sequence[int]], longest: int, options: dict[str, Any]) -> None:
     """Fit how far copies are trusted, on answers decoded without them."""
+    if not 0 <= longest <= 64:
+        raise ValueError(f"copying must be 0 (none) to 64 tokens of match that are told apart; got {longest}. 8 is plenty.")
+    if longest and not prompts:
+        raise DataError("no prompt is left to fit copying on: all are held out for judging; give more prompts")
     config = drafter.config
     config.copy_weights = config.copy_confidence = None
     if not longest:
         return
     some = prompts[:_COPY_PROMPTS]
     served = serve(target, drafter, some, budget=FullBudget(), **options)
-    config.copy_weights = fit_copying(target, drafter.bind(target), list(zip(some, served.tokens, strict=True)), longest)
+    weights = fit_copying(target, drafter.bind(target), list(zip(some, served.tokens, strict=True)), longest)
+    if any(weights):
+        config.copy_weights = weights
+    else:
+        logger.warning(
+            "Too few copies were found in the answers to weigh them; the drafter goes without. Give more prompts, or longer answers."
+        )
 
 
 def _before_and_after(found: Recorded, temperatures: Sequence[float], table: Sequence[Sequence[float]] | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from hf_dspark.adapter_files import CONFIG_FILE, SIDECAR_FILE, read_adapter_json
-from hf_dspark.calibration_files import read_calibration
+from hf_dspark.calibration_files import copying_of, read_calibration
 from hf_dspark.checkpoints import HUB_ARGUMENTS, read_config, tensor_shapes
 from hf_dspark.errors import CheckpointError
 from hf_dspark.formats.own import own_config
@@ -39,6 +39,7 @@ def describe(name: str, **hub_arguments: Any) -> dict[str, Any]:
     numbers = sum(math.prod(shape) for shape, _ in shapes.values())
     stored = sum(math.prod(shape) * _BYTES.get(dtype, 1) for shape, dtype in shapes.values())
     calibration = read_calibration(source, **hub)
+    copies = config.copy_weights or (copying_of(calibration)[0] if calibration else None)
     temperatures = config.confidence_temperatures or (calibration or {}).get("temperatures")
     head = f"{config.markov_head_type}, rank {config.markov_rank}" if config.markov_rank else "none (DFlash)"
     slides = [kind for kind in config.layer_types or () if kind != "full_attention"]
@@ -65,7 +66,7 @@ def describe(name: str, **hub_arguments: Any) -> dict[str, Any]:
         "taps": list(config.target_layer_ids),
         "mask_token_id": config.mask_token_id,
         "temperatures": [round(float(t), 4) for t in temperatures] if temperatures else None,
-        "copies": len(config.copy_weights) if config.copy_weights else None,
+        "copies": len(copies) if copies else None,
         "ece_after": ((calibration or {}).get("after") or {}).get("ece"),
         "parameters": numbers,
         "bytes": stored,

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from hf_dspark.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from hf_dspark.adapter_files import SIDECAR_FILE
 from hf_dspark.adapters import adapter_names
-from hf_dspark.calibration_files import check_calibration, copying_of, find_calibration, write_calibration
+from hf_dspark.calibration_files import check_calibration, find_calibration, note_calibration, write_calibration
 from hf_dspark.checkpoints import TransportError, list_tensors, tensors_of
 from hf_dspark.digests import file_sha256
 from hf_dspark.errors import CheckpointError, HubError
@@ -130,8 +130,7 @@ def push_calibration(
             form = recognise_format(config, repo_id)
             stated = own_config(config, repo_id) if form is None else foreign_config(form, config, repo_id)
             check_calibration(record, stated.block_size, repo_id)
-            config["confidence_temperatures"] = [float(t) for t in record["temperatures"]]
-            config["copy_weights"], config["copy_confidence"] = copying_of(record)
+            note_calibration(config, record, foreign=form is not None)
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
         return hub.commit(operations, commit_message, commit_description)
