@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 prompts=${1:?PROMPTS} runs=${2:?RUNS}
 minutes=${MINUTES:-52} rows=${ROWS:-700} more_minutes=${MORE_MINUTES:-60} third_minutes=${THIRD_MINUTES:-56}
-last_minutes=${LAST_MINUTES:-90} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-1000}
+last_minutes=${LAST_MINUTES:-90} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-600}
 command=${HF_DSPARK:-.venv/bin/hf-dspark}
 
 write() { # SEED ROWS
@@ -44,9 +44,13 @@ again() { # RUN MINUTES BASE SEED
 again drafter3 "$third_minutes" drafter2 3
 again drafter4 "$last_minutes" drafter3 4
 
-# Confidences: on grade-school-math prompts that no training row answers.
-"${PYTHON:-.venv/bin/python}" scripts/fresh_prompts.py "$prompts/train/gsm8k_train.jsonl" --limit "$limit" --output "$runs/gsm8k_fresh.jsonl" \
-    $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
-$command calibrate --target smollm2 --drafter "$runs/drafter4/best" --prompts "$runs/gsm8k_fresh.jsonl" --max-new-tokens 128 \
-    --concurrency 32 --copying 8 --replace \
+# Copies and confidences: on prompts that no training row answers, of grade-school math and of everyday instructions.
+for name in gsm8k_train self_instruct_seed self_instruct_user; do
+    "${PYTHON:-.venv/bin/python}" scripts/fresh_prompts.py "$prompts/train/$name.jsonl" --limit "$limit" --output "$runs/$name.jsonl" \
+        $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
+done
+mv "$runs/gsm8k_train.jsonl" "$runs/gsm8k_fresh.jsonl"
+cat "$runs"/self_instruct_{seed,user}.jsonl > "$runs/self_instruct_fresh.jsonl"
+$command calibrate --target smollm2 --drafter "$runs/drafter4/best" --prompts "$runs/gsm8k_fresh.jsonl" \
+    --prompts "$runs/self_instruct_fresh.jsonl" --max-new-tokens 128 --concurrency 32 --copying 64 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)

@@ -9,8 +9,8 @@ import numpy as np
 
 from .configuration_dspark import COPY_RELATIONS
 
-# Below so many copies of a length their weight would be noise; it is then that of the next shorter one.
-FEWEST_COPIES = 50
+# Lengths are pooled with the next longer ones until so many copies were seen: of fewer a weight would be noise.
+FEWEST_COPIES = 200
 # The most that a copy is trusted: p_d keeps a say.
 _MOST = 0.98
 _RIDGE = 1.0
@@ -28,19 +28,23 @@ def fit_copy_weights(lengths: np.ndarray, hits: np.ndarray, p_d: np.ndarray, lon
         `list[float]`.
     """
     lengths = np.minimum(lengths, longest)
-    weights: list[float] = []
+    counts = np.bincount(lengths.astype(np.int64), minlength=longest + 1)
+    if counts[1:].sum() < FEWEST_COPIES:
+        return [0.0] * longest
+    pools: list[list[int]] = [[]]
     for m in range(1, longest + 1):
-        of_m = lengths == m
-        if of_m.sum() < FEWEST_COPIES:
-            weights.append(weights[-1] if weights else 0.0)
-            continue
-        hit, p = hits[of_m].astype(np.float64), p_d[of_m].astype(np.float64)
-        weight = 0.5
-        for _ in range(200):
-            share = weight * hit / np.maximum(weight * hit + (1 - weight) * p, 1e-30)
-            weight = float(share.mean())
-        weights.append(min(weight, _MOST))
-    return weights
+        if counts[pools[-1]].sum() >= FEWEST_COPIES and counts[m:].sum() >= FEWEST_COPIES:
+            pools.append([])
+        pools[-1].append(m)
+    return [weight for pool in pools for weight in [_mixed(hits[np.isin(lengths, pool)], p_d[np.isin(lengths, pool)])] * len(pool)]
+
+
+def _mixed(hits: np.ndarray, p_d: np.ndarray) -> float:
+    """The share of copies in a mixture of them and p_d that makes the tokens most likely."""
+    weight = 0.5
+    for _ in range(200):
+        weight = float((weight * hits / np.maximum(weight * hits + (1 - weight) * p_d, 1e-30)).mean())
+    return min(weight, _MOST)
 
 
 def fit_copy_confidence(features: np.ndarray, survived: np.ndarray) -> list[list[float]]:

@@ -83,13 +83,27 @@ class Copies:
         self._look()
 
     def _suffixes(self) -> torch.Tensor:
-        """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M."""
-        runs = torch.zeros_like(self.ids)
-        agree = torch.ones_like(self.ids, dtype=torch.bool)
-        for back in range(min(self.longest, self.ids.shape[1])):
+        """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M; any number where no earlier match ends."""
+        return self._suffixes_step_by_step() if self.ids.device.type == "cpu" else self._suffixes_at_once()
+
+    def _suffixes_at_once(self) -> torch.Tensor:
+        """In R W M bytes: no host has to hear whether a match is left."""
+        back = torch.arange(self.longest, device=self.ids.device)
+        last = torch.where(back < self.ends, self.ids.gather(1, (self.ends - 1 - back).clamp(min=0)), -2)
+        before = torch.nn.functional.pad(self.ids, (self.longest - 1, 0), value=-3).unfold(1, self.longest, 1).flip(-1)
+        differ = torch.nn.functional.pad(before != last[:, None], (0, 1), value=True)
+        return differ.view(torch.uint8).argmax(-1)
+
+    def _suffixes_step_by_step(self) -> torch.Tensor:
+        """One token further back at a time, as long as anything matches: mostly a few steps."""
+        runs, width = torch.zeros_like(self.ids), self.ids.shape[1]
+        agree = self.places < self.ends - 1
+        for back in range(min(self.longest, width)):
             last = self.ids.gather(1, (self.ends - 1 - back).clamp(min=0))
             same = (self.ids == last) & (self.ends > back)
-            agree = agree & torch.nn.functional.pad(same[:, : self.ids.shape[1] - back], (back, 0))
+            agree = agree & torch.nn.functional.pad(same[:, : width - back], (back, 0))
+            if not agree.any():
+                break
             runs += agree
         return runs
 

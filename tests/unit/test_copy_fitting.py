@@ -24,14 +24,16 @@ def test_weights_are_the_most_likely_ones() -> None:
         assert weights[m - 1] == pytest.approx(min(grid[likelihood.argmax()], 0.98), abs=0.002)
 
 
-def test_lengths_hardly_seen_take_the_weight_below_them() -> None:
-    """And nothing is copied where no match was ever seen."""
-    lengths = np.array([1] * 200 + [2] * (FEWEST_COPIES - 1))
-    hits = np.arange(len(lengths)) % 2 == 0
-    weights = fit_copy_weights(lengths, hits, np.full(len(lengths), 0.1), 3)
-    assert weights[0] > 0.3
-    assert weights[1] == weights[2] == weights[0]
+def test_lengths_hardly_seen_share_a_weight() -> None:
+    """Neighbouring lengths are pooled until enough copies were seen, the longest with those before them; and nothing is copied where hardly
+    any match was ever seen.
+    """
+    lengths = np.repeat([1, 2, 3, 4, 5], [FEWEST_COPIES, FEWEST_COPIES // 2, FEWEST_COPIES // 2, FEWEST_COPIES, 10])
+    hits = np.arange(len(lengths)) % 5 < lengths
+    weights = fit_copy_weights(lengths, hits, np.full(len(lengths), 0.1), 6)
+    assert weights[0] < weights[1] == weights[2] < weights[3] == weights[4] == weights[5]
     assert fit_copy_weights(np.zeros(0), np.zeros(0), np.zeros(0), 2) == [0.0, 0.0]
+    assert fit_copy_weights(np.ones(50), np.ones(50), np.ones(50), 2) == [0.0, 0.0]
 
 
 def test_a_copy_that_is_always_right_leaves_p_d_a_say() -> None:

@@ -30,8 +30,16 @@ def searched(text: list[int], longest: int) -> tuple[int, int]:
     return best, token
 
 
-def test_copies_are_what_a_search_finds() -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["step by step", "at once"])
+def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     """Over rows of any length, joined, appended to, reordered and drafted for, copies and their lengths are those of a search."""
+    if at_once:
+        # What runs on other devices than CPUs: taken for one by its name alone.
+        class Elsewhere(Copies):
+            def _suffixes_step_by_step(self) -> torch.Tensor:
+                return self._suffixes_at_once()
+
+        monkeypatch.setitem(globals(), "Copies", Elsewhere)
     dice = random.Random(0)
     for _ in range(60):
         alphabet, longest = dice.randint(1, 5), dice.randint(1, 6)

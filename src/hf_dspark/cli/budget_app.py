@@ -60,7 +60,7 @@ def calibrate(
         typer.Option(
             min=0,
             max=64,
-            help="Fit how far the drafter may copy what the text repeats, matches of up to so many tokens told apart (8 is plenty); 0: it "
+            help="Fit how far the drafter may copy what the text repeats, matches of up to so many tokens told apart (64 is most); 0: it "
             "shall not. Default: as it does now.",
         ),
     ] = None,

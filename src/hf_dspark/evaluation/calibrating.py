@@ -222,7 +222,7 @@ def calibrate(
 def _choose_copying(target: Any, drafter: Any, prompts: Sequence[Sequence[int]], longest: int, options: dict[str, Any]) -> None:
     """Fit how far copies are trusted, on answers decoded without them."""
     if not 0 <= longest <= 64:
-        raise ValueError(f"copying must be 0 (none) to 64 tokens of match that are told apart; got {longest}. 8 is plenty.")
+        raise ValueError(f"copying must be 0 (none) to 64 tokens of match that are told apart; got {longest}.")
     if longest and not prompts:
         raise DataError("no prompt is left to fit copying on: all are held out for judging; give more prompts")
     config = drafter.config
