@@ -18,7 +18,7 @@ MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 BACKBONES = ("qwen3", "gemma4")
 # Copying: what a copy says about the drafter's own most likely token (no match, the same token, another one that wins against it, one that
-# loses), and what survival is read off for each: 1, the confidence head's logit, logit(lambda_m), log p_d of that token.
+# loses), and what survival is read off for each: 1, the confidence head's logit, logit(lambda_m), logit(p_d) of that token.
 COPY_RELATIONS = ("none", "agrees", "wins", "loses")
 COPY_FEATURES = ("one", "confidence", "copy", "draft")
 _ROPE_KEYS = {

@@ -50,7 +50,8 @@ def _mixed(hits: np.ndarray, p_d: np.ndarray) -> float:
 def fit_copy_confidence(features: np.ndarray, survived: np.ndarray) -> list[list[float]]:
     """For each relation, the linear function of `COPY_FEATURES` whose sigmoid says best whether a token survives.
 
-    Pulled towards the confidence head's own logit by a small ridge, so that a relation that was hardly seen keeps it.
+    Where there is no copy that is the confidence head's own logit: it holds across domains, which a fit to one of them would not. The
+    others are pulled towards it by a small ridge, so that a relation that was hardly seen keeps it.
 
     Args:
         features (`numpy.ndarray` of shape `(N, 5)`): relation, then `COPY_FEATURES`, of tokens whose predecessors stood.
@@ -59,8 +60,8 @@ def fit_copy_confidence(features: np.ndarray, survived: np.ndarray) -> list[list
         `list[list[float]]` of shape `(4, 4)`.
     """
     own = np.array([0.0, 1.0, 0.0, 0.0])
-    table = []
-    for relation in range(len(COPY_RELATIONS)):
+    table = [own.tolist()]
+    for relation in range(1, len(COPY_RELATIONS)):
         of_it = features[:, 0] == relation
         x, y = features[of_it, 1:].astype(np.float64), survived[of_it].astype(np.float64)
         table.append([float(w) for w in _regressed(x, y, own)])

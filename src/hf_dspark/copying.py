@@ -175,7 +175,8 @@ class Copied:
         if self.confidence is None:
             raise RuntimeError("these copies were drafted without confidences; draft with_confidence=True")
         odds = torch.logit(self.weights, eps=1e-6).masked_fill(self.weights == 0, 0.0)
-        return torch.stack([self.relation.float(), torch.ones_like(self.best), self.confidence, odds, self.best], dim=-1)
+        best = torch.logit(self.best.exp(), eps=1e-6)
+        return torch.stack([self.relation.float(), torch.ones_like(best), self.confidence, odds, best], dim=-1)
 
     def on(self, rows: torch.Tensor) -> Copied:
         """Of other rows: place i holds what was at `rows[i]`."""

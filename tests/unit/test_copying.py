@@ -151,7 +151,8 @@ def test_confidences_follow_the_table() -> None:
     for k in range(drafter.config.block_size):
         weight, relation = float(copied.weights[0, k]), int(copied.relation[0, k])
         odds = torch.logit(torch.tensor(weight)).item() if weight else 0.0
-        one = [1.0, float(copied.confidence[0, k]), odds, float(copied.best[0, k])]
+        best = float(torch.logit(copied.best[0, k].exp()))
+        one = [1.0, float(copied.confidence[0, k]), odds, best]
         assert COPY_RELATIONS[relation] == ("none" if not weight else COPY_RELATIONS[relation])
         assert float(block.confidence_logits[0, k]) == pytest.approx(
             sum(a * b for a, b in zip(table[relation], one, strict=True)), abs=1e-4
