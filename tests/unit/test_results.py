@@ -205,6 +205,16 @@ def test_the_load_aware_budget_beats_verifying_everything_in_a_crowd() -> None:
     assert verified[0] > verified[3] > verified[5]
 
 
+def test_in_float32_too_the_load_aware_budget_beats_verifying_everything_in_a_crowd() -> None:
+    """The same on a CPU without bf16, with copies; there a row alone is drafted for less than one of two."""
+    record = result("bench_fp32")
+    assert record["settings"]["target_dtype"] == "float32"
+    ratios = {row["concurrency"]: row for row in record["summary"]}
+    assert all(number(ratios[n], "load_aware_over_full") >= 1.2 for n in (16, 32))
+    verified = [c["verified_tokens_per_request"] for c in record["cells"] if c["budget"] == "load-aware"]
+    assert verified[1] > verified[3] > verified[5]
+
+
 def test_replayed_without_noise_no_fixed_choice_beats_load_aware() -> None:
     """On the same blocks, with the profile for a clock, at least 0.98 of the best of plain, full and static at every load."""
     record = result("replay")
