@@ -21,9 +21,8 @@ import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .budgets import make_budget
-from .configuration_dspark import check_copying
 from .constraints import RowProcessors, Sequences
-from .copying import Copies, Texts
+from .copying import Copies, Texts, weights_in_force
 from .drafting import draft_block
 from .errors import UnsupportedTargetError
 from .notices import warn_once
@@ -81,9 +80,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.processors = RowProcessors(logits_processor, 1)
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = drafter.config.block_size if block_size is None else block_size
-        self.copy_weights = drafter.config.copy_weights if copying else None
-        if self.copy_weights is not None:
-            check_copying(self.copy_weights, drafter.config.copy_confidence)
+        self.copy_weights = weights_in_force(drafter.config, copying)
         self.target_vocab_size = target.config.get_text_config(decoder=True).vocab_size
         self.cache = RowCache()
         self.cache.add_rows(1)

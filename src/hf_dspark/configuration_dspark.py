@@ -21,6 +21,8 @@ BACKBONES = ("qwen3", "gemma4")
 # loses), and what survival is read off for each: 1, the confidence head's logit, logit(lambda_m), logit(p_d) of that token.
 COPY_RELATIONS = ("none", "agrees", "wins", "loses")
 COPY_FEATURES = ("one", "confidence", "copy", "draft")
+# Matches longer than this are as good as this long.
+LONGEST_COPY = 64
 _ROPE_KEYS = {
     *("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
     *("beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate"),
@@ -366,10 +368,14 @@ def check_copying(weights: Sequence[float] | None, table: Sequence[Sequence[floa
         raise ValueError("copy_confidence is for a drafter that copies; got it without copy_weights. Give both, or neither.")
     if weights is None:
         return
-    if not isinstance(weights, (list, tuple)) or not 1 <= len(weights) <= 64 or not all(_number(w) and 0.0 <= w < 1.0 for w in weights):
+    if (
+        not isinstance(weights, (list, tuple))
+        or not 1 <= len(weights) <= LONGEST_COPY
+        or not all(_number(w) and 0.0 <= w < 1.0 for w in weights)
+    ):
         raise ValueError(
-            f"copy_weights must be 1 to 64 probabilities below 1, for matches of 1, 2, .. tokens; got {weights}. Fit them with "
-            "hf-dspark calibrate --copying."
+            f"copy_weights must be 1 to {LONGEST_COPY} probabilities below 1, for matches of 1, 2, .. tokens; got {weights}. Fit them "
+            "with hf-dspark calibrate --copying."
         )
     shape = (len(COPY_RELATIONS), len(COPY_FEATURES))
     fits = table is None or (_listed(table, shape[0]) and all(_listed(row, shape[1]) and all(map(_number, row)) for row in table))

@@ -13,8 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from .configuration_dspark import check_copying
+
+
+def weights_in_force(config: Any, copying: bool) -> list[float] | None:
+    """lambda_1..lambda_M of a drafter's config, checked once more, since a config can be changed after it was made; None for no copies.
+
+    Raises:
+        ValueError: for weights that no probability could be; sampling from them would not be exact.
+    """
+    if not copying or config.copy_weights is None:
+        return None
+    check_copying(config.copy_weights, config.copy_confidence)
+    return list(config.copy_weights)
 
 
 class Texts:

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .configuration_dspark import check_copying
 from .constraints import RowProcessors, RowStopping, Sequences
-from .copying import Copies, Texts
+from .copying import Copies, Texts, weights_in_force
 from .drafting import draft_block
 from .row_cache import RowCache, RowLayout
 from .sampling import draw
@@ -161,9 +160,7 @@ class DecodingLoop:
         self.stats = DecodingStats([RowStats.for_block(block_size) for _ in sequences.lengths], block_size)
         self.watch = Stopwatch(target.device)
         self.drafts = drafter is not None and budget.longest != 0
-        self.copy_weights = drafter.config.copy_weights if self.drafts and copying else None
-        if self.copy_weights is not None:
-            check_copying(self.copy_weights, drafter.config.copy_confidence)
+        self.copy_weights = weights_in_force(drafter.config, copying) if self.drafts else None
         self.texts = Texts(sequences.ids.device)
         self.with_confidence = budget.needs_confidence or listener is not None
         # Taps of committed tokens that the drafter has not read yet, by row: it catches up when it next drafts.

@@ -18,6 +18,7 @@ import torch
 from hf_dspark.adapter_files import fingerprint
 from hf_dspark.calibration import BINS, FEWEST_ROUNDS, FORMAT, PositionQuality, Rounds, fit_temperatures, quality, reliability
 from hf_dspark.calibration_files import for_sglang
+from hf_dspark.configuration_dspark import LONGEST_COPY
 from hf_dspark.copy_fitting import fit_copy_confidence
 from hf_dspark.copying import adjusted
 from hf_dspark.errors import DataError
@@ -221,8 +222,8 @@ def calibrate(
 
 def _choose_copying(target: Any, drafter: Any, prompts: Sequence[Sequence[int]], longest: int, options: dict[str, Any]) -> None:
     """Fit how far copies are trusted, on answers decoded without them."""
-    if not 0 <= longest <= 64:
-        raise ValueError(f"copying must be 0 (none) to 64 tokens of match that are told apart; got {longest}.")
+    if not 0 <= longest <= LONGEST_COPY:
+        raise ValueError(f"copying must be 0 (none) to {LONGEST_COPY} tokens of match that are told apart; got {longest}.")
     if longest and not prompts:
         raise DataError("no prompt is left to fit copying on: all are held out for judging; give more prompts")
     config = drafter.config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,6 @@ def fit_copying(
     drafter: Any,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     longest: int,
-    on_text: Callable[[], None] | None = None,
 ) -> list[float]:
     """lambda_1..lambda_M of a drafter, from prompts and the target's answers to them.
 
@@ -73,13 +72,7 @@ def fit_copying(
         model (`PreTrainedModel`), drafter (`DSparkDrafter`): bound.
         texts (`list[tuple[list[int], list[int]]]`): token ids of prompts and answers.
         longest (`int`): M.
-        on_text (`Callable`, *optional*): called after each.
     """
-    parts = []
-    for prompt, answer in texts:
-        if len(answer) > 1:
-            parts.append(observe_copies(model, drafter, prompt, answer, longest))
-        if on_text is not None:
-            on_text()
+    parts = [observe_copies(model, drafter, prompt, answer, longest) for prompt, answer in texts if len(answer) > 1]
     lengths, hits, p_d = (np.concatenate([part[i] for part in parts]) if parts else np.zeros(0) for i in range(3))
     return fit_copy_weights(lengths, hits, p_d, longest)
