@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from .configuration_dspark import check_copying
+from .configuration_dspark import COPY_RELATIONS, check_copying
+
+_NONE, _AGREES, _WINS, _LOSES = range(len(COPY_RELATIONS))
 
 
 def weights_in_force(config: Any, copying: bool) -> list[float] | None:
@@ -160,7 +162,7 @@ class Copied:
     @classmethod
     def beside(cls, tokens: torch.Tensor, weights: torch.Tensor, wins: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor) -> Copied:
         """Of one position: tensors of shape `(R,)`; whether the mixture's most likely token is the copy, and whether it is p_d's too."""
-        relation = torch.where(agrees, 1, torch.where(wins, 2, 3)).masked_fill(weights == 0, 0)
+        relation = torch.where(agrees, _AGREES, torch.where(wins, _WINS, _LOSES)).masked_fill(weights == 0, _NONE)
         return cls(tokens, weights, relation, best)
 
     @classmethod
@@ -171,7 +173,7 @@ class Copied:
     @property
     def wins(self) -> torch.Tensor:
         """Whether the most likely token of the mixture is a copy that p_d does not agree with."""
-        return self.relation == 2
+        return self.relation == _WINS
 
     def mix(self, p_d: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
         """Probability of the drafted tokens `(R, gamma)` in the mixture, from that in p_d, both `(R, gamma)`."""

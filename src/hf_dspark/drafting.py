@@ -73,9 +73,9 @@ def draft_block(
     h = drafter.draft_hidden(anchors, starts, cache, length, row_ids)
     base = drafter.base_logits(h)
     noise = exponential_noise(tuple(base.shape), base, generator) if sample else None
-    coins = (
-        torch.rand(base.shape[:2], generator=generator, dtype=torch.float32, device=base.device) if sample and copies is not None else None
-    )
+    coins = None
+    if noise is not None and copies is not None:
+        coins = torch.rand(base.shape[:2], generator=generator, dtype=torch.float32, device=base.device)
     head = drafter.markov_head
     state = None if head is None else head.initial_state(h[:, 0])
     prev = anchors
@@ -108,15 +108,12 @@ def draft_block(
         kept.append(logits)
     drafted = torch.stack(tokens, dim=1)
     record = Copied.join(mixed) if mixed else None
-    raw = confidence = None
-    if with_confidence:
-        raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1))
-    if raw is not None:
-        table = drafter.config.copy_confidence if record is not None else None
-        if record is not None:
-            record = replace(record, confidence=raw)
-        raw = raw if record is None or table is None else adjusted(record.features(), table)
-        confidence = calibrated(raw, temperatures or _temperatures(drafter.config, copies))
+    raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1)) if with_confidence else None
+    if raw is not None and record is not None:
+        record = replace(record, confidence=raw)
+        if drafter.config.copy_confidence is not None:
+            raw = adjusted(record.features(), drafter.config.copy_confidence)
+    confidence = None if raw is None else calibrated(raw, temperatures or _temperatures(drafter.config, copies))
     if not sample:
         return DraftBlock(drafted, confidence, confidence_logits=raw, copied=record)
     p_d = torch.stack(kept, dim=1).softmax(-1)
