@@ -7,13 +7,11 @@ is under 6% for a fresh seed. Seeds are fixed.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
+from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.online import OnlineCalibration
 from hf_dspark.scheduling import FinishedRound
 from tests.unit.test_calibration import simulated
@@ -21,8 +19,8 @@ from tests.unit.test_calibration import simulated
 GAMMA = 3
 
 
-def config(temperatures: list[float] | None = None, block_size: int = GAMMA) -> Any:
-    return SimpleNamespace(block_size=block_size, confidence_temperatures=temperatures)
+def config(temperatures: list[float] | None = None, block_size: int = GAMMA) -> DSparkConfig:
+    return DSparkConfig(block_size=block_size, confidence_temperatures=temperatures)
 
 
 def feed(online: OnlineCalibration, true: list[float], n: int, seed: int = 0, verified: int = GAMMA) -> None:
