@@ -150,6 +150,7 @@ class Copied:
         weights (`torch.Tensor` of shape `(R, gamma)`): lambda of each.
         relation (`torch.LongTensor` of shape `(R, gamma)`): to the drafter's most likely token, an index into `COPY_RELATIONS`.
         best (`torch.Tensor` of shape `(R, gamma)`): log p_d of that token.
+        p_d (`torch.Tensor` of shape `(R, gamma)`): of the copies themselves; 0 where the drafter cannot propose them.
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): logit of the confidence head.
     """
 
@@ -157,18 +158,21 @@ class Copied:
     weights: torch.Tensor
     relation: torch.Tensor
     best: torch.Tensor
+    p_d: torch.Tensor
     confidence: torch.Tensor | None = None
 
     @classmethod
-    def beside(cls, tokens: torch.Tensor, weights: torch.Tensor, wins: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor) -> Copied:
-        """Of one position: tensors of shape `(R,)`; whether the mixture's most likely token is the copy, and whether it is p_d's too."""
+    def beside(cls, tokens: torch.Tensor, weights: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor, p_d: torch.Tensor) -> Copied:
+        """Of one position: tensors of shape `(R,)`; `agrees` where the copy is p_d's most likely token."""
+        wins = weights + (1 - weights) * p_d > (1 - weights) * best.exp()
         relation = torch.where(agrees, _AGREES, torch.where(wins, _WINS, _LOSES)).masked_fill(weights == 0, _NONE)
-        return cls(tokens, weights, relation, best)
+        return cls(tokens, weights, relation, best, p_d)
 
     @classmethod
     def join(cls, positions: Sequence[Copied]) -> Copied:
         """Of a block, from its positions."""
-        return cls(*(torch.stack([getattr(p, name) for p in positions], dim=1) for name in ("tokens", "weights", "relation", "best")))
+        names = ("tokens", "weights", "relation", "best", "p_d")
+        return cls(*(torch.stack([getattr(p, name) for p in positions], dim=1) for name in names))
 
     @property
     def wins(self) -> torch.Tensor:
@@ -208,7 +212,7 @@ class Copied:
         return Copied(*(None if t is None else t.cpu() for t in self._tensors()))  # type: ignore[arg-type]
 
     def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.tokens, self.weights, self.relation, self.best, self.confidence
+        return self.tokens, self.weights, self.relation, self.best, self.p_d, self.confidence
 
 
 def adjusted(features: torch.Tensor, table: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from .sampling import draw
 from .scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal
 from .statistics import DecodingStats, RowStats, Stopwatch
 from .target import Target
-from .verification import DraftBlock, Verdict, accept_greedy, accept_sampled
+from .verification import DraftBlock, Verdict, accept_greedy, accept_sampled, check_verification
 
 # Tokens of one prompt pass: enough to fill the machine, few enough to bound its memory.
 PREFILL_TOKENS = 2048
@@ -118,6 +118,7 @@ class DecodingLoop:
         keep_context (`bool`): leave the last row's keys and values in place when it ends, for the caller's next turn.
         listener (`RoundListener`, *optional*): hears of rounds, with confidences, as they are over.
         copying (`bool`): draft what rows repeat too, where the checkpoint has weights for that.
+        verification (`str`): how drawn tokens are judged, one of `VERIFICATIONS`.
     """
 
     def __init__(
@@ -139,7 +140,9 @@ class DecodingLoop:
         keep_context: bool = False,
         listener: RoundListener | None = None,
         copying: bool = True,
+        verification: str = "block",
     ) -> None:
+        check_verification(verification)
         self.target = target
         self.drafter = drafter
         self.budget = budget
@@ -155,6 +158,7 @@ class DecodingLoop:
         self.context = context or Context()
         self.keep_context = keep_context
         self.listener = listener
+        self.verification = verification
         self.live: list[int] = []
         self.anchors = torch.empty(0, dtype=torch.long, device=sequences.ids.device)
         self.stats = DecodingStats([RowStats.for_block(block_size) for _ in sequences.lengths], block_size)
@@ -277,7 +281,8 @@ class DecodingLoop:
                 self.sequences.pencil_in(row, block.tokens[index])
         scores = self.process(logits, [(row, j) for row, count in zip(self.live, layout.counts, strict=True) for j in range(count)])
         if self.sample:
-            return accept_sampled(scores.softmax(-1), block, layout, self.generator), scores
+            blockwise = self.verification == "block"
+            return accept_sampled(scores.softmax(-1), block, layout, self.generator, blockwise=blockwise), scores
         return accept_greedy(scores.argmax(-1), block, layout), scores
 
     def commit(

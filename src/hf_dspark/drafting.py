@@ -127,10 +127,8 @@ def draft_block(
 def _compare(drafter: Any, tokens: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor, best: torch.Tensor) -> Copied:
     """One position's copies, `(R,)` each, beside the drafter's own distribution, processed logits `(R, V_draft)`, and its best token."""
     log_p = logits.log_softmax(-1)
-    log_best = log_p.amax(-1)
-    p_best, p_copy = log_best.exp(), drafter.values_at(log_p, tokens, outside=float("-inf")).exp()
-    wins = weights + (1 - weights) * p_copy > (1 - weights) * p_best
-    return Copied.beside(tokens, weights, wins, tokens == best, log_best)
+    p_copy = drafter.values_at(log_p, tokens, outside=float("-inf")).exp()
+    return Copied.beside(tokens, weights, tokens == best, log_p.amax(-1), p_copy)
 
 
 def _temperatures(config: Any, copies: Copies | None) -> list[float] | None:

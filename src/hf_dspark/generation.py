@@ -62,6 +62,7 @@ class CallOptions:
     max_verify_tokens: int | None = None
     online: OnlineCalibration | None = None
     copying: bool = True
+    verification: str = "block"
 
 
 _OPTIONS: ContextVar[CallOptions | None] = ContextVar("hf_dspark_call_options", default=None)
@@ -163,6 +164,7 @@ def generate_batch(
         keep_context=covers_text,
         listener=options.online,
         copying=options.copying,
+        verification=options.verification,
     )
     with target.open():
         loop.join(range(batch), prompts, known)

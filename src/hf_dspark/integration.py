@@ -24,6 +24,7 @@ from .notices import warn_once
 from .online import OnlineCalibration
 from .scheduling import Budget
 from .target import input_device
+from .verification import check_verification
 from .versions import CACHE, cache_in, with_cache_renamed
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def generate(
     max_verify_tokens: int | None = None,
     online_calibration: OnlineCalibration | None = None,
     copying: bool = True,
+    verification: str = "block",
     num_return_sequences: int = 1,
     **kwargs: Any,
 ) -> GenerateDSparkOutput | torch.Tensor:
@@ -116,6 +118,9 @@ def generate(
             that it is given to, and corrects their temperatures where they drift.
         copying (`bool`): draft what the text repeats too, where the checkpoint has weights for that (`copy_weights`). Without
             it the confidences of such a checkpoint are not calibrated.
+        verification (`str`): how drafted tokens are judged where tokens are drawn: over the `"block"` (Sun et al. 2024, arXiv
+            2403.10444), which keeps as many as an exact rule can, or `"token"` by token (the paper's). Both keep the target's
+            distribution; greedily they are the same.
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
         kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping
             criteria, streamer ..
@@ -129,6 +134,7 @@ def generate(
         raise UnsupportedOptionError(f"hf_dspark.generate needs a DSparkDrafter; got {type(drafter).__name__}.")
     drafter = plain_drafter(drafter)
     check_choice(drafter, adapter)
+    check_verification(verification)
     if seed is not None and generator is not None:
         raise UnsupportedOptionError("Give either seed or generator, not both.")
     if seed is not None:
@@ -147,7 +153,8 @@ def generate(
     patched = getattr(GenerationMixin._assisted_decoding, "_hf_dspark_original", None) is not None
     install()
     try:
-        with call_options(CallOptions(budget, generator, block_size, adapter, max_verify_tokens, online_calibration, copying)):
+        options = CallOptions(budget, generator, block_size, adapter, max_verify_tokens, online_calibration, copying, verification)
+        with call_options(options):
             return target.generate(**with_cache_renamed(kwargs), assistant_model=drafter)
     finally:
         if not patched:

@@ -1,7 +1,8 @@
 """Which drafted tokens stand, and what follows them. Pure maths on one round; knows no model, no cache, no user
 options.
 
-Source: paper section 2 and DSPARK.md step 7; the acceptance rule of Leviathan et al. 2023 (arXiv 2211.17192).
+Source: paper section 2 and DSPARK.md step 7; the acceptance rules of Leviathan et al. 2023 (arXiv 2211.17192), token by token, and of Sun
+et al. 2024 (arXiv 2403.10444), over the block. What a budget leaves out of a row is the end of its block to both: neither looks past it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,19 @@ import torch
 from .copying import Copied
 from .row_cache import RowLayout
 from .sampling import draw
+
+# How drafted tokens are judged where tokens are drawn; see `accept_sampled`. Greedily both say the same.
+VERIFICATIONS = ("block", "token")
+
+
+def check_verification(verification: str) -> None:
+    """Refuse what is not one of `VERIFICATIONS`.
+
+    Raises:
+        ValueError: naming what is allowed.
+    """
+    if verification not in VERIFICATIONS:
+        raise ValueError(f"verification must be 'block' (over the drafted block) or 'token' (token by token); got {verification!r}.")
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,18 @@ def accept_greedy(choice: torch.Tensor, block: DraftBlock, layout: RowLayout) ->
     return Verdict(accepted, padded.gather(1, accepted[:, None])[:, 0])
 
 
-def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None) -> Verdict:
-    """Speculative sampling: accept x_k with probability min(1, p_t / p_d), else draw from norm(max(p_t - p_d, 0)).
+def accept_sampled(
+    p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None, *, blockwise: bool = False
+) -> Verdict:
+    """Speculative sampling: the result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d; where copies
+    were drafted too, p_d here is its mixture with them.
 
-    The result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d; where copies were drafted too,
-    p_d here is its mixture with them.
+    Token by token: x_k stands with probability min(1, p_t / p_d) behind tokens that stand; the first that does not is replaced by a draw
+    from norm(max(p_t - p_d, 0)).
+
+    Over the block: the prefix x_1..x_k stands with probability w_k = min(1, w_{k-1} p_t / p_d), w_0 = 1, so that likely tokens behind an
+    unlikely one make up for it: the longest of the prefixes that stand, each tried on its own, is kept, and behind it comes a draw from
+    norm(max(w_k p_t - p_d, 0)). On average it keeps as many tokens as any exact rule can, never fewer than token by token.
 
     Args:
         p_t (`torch.Tensor` of shape `(T, V)`): the target's distribution after each token of the flattened pass,
@@ -114,23 +135,33 @@ def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, gene
             certain.
         layout (`RowLayout`): rows of [anchor, x_1..x_{l_r}].
         generator (`torch.Generator`, *optional*): source of randomness.
+        blockwise (`bool`): over the block; token by token otherwise.
     """
     length = block.block_size
     flat = layout.padded_index
     p_x = p_t[flat[:, :length], block.tokens]
     p_d = torch.ones_like(p_x) if block.drawn is None else block.drawn
     uniform = torch.rand(p_x.shape, generator=generator, device=p_x.device)
-    # u < p_t / p_d without the division; u is in [0, 1), so p_t == p_d always accepts and p_t == 0 never does.
-    accepted = _stands(uniform * p_d < p_x, layout)
-    rows = torch.arange(layout.num_rows, device=accepted.device)
+    rows = torch.arange(layout.num_rows, device=p_x.device)
+    weights = None
+    if blockwise and length > 1:
+        weights = _prefix_weights(p_x, p_d)
+        tried = uniform < _prefix_chances(weights, p_t, block, layout)
+        place = torch.arange(1, length + 1, device=tried.device)
+        accepted = torch.where(tried & (place < layout.added[:, None]), place, 0).amax(1)
+    else:
+        # u < p_t / p_d without the division; u is in [0, 1), so p_t == p_d always accepts and p_t == 0 never does.
+        accepted = _stands(uniform * p_d < p_x, layout)
     final = p_t[flat[rows, accepted]]
     if length:
         rejected = accepted < layout.added - 1
         at = accepted.clamp(max=length - 1)
         residual = final.clone()
+        if weights is not None:
+            residual *= torch.nn.functional.pad(weights, (1, 0), value=1.0)[rows, accepted][:, None]
         of = rows if block.places is None else block.places
         if block.probs is None:
-            residual[rows, block.tokens[rows, at]] = 0.0
+            residual[rows, block.tokens[rows, at]] -= 1.0
         else:
             p_d = block.probs[of, at]
             if block.copied is not None:
@@ -146,3 +177,39 @@ def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, gene
         usable = rejected & (residual.sum(-1) > 0)
         final = torch.where(usable[:, None], residual, final)
     return Verdict(accepted, draw(final, generator))
+
+
+def _prefix_weights(p_x: torch.Tensor, p_d: torch.Tensor) -> torch.Tensor:
+    """w_k = min(1, w_{k-1} p_t(x_k) / p_d(x_k)), all of shape `(R, n)`: the product of the ratios since it was last above 1."""
+    # Rows that were not drafted may hold anything, zero too; none of it is verified.
+    log_ratio = p_x.log() - p_d.clamp(min=torch.finfo(p_d.dtype).tiny).log()
+    total = log_ratio.cumsum(1)
+    return (total - total.cummax(1).values.clamp(min=0.0)).exp()
+
+
+def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock, layout: RowLayout) -> torch.Tensor:
+    """Probability of keeping x_1..x_k if no longer prefix is kept, `(R, n)`: (w_k - o_k) / (1 - o_k), so that it is w_k in all.
+
+    o_k, how likely one of the longer ones is, is how far w_k p_t and the distribution of x_{k+1} overlap; nothing at a row's end.
+    """
+    overlap = torch.zeros_like(weights)
+    flat, length = layout.padded_index, block.block_size
+    for k in range(1, length):
+        w = weights[:, k - 1 : k]
+        if block.probs is None:
+            overlap[:, k - 1] = w[:, 0] * p_t[flat[:, k], block.tokens[:, k]]
+            continue
+        drawn = block.probs[:, k] if block.places is None else block.probs[block.places, k]
+        reached = w * (p_t[flat[:, k]] if block.draft_ids is None else p_t[flat[:, k, None], block.draft_ids])
+        if block.copied is None:
+            overlap[:, k - 1] = torch.minimum(reached, drawn).sum(-1)
+            continue
+        weight, p_copy = block.copied.weights[:, k], (1 - block.copied.weights[:, k]) * block.copied.p_d[:, k]
+        overlap[:, k - 1] = torch.minimum(reached, (1 - weight)[:, None] * drawn).sum(-1)
+        # The copy is drawn more often than p_d says, one outside the draft vocabulary too.
+        reached = w[:, 0] * p_t[flat[:, k], block.copied.tokens[:, k]]
+        overlap[:, k - 1] += torch.minimum(reached, p_copy + weight) - torch.minimum(reached, p_copy)
+    place = torch.arange(1, length + 1, device=weights.device)
+    overlap = torch.where(place < layout.added[:, None] - 1, overlap, 0.0)
+    chances = ((weights - overlap) / (1 - overlap)).clamp(0.0, 1.0)
+    return torch.where(weights < 1, chances, 1.0)

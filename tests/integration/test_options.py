@@ -342,6 +342,16 @@ def test_num_return_sequences_where_the_target_samples_by_default():
     assert len(hf_dspark.generate(target, drafter, **inputs, num_return_sequences=2, max_new_tokens=3)) == 2
 
 
+@pytest.mark.parametrize("verification", ["block", "token"])
+def test_both_verifications_give_the_greedy_text(verification):
+    """Where nothing is drawn there is one rule only; and sampling repeats by its seed under either."""
+    w = world()
+    assert torch.equal(explicit(w.target, w.drafter, w.inputs(3), verification=verification), plain_tokens("llama", 3))
+    options = {"do_sample": True, "temperature": 1.5, "seed": 3, "verification": verification}
+    one, again = (explicit(w.target, w.drafter, w.inputs(3), **options) for _ in range(2))
+    assert torch.equal(one, again)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 4, 5])
 def test_a_shorter_block(block_size):
     """No more tokens than asked for are drafted a round, and the text is the same."""

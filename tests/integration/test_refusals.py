@@ -159,6 +159,13 @@ def test_budgets_that_do_not_exist(w, budget, message):
         explicit(w.target, w.drafter, w.inputs(1), budget=budget)
 
 
+@pytest.mark.parametrize("verification", ["blocks", "", None])
+def test_verifications_that_do_not_exist(w, verification):
+    """Said with what is allowed, before anything is computed."""
+    with pytest.raises(ValueError, match=r"'block' .* or 'token' .*got"):
+        hf_dspark.generate(w.target, w.drafter, **w.inputs(1), max_new_tokens=4, verification=verification)
+
+
 def test_a_budget_that_plans_nonsense(w):
     """Lengths outside the block are caught in the round, and nothing stays behind."""
 

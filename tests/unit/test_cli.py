@@ -342,6 +342,9 @@ def test_calibrate_saves_beside_the_weights_once(capsys, tmp_path, tiny_pair):
     for option, longest in ((), 3), (("--no-copying",), 0):
         assert run([*evaluate, *option]) == 0
         assert last_json(capsys.readouterr().out)["settings"]["copying"] == longest
+    for option, verification in ((), "block"), (("--verification", "token", "--temperature", "1"), "token"):
+        assert run([*evaluate, *option]) == 0
+        assert last_json(capsys.readouterr().out)["settings"]["verification"] == verification
     assert run([*arguments, *more, "--replace"]) == 0
     assert json.loads((folder / "calibration.json").read_text(encoding="utf-8"))["copying"]["weights"] == config["copy_weights"]
 

@@ -163,10 +163,10 @@ def test_confidences_follow_the_table() -> None:
 def test_the_identity_table_leaves_confidences_alone() -> None:
     """A row 0, 1, 0, 0 gives the confidence head's own logit."""
     raw = torch.randn(3, 4)
-    copied = Copied(torch.zeros(3, 4).long(), torch.rand(3, 4), torch.randint(4, (3, 4)), -torch.rand(3, 4), raw)
+    copied = Copied(torch.zeros(3, 4).long(), torch.rand(3, 4), torch.randint(4, (3, 4)), -torch.rand(3, 4), torch.rand(3, 4), raw)
     torch.testing.assert_close(adjusted(copied.features(), [[0.0, 1.0, 0.0, 0.0]] * 4), raw)
     with pytest.raises(RuntimeError, match="with_confidence"):
-        Copied(torch.zeros(1, 1).long(), torch.rand(1, 1), torch.zeros(1, 1).long(), torch.zeros(1, 1)).features()
+        Copied(torch.zeros(1, 1).long(), torch.rand(1, 1), torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1, 1)).features()
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,8 @@ def test_tau_with_and_without_copies_is_told_row_by_row() -> None:
     assert "| T = 0 | 2.20 | 2.00 |" in both
     assert "| T = 0, heads alone | 2.20 | 2.00 | 2.10 | 0.10 | - |" in both
     assert "heads alone" not in render_decoded(DECODED)
+    assert "token by token" not in render_decoded(DECODED)
+    assert "| T = 0, token by token | 2.20 | 2.00 |" in render_decoded({**DECODED, "token_by_token": DECODED["decoded"]})
 
 
 def test_a_recipe_tells_what_was_decoded(folder):

@@ -40,6 +40,7 @@ def run_generate(
     max_new_tokens: int,
     budget: str | None,
     copying: bool,
+    verification: str,
     max_verify_tokens: int | None = None,
     seed: int,
     stream: bool,
@@ -54,7 +55,14 @@ def run_generate(
     conversations = read_prompts(prompts, limit) if prompts is not None else [user_turn(prompt or "")]
     target, tokenizer, drafter = load_pair(target_name, drafter_name, dtype=dtype, device=place)
     chosen = make_budget(drafter.budget if budget is None else budget, max_verify_tokens)
-    options: dict[str, Any] = {"sampling": sampling, "max_new_tokens": max_new_tokens, "budget": chosen, "copying": copying, "seed": seed}
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "max_new_tokens": max_new_tokens,
+        "budget": chosen,
+        "copying": copying,
+        "verification": verification,
+        "seed": seed,
+    }
     bench = Bench(target, drafter, tokenizer, **options)
     results: list[dict[str, Any]] = []
     runs: list[Run] = []
@@ -117,6 +125,7 @@ def run_eval(
     batch_size: int,
     budget: str | None,
     copying: bool,
+    verification: str,
     dtype: str,
     device: str,
     seed: int,
@@ -146,6 +155,7 @@ def run_eval(
             batch_size=batch_size,
             budget=budget,
             copying=copying,
+            verification=verification,
             seed=seed,
             on_batch=lambda _, rows: advance(rows),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,10 @@ Budget = Annotated[
 ]
 Copying = Annotated[
     bool, typer.Option("--copying/--no-copying", help="Draft what the text repeats too, where the drafter has weights for that.")
+]
+Verification = Annotated[
+    Literal["block", "token"],
+    typer.Option(help="How drafted tokens are judged where tokens are drawn: over the block, which keeps more, or token by token."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]

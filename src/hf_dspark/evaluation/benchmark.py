@@ -178,6 +178,7 @@ class Bench:
         max_new_tokens: new tokens a row at most.
         budget: verified tokens a round, a name or an object; None uses `drafter.budget`.
         copying: draft what the text repeats too, where the drafter has weights for that.
+        verification: how drawn tokens are judged, `block` or `token`.
         seed: random state at the start of every run.
         prompt_lookup_tokens: candidates a round of transformers' prompt lookup.
     """
@@ -192,6 +193,7 @@ class Bench:
         max_new_tokens: int = 128,
         budget: str | Budget | None = None,
         copying: bool = True,
+        verification: str = "block",
         seed: int = 0,
         prompt_lookup_tokens: int = 10,
     ) -> None:
@@ -204,6 +206,7 @@ class Bench:
         self.max_new_tokens = max_new_tokens
         self.budget = budget
         self.copying = copying
+        self.verification = verification
         self.seed = seed
         self.prompt_lookup_tokens = prompt_lookup_tokens
         self.end_ids = end_ids_of(target)
@@ -235,7 +238,7 @@ class Bench:
         if method == "dspark":
             from hf_dspark import generate
 
-            options |= {"budget": self.budget, "copying": self.copying, "return_dict_in_generate": True}
+            options |= {"budget": self.budget, "copying": self.copying, "verification": self.verification, "return_dict_in_generate": True}
             return self._timed(lambda: generate(self.target, self.drafter, **inputs, **options), inputs)
         if method == "prompt_lookup":
             lookup = partial(self.target.generate, **options, prompt_lookup_num_tokens=self.prompt_lookup_tokens)
@@ -277,6 +280,7 @@ def evaluate(
     batch_size: int = 1,
     budget: str | Budget | None = None,
     copying: bool = True,
+    verification: str = "block",
     seed: int = 0,
     prompt_lookup_tokens: int = 10,
     on_batch: Callable[[str, int], None] | None = None,
@@ -294,6 +298,7 @@ def evaluate(
         batch_size: rows a batch; prompt lookup, which takes one row at a time, gets a batch row by row.
         budget: verified tokens a round, a name or an object; None uses `drafter.budget`.
         copying: draft what the text repeats too, where the drafter has weights for that.
+        verification: how drawn tokens are judged, `block` or `token`.
         seed: random state at the start of every run of every method.
         prompt_lookup_tokens: candidates a round of prompt lookup.
         on_batch: called after each batch with the file's name and the rows done.
@@ -313,6 +318,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         budget=budget,
         copying=copying,
+        verification=verification,
         seed=seed,
         prompt_lookup_tokens=prompt_lookup_tokens,
     )
@@ -335,6 +341,7 @@ def evaluate(
         "batch_size": batch_size,
         "budget": str(budget if budget is not None else drafter.budget),
         "copying": len(drafter.config.copy_weights or ()) if copying else 0,
+        "verification": verification,
         "seed": seed,
         "prompt_lookup_tokens": prompt_lookup_tokens,
         "prompt_lookup_batch_size": 1,

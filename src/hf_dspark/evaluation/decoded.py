@@ -7,6 +7,7 @@ during training, and over many prompts. Knows `generate` from outside; knows no 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class DecodedTau:
         batch_size (`int`): prompts decoded together.
         seed (`int`): of sampling.
         copying (`bool`): draft what the text repeats too, where the drafter has weights for that.
+        verification (`str`): how drawn tokens are judged, `"block"` or `"token"`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class DecodedTau:
         batch_size: int = 8,
         seed: int = 0,
         copying: bool = True,
+        verification: str = "block",
     ) -> None:
         self.target = target
         self.prompts = sorted(prompts, key=lambda prompt: len(prompt[1]))
@@ -78,6 +81,7 @@ class DecodedTau:
         self.batch_size = batch_size
         self.seed = seed
         self.copying = copying
+        self.verification = verification
 
     def __call__(self, drafter: Any) -> dict[str, Any]:
         """Tau by temperature and source.
@@ -120,12 +124,20 @@ class DecodedTau:
                 return_dict_in_generate=True,
                 seed=self.seed + first,
                 copying=self.copying,
+                verification=self.verification,
                 budget="full",  # tau is what the drafter can do, not what a budget lets it do
                 **sampling,
             )
             for (source, _), row in zip(batch, output.stats.rows, strict=True):
                 counts[source] = AcceptanceCounts.sum([counts.get(source, _NOTHING), acceptance_of_row(row)])
         return counts
+
+
+def _changed(decode: DecodedTau, **fields: Any) -> DecodedTau:
+    """The same prompts in the same order, decoded otherwise."""
+    other = copy.copy(decode)
+    vars(other).update(fields)
+    return other
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,8 +150,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     decode = DecodedTau(target, prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, seed=args.seed)
     decoded = decode(drafter.bind(target))
-    decode.copying = False
-    heads_alone = None if drafter.config.copy_weights is None else decode(drafter)
+    token_by_token = _changed(decode, temperatures=[t for t in decode.temperatures if t > 0], verification="token")(drafter)
+    heads_alone = None if drafter.config.copy_weights is None else _changed(decode, copying=False)(drafter)
     return {
         "settings": {
             "target": args.target,
@@ -151,6 +163,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             "dtype": str(target.dtype).removeprefix("torch."),
         },
         "decoded": decoded,
+        "token_by_token": token_by_token,
         **({} if heads_alone is None else {"without_copying": heads_alone}),
         "machine": machine_record(target.device),
         "seed": args.seed,

@@ -59,6 +59,7 @@ class Server:
         seed (`int`): of all draws.
         listener (`RoundListener`, *optional*): hears of rounds.
         copying (`bool`): draft what requests repeat too, where the drafter has weights for that.
+        verification (`str`): how drawn tokens are judged, `"block"` or `"token"`.
     """
 
     def __init__(
@@ -76,12 +77,13 @@ class Server:
         seed: int = 0,
         listener: RoundListener | None = None,
         copying: bool = True,
+        verification: str = "block",
     ) -> None:
         self.count = len(prompts)
         new = [max_new_tokens] * self.count if isinstance(max_new_tokens, int) else list(max_new_tokens)
         check_length(model, max(len(p) + n for p, n in zip(prompts, new, strict=True)))
         self.concurrency = concurrency
-        self.loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener, copying)
+        self.loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener, copying, verification)
         self._ids = [torch.tensor(list(prompt), device=self.loop.target.device) for prompt in prompts]
         self._waiting = 0
         self._clock = 0.0
@@ -203,6 +205,7 @@ def _loop(
     seed: int,
     listener: RoundListener | None,
     copying: bool,
+    verification: str,
 ) -> DecodingLoop:
     """The decoding loop with a row of its own for each request, of which none has joined yet."""
     target = Target(model, [] if drafter is None else drafter.config.target_layer_ids)
@@ -224,6 +227,7 @@ def _loop(
         generator=torch.Generator(device=target.device).manual_seed(seed),
         listener=listener,
         copying=copying,
+        verification=verification,
     )
 
 

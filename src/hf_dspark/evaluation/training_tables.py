@@ -17,11 +17,11 @@ def render_decoded(record: Mapping[str, Any]) -> str:
     """Tau by prompt set and temperature, and acceptance by block position over all sets."""
     temperatures = [key for key in record["decoded"] if key.startswith("T=")]
     sets = record["settings"]["sets"]
+    kinds = [("decoded", ""), ("token_by_token", ", token by token"), ("without_copying", ", heads alone")]
+    rows = [(record[kind][key], key, name) for kind, name in kinds for key in record.get(kind, {}) if key.startswith("T=")]
     gamma = max(len(record["decoded"][key]["acceptance"]) for key in temperatures)
     body = []
-    kinds = [("decoded", ""), *([("without_copying", ", heads alone")] if "without_copying" in record else [])]
-    for kind, name, key in ((kind, name, key) for kind, name in kinds for key in temperatures):
-        found = record[kind][key]
+    for found, key, name in rows:
         values = [found["by_source"][one] for one in sets]
         mean = sum(values) / len(values)
         positions = [*found["acceptance"], *[None] * (gamma - len(found["acceptance"]))]
