@@ -142,41 +142,47 @@ def accept_sampled(
     p_x = p_t[flat[:, :length], block.tokens]
     p_d = torch.ones_like(p_x) if block.drawn is None else block.drawn
     uniform = torch.rand(p_x.shape, generator=generator, device=p_x.device)
-    rows = torch.arange(layout.num_rows, device=p_x.device)
-    weights = None
-    if blockwise and length > 1:
-        weights = _prefix_weights(p_x, p_d)
-        tried = uniform < _prefix_chances(weights, p_t, block, layout)
-        place = torch.arange(1, length + 1, device=tried.device)
-        accepted = torch.where(tried & (place < layout.added[:, None]), place, 0).amax(1)
-    else:
+    if not (blockwise and length > 1):
         # u < p_t / p_d without the division; u is in [0, 1), so p_t == p_d always accepts and p_t == 0 never does.
         accepted = _stands(uniform * p_d < p_x, layout)
-    final = p_t[flat[rows, accepted]]
-    if length:
-        rejected = accepted < layout.added - 1
-        at = accepted.clamp(max=length - 1)
-        residual = final.clone()
-        if weights is not None:
-            residual *= torch.nn.functional.pad(weights, (1, 0), value=1.0)[rows, accepted][:, None]
-        of = rows if block.places is None else block.places
-        if block.probs is None:
-            residual[rows, block.tokens[rows, at]] -= 1.0
+        return Verdict(accepted, draw(_after(p_t, block, layout, accepted), generator))
+    weights = _prefix_weights(p_x, p_d)
+    place = torch.arange(1, length + 1, device=p_x.device)
+    stands = (uniform < _prefix_chances(weights, p_t, block, layout)) & (place < layout.added[:, None])
+    accepted = torch.where(stands, place, 0).amax(1)
+    return Verdict(accepted, draw(_after(p_t, block, layout, accepted, weights), generator))
+
+
+def _after(
+    p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, accepted: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the token after the accepted ones is drawn from, not normalised, `(R, V)`: p_t where all of them stand, else
+    max(w p_t - p_d, 0), w that of the accepted prefix `(R, n)`, or 1.
+    """
+    rows = torch.arange(layout.num_rows, device=p_t.device)
+    final = p_t[layout.padded_index[rows, accepted]]
+    if not block.block_size:
+        return final
+    at = accepted.clamp(max=block.block_size - 1)
+    residual = final.clone()
+    if weights is not None:
+        residual *= torch.nn.functional.pad(weights, (1, 0), value=1.0)[rows, accepted][:, None]
+    if block.probs is None:
+        residual[rows, block.tokens[rows, at]] -= 1.0
+    else:
+        p_d = block.probs[rows if block.places is None else block.places, at]
+        if block.copied is not None:
+            weight = block.copied.weights[rows, at]
+            p_d = (1 - weight)[:, None] * p_d
+            residual[rows, block.copied.tokens[rows, at]] -= weight
+        if block.draft_ids is None:
+            residual -= p_d
         else:
-            p_d = block.probs[of, at]
-            if block.copied is not None:
-                weight = block.copied.weights[rows, at]
-                p_d = (1 - weight)[:, None] * p_d
-                residual[rows, block.copied.tokens[rows, at]] -= weight
-            if block.draft_ids is None:
-                residual -= p_d
-            else:
-                residual[:, block.draft_ids] -= p_d
-        residual.clamp_(min=0.0)
-        # p_t == p_d up to rounding leaves nothing; then a rejection had probability zero and p_t itself is the limit.
-        usable = rejected & (residual.sum(-1) > 0)
-        final = torch.where(usable[:, None], residual, final)
-    return Verdict(accepted, draw(final, generator))
+            residual[:, block.draft_ids] -= p_d
+    residual.clamp_(min=0.0)
+    # p_t == p_d up to rounding leaves nothing; then a rejection had probability zero and p_t itself is the limit.
+    usable = (accepted < layout.added - 1) & (residual.sum(-1) > 0)
+    return torch.where(usable[:, None], residual, final)
 
 
 def _prefix_weights(p_x: torch.Tensor, p_d: torch.Tensor) -> torch.Tensor:
