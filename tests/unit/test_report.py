@@ -190,7 +190,8 @@ MATCHED: dict[str, Any] = {
         "prompts": 4,
         "max_new_tokens": 32,
         "temperatures": ["T=0", "T=1"],
-        "training": {"steps": 100, "batch_size": 4, "num_anchors": 128, "seed": 0},
+        "training": {"steps": 100, "batch_size": 4, "num_anchors": 128, "optimizer": "muon", "seed": 0},
+        "data": {"rows": {"train": 5000}},
     },
     "drafters": {"dspark, 2 layers": _matched(2.0, [0.5, 0.5]), "dflash, 2 layers": _matched(1.6, [0.5, None])},
     "machine": _MACHINE,
@@ -432,6 +433,7 @@ def test_the_table_of_matched_drafters_tells_the_gain_over_dflash(folder):
     """2.25 over 1.85 is 21.6% more, and 2.0 over 1.6 is 25%."""
     text = render("matched", folder / "matched.json")
     assert rows(text)[2] == ["dspark, 2 layers", "11.7 M", "2.00", "2.50", "2.25", "2.00", "2.50", "2.00"]
+    assert "128 anchors, Muon, 5,000 rows to learn from, seed 0." in text
     assert "DSpark over DFlash, mean of sets, 2 layers: 21.6% at T = 0 and 25.0% at T = 1." in text
     assert rows(render("positions", folder / "positions.json"))[3:5] == [
         ["dspark, 2 layers, T = 1", "0.50", "0.50"],
@@ -444,6 +446,7 @@ def test_matched_drafters_are_drawn(tmp_path):
     images = plot_matched(MATCHED, tmp_path / "plots")
     assert [image.name for image in images] == ["matched_acceptance.png", "matched_layers.png"]
     assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+    assert [image.name for image in plot_matched(MATCHED, tmp_path, "other")] == ["other_acceptance.png", "other_layers.png"]
 
 
 def test_the_table_of_a_domain_shift(folder):

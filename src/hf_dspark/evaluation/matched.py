@@ -213,7 +213,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     print(render_matched(record))
     if args.plots is not None:
-        plot_matched(record, args.plots)
+        plot_matched(record, args.plots, args.json.stem)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from hf_dspark.evaluation.tables import empty_plot, machine_line, markdown_table
 
 BASE = "dspark, 2 layers"
 PLAIN = "dflash, 2 layers"
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 
 
 def render_decoded(record: Mapping[str, Any]) -> str:
@@ -61,11 +62,12 @@ def render_matched(record: Mapping[str, Any]) -> str:
             told.append(f"{percent(ratio)} at {key.replace('=', ' = ')}")
     gain = f" DSpark over DFlash, mean of sets, 2 layers: {' and '.join(told)}." if told else ""
     settings = record["settings"]
+    learnt = f"{_OPTIMIZERS[settings['training']['optimizer']]}, {settings['data']['rows']['train']:,} rows to learn from"
     return (
         f"{markdown_table(heading, body)}\n\nDecoded tau, bonus token included, {settings['prompts']} prompts a set, at most "
         f"{settings['max_new_tokens']} new tokens. Each drafter: {settings['training']['steps']} steps of "
         f"{settings['training']['batch_size']} rows x at most {settings['training']['num_anchors']} anchors, "
-        f"seed {settings['training']['seed']}.{gain} {machine_line(record)}"
+        f"{learnt}, seed {settings['training']['seed']}.{gain} {machine_line(record)}"
     )
 
 
@@ -82,8 +84,8 @@ def render_positions(record: Mapping[str, Any]) -> str:
     return markdown_table(["drafter", *(f"c{k}" for k in range(1, gamma + 1))], body)
 
 
-def plot_matched(record: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Two PNGs: acceptance along the block (lines), and mean tau by layers (DSpark against DFlash).
+def plot_matched(record: Mapping[str, Any], folder: Path, stem: str = "matched") -> list[Path]:
+    """Two PNGs whose names begin with `stem`: acceptance along the block (lines), and mean tau by layers (DSpark against DFlash).
 
     Raises:
         DataError: if matplotlib is not installed.
@@ -95,7 +97,7 @@ def plot_matched(record: Mapping[str, Any], folder: Path) -> list[Path]:
         values = [float("nan") if v is None else v for v in drafters[name]["decoded"]["T=0"]["acceptance"]]
         axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name)
     axes.set(xlabel="block position", ylabel="conditional acceptance, T = 0", ylim=(0, 1))
-    by_position = folder / "matched_acceptance.png"
+    by_position = folder / f"{stem}_acceptance.png"
     save_plot(figure, axes, by_position)
     figure, axes = empty_plot()
     for kind in ("dspark", "dflash"):
@@ -112,7 +114,7 @@ def plot_matched(record: Mapping[str, Any], folder: Path) -> list[Path]:
                     label=f"{kind}, {key.replace('=', ' = ')}",
                 )
     axes.set(xlabel="backbone layers", ylabel="tau, mean of sets", xticks=[1, 2, 3])
-    by_depth = folder / "matched_layers.png"
+    by_depth = folder / f"{stem}_layers.png"
     save_plot(figure, axes, by_depth)
     return [by_position, by_depth]
 
