@@ -10,95 +10,83 @@ Source: the Kalman filter (Kalman 1960) of random walks in the logarithms of tho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
 from .costs import Costs, PassCosts
 from .scheduling import FinishedRound
 
-# Standard deviations, in logarithms. By which the factors walk from one round to the next: the machine's speed, and what a token or a draft
-# costs beside a pass without drafted tokens.
+# Standard deviations, in logarithms. By which the factors walk from one round to the next: the machine's speed, and what belongs to passes
+# of some size, to tokens or to drafts.
 _SPEED_WALK, _SHARE_WALK = 0.015, 0.003
 # .. and by which the profile may be wrong about them.
 _SPEED_AT_FIRST, _SHARE_AT_FIRST = 0.5, 0.35
 # What a round took beyond its estimate counts up to so many times the usual distance: a machine that was busy for a moment is not slow.
 _FAR = 3.0
 _USUAL_AT_FIRST, _LEAST_USUAL = 0.3, 0.01
-# Factors that a correction may reach.
+# Factors that a correction may reach; and the least part of the profile's pass that a round can have taken beside its draft.
 _LEAST, _MOST = 0.25, 8.0
-_LOWEST, _HIGHEST = np.log(_LEAST), np.log(_MOST)
+_LEAST_PASS = 0.1
+
+_SPEED, _DRAFT = 0, 1
 
 
-@dataclass
-class _Surprise:
-    """How far observations usually are from what was expected, in logarithms."""
-
-    usual: float = _USUAL_AT_FIRST
-
-    def of(self, value: float) -> float:
-        """An observation's distance, brought to within some usual ones; all are judged by it from then on, by one far off in part."""
-        usual = self.usual
-        self.usual = max(usual + 0.05 * (min(abs(value), 2 * _FAR * usual) - usual), _LEAST_USUAL)
-        return float(np.clip(value, -_FAR * usual, _FAR * usual))
-
-
-class _PassFactors:
-    """Of rounds with about the same number of rows, which take speed (1 + share u), where u is what their tokens add by the profile, in
-    units of the profile's pass without drafted tokens.
-
-    Args:
-        speed, share (`float`): logarithms to begin with.
+class _Factors:
+    """Logarithms of factors, and how far they may be off: the machine's speed, what drafts cost beside it, and for each size of batches
+    what a pass without drafted tokens and what a token in it cost beside it.
     """
 
-    def __init__(self, speed: float = 0.0, share: float = 0.0) -> None:
-        self.logs = np.array([speed, share])
-        self.spread = np.diag([_SPEED_AT_FIRST**2, _SHARE_AT_FIRST**2])
-        self.surprise = _Surprise()
-
-    @property
-    def base(self) -> float:
-        """Times that a pass without drafted tokens takes what the profile says."""
-        return float(np.exp(self.logs[0]))
-
-    @property
-    def token(self) -> float:
-        """.. that a drafted token adds."""
-        return float(np.exp(np.clip(self.logs.sum(), _LOWEST, _HIGHEST)))
-
-    def learn(self, took: float, added: float) -> None:
-        """A round of `took` base passes, of which its tokens add `added` by the profile."""
-        self.spread += np.diag([_SPEED_WALK**2, _SHARE_WALK**2])
-        tokens = float(np.exp(self.logs[1])) * max(added, 0.0)
-        slope = np.array([1.0, tokens / (1 + tokens)])
-        usual = self.surprise.usual
-        beyond = self.surprise.of(float(np.log(took) - self.logs[0] - np.log1p(tokens)))
-        seen = self.spread @ slope
-        gain = seen / (slope @ seen + usual**2)
-        self.logs = np.clip(self.logs + gain * beyond, _LOWEST, _HIGHEST)
-        self.spread -= np.outer(gain, seen)
-
-
-class _DraftFactor:
-    """Of drafts, whatever their rows and length: what they take over what the profile says, in units of the machine's speed."""
-
     def __init__(self) -> None:
-        self.log = 0.0
-        self.spread = _SHARE_AT_FIRST**2
-        self.surprise = _Surprise()
+        self.logs = np.zeros(2)
+        self.spread = np.diag([_SPEED_AT_FIRST**2, _SHARE_AT_FIRST**2])
+        self.sizes: dict[int, int] = {}  # place of a size's two logarithms
+        self.usual: dict[str, float] = {}
 
-    def learn(self, took: float, speed: float) -> None:
-        """A draft that took so many times what the profile says, on a machine whose passes took `speed` times that."""
-        self.spread += _SHARE_WALK**2
-        usual = self.surprise.usual
-        beyond = self.surprise.of(float(np.log(took / speed)) - self.log)
-        gain = self.spread / (self.spread + usual**2)
-        self.log = float(np.clip(self.log + gain * beyond, _LOWEST, _HIGHEST))
-        self.spread -= gain * self.spread
+    def place(self, size: int) -> int:
+        """Where the logarithms of a size are; a new one begins where its nearest neighbour stands."""
+        if size not in self.sizes:
+            near = self.nearest(size)
+            first = np.zeros(2) if near is None else self.logs[near : near + 2]
+            self.sizes[size], count = len(self.logs), len(self.logs)
+            self.logs = np.concatenate([self.logs, first])
+            spread = np.zeros((count + 2, count + 2))
+            spread[:count, :count] = self.spread
+            spread[count:, count:] = np.eye(2) * _SHARE_AT_FIRST**2
+            self.spread = spread
+        return self.sizes[size]
 
-    def at(self, speed: float) -> float:
-        """Times that a draft takes what the profile says."""
-        return float(np.clip(np.exp(self.log) * speed, _LEAST, _MOST))
+    def nearest(self, size: int) -> int | None:
+        """The place of the known size that is nearest."""
+        return None if not self.sizes else self.sizes[min(self.sizes, key=lambda other: abs(other - size))]
+
+    def walk(self) -> None:
+        """A round has passed."""
+        steps = np.full(len(self.logs), _SHARE_WALK**2)
+        steps[_SPEED] = _SPEED_WALK**2
+        self.spread[np.diag_indices_from(self.spread)] += steps
+
+    def hear(self, kind: str, beyond: float, slopes: Mapping[int, float], *, at_most: bool = False) -> None:
+        """An observation.
+
+        Args:
+            kind (`str`): observations of one kind share their usual distance from what is expected.
+            beyond (`float`): its logarithm less the expected one.
+            slopes (`dict[int, float]`): what it changes by with each logarithm, by place; not at all with the others.
+            at_most (`bool`): it may be too long, so it only tells what is not more.
+        """
+        usual = self.usual.get(kind, _USUAL_AT_FIRST)
+        if at_most and beyond >= 0:
+            return
+        self.usual[kind] = max(usual + 0.05 * (min(abs(beyond), 2 * _FAR * usual) - usual), _LEAST_USUAL)
+        told = float(np.clip(beyond, -_FAR * usual, _FAR * usual))
+        slope = np.zeros(len(self.logs))
+        slope[list(slopes)] = list(slopes.values())
+        seen = self.spread @ slope
+        # One that is far off is as uncertain as it is far.
+        gain = seen / (slope @ seen + usual**2 * (beyond / told if told else 1.0))
+        self.logs = self.logs + gain * told
+        self.spread = self.spread - np.outer(gain, seen)
 
 
 class FollowedCosts(Costs):
@@ -112,9 +100,7 @@ class FollowedCosts(Costs):
     def __init__(self, costs: Costs) -> None:
         super().__init__(costs.rows, costs.block_size)
         self.table = costs
-        self._of_passes: dict[int, _PassFactors] = {}
-        self._of_drafts = _DraftFactor()
-        self._rows = 0  # live ones, when last heard of: what the machine's speed is known from
+        self._known = _Factors()
         self._behind: set[int] = set()  # requests that the drafter has to catch up with before it drafts for them
 
     def factors(self, rows: int) -> tuple[float, float, float]:
@@ -123,15 +109,18 @@ class FollowedCosts(Costs):
         Args:
             rows (`int`): live rows.
         """
-        found = self._factors(rows)
-        return found.base, found.token, self._of_drafts.at(found.base)
+        logs, place = self._known.logs, self._known.nearest(rows.bit_length())
+        base, share = (0.0, 0.0) if place is None else logs[place : place + 2]
+        speed = logs[_SPEED]
+        base, token, draft = np.clip(np.exp([speed + base, speed + base + share, speed + logs[_DRAFT]]), _LEAST, _MOST).tolist()
+        return base, token, draft
 
     def passes(self, rows: int, context_tokens: int = 0) -> PassCosts:
-        factors = self._factors(rows)
-        return _Scaled(self.table.passes(rows, context_tokens), factors.base, factors.token)
+        base, token, _ = self.factors(rows)
+        return _Scaled(self.table.passes(rows, context_tokens), base, token)
 
     def draft_s(self, rows: int, length: int) -> float:
-        return self.table.draft_s(rows, length) * self._of_drafts.at(self._factors(self._rows or rows).base)
+        return self.table.draft_s(rows, length) * self.factors(rows)[2]
 
     def learn(self, finished: FinishedRound, context_tokens: int) -> None:
         """Hear of a round that is over; one without times tells nothing.
@@ -142,32 +131,30 @@ class FollowedCosts(Costs):
         """
         if finished.seconds is None:
             return
-        rows = self._rows = len(finished.requests)
-        factors = self._of_passes.setdefault(rows.bit_length(), self._factors(rows))
+        rows, known = len(finished.requests), self._known
         drafted = {request for request, length in zip(finished.requests, finished.drafted, strict=True) if length}
-        table = self.table.passes(rows, context_tokens)
-        draft_s = self.table.draft_s(len(drafted), max(finished.drafted))
-        if finished.draft_seconds is None:  # not known apart
-            pass_s = finished.seconds - draft_s * self._of_drafts.at(factors.base)
-        else:
-            pass_s = finished.seconds - finished.draft_seconds
-            # The table's drafts read what one round committed; one that reads more is dearer for no fault of the machine.
-            if draft_s > 0 and finished.draft_seconds > 0 and not drafted & self._behind:
-                self._of_drafts.learn(finished.draft_seconds / draft_s, factors.base)
+        # The table's drafts read what one round committed; one that reads more is dearer for no fault of the machine.
+        catches_up = bool(drafted & self._behind)
         self._behind = set(finished.requests) - drafted
-        base = float(table.verify_s[0])
-        priced = float(table.verify_s[sum(finished.verified)] + table.wide_s[max(finished.verified)])
-        if pass_s > 0:
-            factors.learn(pass_s / base, priced / base - 1)
-
-    def _factors(self, rows: int) -> _PassFactors:
-        """Those of this number of rows; what was never heard of begins where its nearest neighbour stands."""
-        size = rows.bit_length()
-        if size not in self._of_passes:
-            near = min(self._of_passes, key=lambda other: abs(other - size), default=None)
-            known = _PassFactors() if near is None else self._of_passes[near]
-            return _PassFactors(*known.logs)
-        return self._of_passes[size]
+        table, place = self.table.passes(rows, context_tokens), known.place(rows.bit_length())
+        known.walk()
+        first = float(table.verify_s[0])
+        added = max(float(table.verify_s[sum(finished.verified)] + table.wide_s[max(finished.verified)]) - first, 0.0)
+        draft = self.table.draft_s(len(drafted), max(finished.drafted))
+        speed, base, share = known.logs[_SPEED], known.logs[place], known.logs[place + 1]
+        plain_s, tokens_s, draft_s = np.exp([speed + base, speed + base + share, speed + known.logs[_DRAFT]]) * [first, added, draft]
+        pass_s = plain_s + tokens_s
+        if finished.draft_seconds is None:  # not known apart
+            took, expected = finished.seconds, pass_s + draft_s
+            slopes = {_SPEED: 1.0, _DRAFT: draft_s / expected, place: pass_s / expected, place + 1: tokens_s / expected}
+            known.hear("round", float(np.log(max(took, _LEAST_PASS * first) / expected)), slopes, at_most=catches_up)
+            return
+        took = max(finished.seconds - finished.draft_seconds, _LEAST_PASS * first)
+        known.hear("pass", float(np.log(took / pass_s)), {_SPEED: 1.0, place: 1.0, place + 1: tokens_s / pass_s})
+        if draft > 0 and finished.draft_seconds > 0:
+            expected = draft * np.exp(known.logs[_SPEED] + known.logs[_DRAFT])
+            beyond = float(np.log(finished.draft_seconds / expected))
+            known.hear("draft", beyond, {_SPEED: 1.0, _DRAFT: 1.0}, at_most=catches_up)
 
 
 class _Scaled(PassCosts):

@@ -119,8 +119,9 @@ def generate(
         copying (`bool`): draft what the text repeats too, where the checkpoint has weights for that (`copy_weights`). Without
             it the confidences of such a checkpoint are not calibrated.
         verification (`str`): how drafted tokens are judged where tokens are drawn: over the `"block"` (Sun et al. 2024, arXiv
-            2403.10444), which keeps as many as an exact rule can, or `"token"` by token (the paper's). Both keep the target's
-            distribution; greedily they are the same.
+            2403.10444), which on average keeps as many as any rule that is exact round by round, or `"token"` by token (the paper's).
+            Both keep the target's distribution; greedily they are the same. Where transformers' own loop has to drive the drafter, it
+            judges token by token.
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
         kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping
             criteria, streamer ..

@@ -218,6 +218,7 @@ def profile_key(target: Any, drafter: Any) -> dict[str, Any]:
         | {"dtype": str(drafter.dtype).removeprefix("torch."), "copying": len(own.copy_weights or ())},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "verification": "block",  # of sampled rounds
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_dspark": __version__},
     }  # fmt: skip
 

@@ -124,9 +124,10 @@ def accept_sampled(
     Token by token: x_k stands with probability min(1, p_t / p_d) behind tokens that stand; the first that does not is replaced by a draw
     from norm(max(p_t - p_d, 0)).
 
-    Over the block: the prefix x_1..x_k stands with probability w_k = min(1, w_{k-1} p_t / p_d), w_0 = 1, so that likely tokens behind an
-    unlikely one make up for it: the longest of the prefixes that stand, each tried on its own, is kept, and behind it comes a draw from
-    norm(max(w_k p_t - p_d, 0)). On average it keeps as many tokens as any exact rule can, never fewer than token by token.
+    Over the block: x_1..x_k is kept, with or without more behind it, with probability w_k = min(1, w_{k-1} p_t / p_d), w_0 = 1, so that
+    likely tokens behind an unlikely one make up for it. Prefixes are tried from the longest on, each with what its longer ones leave of
+    that, and behind the one that stands comes a draw from norm(max(w_k p_t - p_d, 0)), or from p_t behind all l_r. On average it keeps
+    as many tokens as any rule that is exact round by round, never fewer than token by token.
 
     Args:
         p_t (`torch.Tensor` of shape `(T, V)`): the target's distribution after each token of the flattened pass,

@@ -131,3 +131,42 @@ def test_a_machine_whose_speed_swings_is_not_taken_for_one_with_dear_tokens(swin
     found = np.array(shares[300:])
     assert found.min(0) == pytest.approx([1.4, 0.7], rel=0.2)
     assert found.max(0) == pytest.approx([1.4, 0.7], rel=0.2)
+
+
+def test_a_faster_machine_is_followed_where_drafts_are_not_told_apart() -> None:
+    """From four times as slow back to the profile's own speed, in equal rounds whose drafts are half a pass long: what these cost is known,
+    though not which part of it costs what.
+    """
+    table = made_costs(lambda b: 0.030 + 0.0010 * b, lambda r, n: 0.015 + 0.0002 * r * n, GAMMA, (1, 4, 16))
+    costs = FollowedCosts(table)
+    passes = table.passes(4)
+    for speed in (4.0, 1.0):
+        for _ in range(300):
+            seconds = speed * float(passes.verify_s[8] + passes.wide_s[2] + table.draft_s(4, GAMMA))
+            costs.learn(FinishedRound((0, 1, 2, 3), (GAMMA,) * 4, (2,) * 4, (1,) * 4, (2,) * 4, None, None, seconds, None), 0)
+        found = costs.passes(4)
+        assert float(found.verify_s[8] + found.wide_s[2] + costs.draft_s(4, GAMMA)) == pytest.approx(seconds, rel=0.03)
+        assert costs.factors(4) == pytest.approx((speed,) * 3, rel=0.25)
+
+
+def test_the_machines_speed_is_one_for_batches_of_all_sizes() -> None:
+    """It halves while eight rows are live: passes and drafts of four are known to be slower before one is seen."""
+    costs = FollowedCosts(profile())
+    feed(costs, 4, 200, base=1.0, token=1.0, draft=1.0, noise=0.03)
+    feed(costs, 8, 400, base=2.0, token=2.0, draft=2.0, noise=0.03, seed=1)
+    assert costs.factors(4) == pytest.approx((2.0, 2.0, 2.0), rel=0.15)
+
+
+def test_dear_drafts_are_unlearned_from_drafts_after_a_rest() -> None:
+    """A budget that rests hears only of drafts that catch up with what was committed meanwhile: such a one may be long for that, but one
+    that is shorter than expected tells all the same.
+    """
+    costs = FollowedCosts(profile())
+    feed(costs, 4, 200, base=1.0, token=1.0, draft=3.0, noise=0.03)
+    assert costs.factors(4)[2] == pytest.approx(3.0, rel=0.1)
+    usual = costs.table.draft_s(4, GAMMA)
+    first = float(costs.table.passes(4).verify_s[0])
+    for n in range(800):
+        length, draft_s = (GAMMA, 1.2 * usual) if n % 8 == 7 else (0, 0.0)
+        costs.learn(FinishedRound((0, 1, 2, 3), (length,) * 4, (0,) * 4, (0,) * 4, (0,) * 4, None, None, first + draft_s, draft_s), 0)
+    assert costs.factors(4)[2] < 1.5

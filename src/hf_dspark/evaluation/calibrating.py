@@ -201,7 +201,7 @@ def calibrate(
         "format": FORMAT,
         "temperatures": temperatures,
         **({} if weights is None else {"copying": {"weights": list(weights), "confidence": table}}),
-        "sampling": {"temperature": temperature, "top_p": top_p},
+        "sampling": {"temperature": temperature, "top_p": top_p, "verification": "block"},
         "max_new_tokens": max_new_tokens,
         "data": data,
         "bins": BINS,

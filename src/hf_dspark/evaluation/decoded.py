@@ -160,6 +160,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             "limit": args.limit,
             "max_new_tokens": args.max_new_tokens,
             "batch_size": args.batch_size,
+            "verification": decode.verification,
             "dtype": str(target.dtype).removeprefix("torch."),
         },
         "decoded": decoded,

@@ -218,6 +218,7 @@ def bench(
             "budgets": list(budgets),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "verification": "block",
             "max_new_tokens": max_new_tokens,
             "seconds": seconds,
             "turns_end_by": "tokens",

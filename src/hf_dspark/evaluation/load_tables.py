@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_dspark.evaluation.tables import machine_line, markdown_table, number, percent
+from hf_dspark.evaluation.tables import judged, machine_line, markdown_table, number, percent
 
 
 def render_load(record: Mapping[str, Any]) -> str:
@@ -36,7 +36,7 @@ def render_load(record: Mapping[str, Any]) -> str:
             ),
         ],
     )
-    sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
+    sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}, {judged(settings)}"
     turns, where = f"{settings['repeats']} turns of", f"on the same prompts ({', '.join(record['prompt_files'])})."
     if settings.get("turns_end_by") == "tokens":
         method = (

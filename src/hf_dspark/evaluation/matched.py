@@ -184,6 +184,7 @@ def _run(args: argparse.Namespace) -> None:
         "max_new_tokens": args.max_new_tokens,
         "held_out": args.held_out,
         "temperatures": ["T=0", "T=1"],
+        "verification": "block",
         "target": args.target,
         "training": asdict(config),
         "shape": asdict(shape),

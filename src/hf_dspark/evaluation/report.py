@@ -26,7 +26,7 @@ from typing import Any
 from hf_dspark.errors import DataError
 from hf_dspark.evaluation.load_tables import render_calibration, render_drift, render_load, render_replay
 from hf_dspark.evaluation.recipes import plot_curve, render_recipe
-from hf_dspark.evaluation.tables import empty_plot, machine_line, markdown_table, number, percent, save_plot
+from hf_dspark.evaluation.tables import empty_plot, judged, machine_line, markdown_table, number, percent, save_plot
 from hf_dspark.evaluation.training_tables import render_decoded, render_matched, render_positions, render_shift, render_training
 
 _MARKER = re.compile(r"^<!-- (begin|end): (.+?) -->[ \t]*$", re.MULTILINE)
@@ -68,6 +68,8 @@ def render_eval(record: Mapping[str, Any]) -> str:
     sampling = "greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}"
     if settings["top_p"] != 1:
         sampling += f", top-p {settings['top_p']:g}"
+    if settings["temperature"] > 0:
+        sampling += f", {judged(settings)}"
     copies = "" if "copying" not in settings else "with copies, " if settings["copying"] else "heads alone, "
     note = (
         f"Plain, DSpark and prompt lookup in tokens/s; c1..c{gamma}: acceptance where all before it stood. "

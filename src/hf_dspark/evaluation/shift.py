@@ -70,6 +70,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             "prompts": args.limit,
             "max_new_tokens": args.max_new_tokens,
             "temperatures": ["T=0", "T=1"],
+            "verification": "block",
         },
         "drafters": drafters,
         "machine": machine_record(target.device),

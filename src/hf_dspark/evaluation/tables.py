@@ -25,6 +25,11 @@ def machine_line(record: Mapping[str, Any]) -> str:
     return f"{', '.join(parts)}; {', '.join(f'{name} {versions[name]}' for name in names)}."
 
 
+def judged(settings: Mapping[str, Any]) -> str:
+    """How drawn tokens were judged; files from before there was a choice do not say."""
+    return "judged over the block" if settings.get("verification") == "block" else "judged token by token"
+
+
 def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]], *, right: bool = True) -> str:
     """A markdown table; all columns but the first are aligned to the right where asked."""
     rule = ["---"] + ["---:" if right else "---"] * (len(heading) - 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_dspark.evaluation.tables import empty_plot, machine_line, markdown_table, number, percent, save_plot
+from hf_dspark.evaluation.tables import empty_plot, judged, machine_line, markdown_table, number, percent, save_plot
 
 BASE = "dspark, 2 layers"
 PLAIN = "dflash, 2 layers"
@@ -39,7 +39,7 @@ def render_decoded(record: Mapping[str, Any]) -> str:
     return (
         f"{markdown_table(heading, body)}\n\nDecoded tau, bonus token included; c1..c{gamma}: acceptance where all before it stood. "
         f"{settings['limit']} prompts a set, at most {settings['max_new_tokens']} new tokens, batches of {settings['batch_size']}, "
-        f"target {settings['dtype']}, seed {record['seed']}."
+        f"target {settings['dtype']}, seed {record['seed']}. At T > 0 {judged(settings)}."
     )
 
 
@@ -65,7 +65,7 @@ def render_matched(record: Mapping[str, Any]) -> str:
     learnt = f"{_OPTIMIZERS[settings['training']['optimizer']]}, {settings['data']['rows']['train']:,} rows to learn from"
     return (
         f"{markdown_table(heading, body)}\n\nDecoded tau, bonus token included, {settings['prompts']} prompts a set, at most "
-        f"{settings['max_new_tokens']} new tokens. Each drafter: {settings['training']['steps']} steps of "
+        f"{settings['max_new_tokens']} new tokens, at T > 0 {judged(settings)}. Each drafter: {settings['training']['steps']} steps of "
         f"{settings['training']['batch_size']} rows x at most {settings['training']['num_anchors']} anchors, "
         f"{learnt}, seed {settings['training']['seed']}.{gain} {machine_line(record)}"
     )
@@ -133,7 +133,8 @@ def render_shift(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     return (
         f"{markdown_table(heading, body)}\n\nDecoded tau, bonus token included; {settings['prompts']} prompts a set at most, the new "
-        f"domain's held out from fine-tuning; at most {settings['max_new_tokens']} new tokens, seed {record['seed']}. "
+        f"domain's held out from fine-tuning; at most {settings['max_new_tokens']} new tokens, at T > 0 {judged(settings)}, "
+        f"seed {record['seed']}. "
         f"{machine_line(record)}"
     )
 
