@@ -356,7 +356,7 @@ def test_the_eval_note_says_how_it_was_taken(folder):
     warm = copy.deepcopy(EVAL)
     warm["settings"] |= {"temperature": 0.8, "top_p": 0.9}
     (folder / "eval.json").write_text(json.dumps(warm), encoding="utf-8")
-    assert "T = 0.8, top-p 0.9, at most" in render("eval", folder / "eval.json")
+    assert "T = 0.8, top-p 0.9, judged token by token, at most" in render("eval", folder / "eval.json")
 
 
 def test_the_passes_table(folder):
@@ -408,7 +408,10 @@ def test_tau_with_and_without_copies_is_told_row_by_row() -> None:
     assert "| T = 0 | 2.20 | 2.00 |" in both
     assert "| T = 0, heads alone | 2.20 | 2.00 | 2.10 | 0.10 | - |" in both
     assert "heads alone" not in render_decoded(DECODED)
-    assert "token by token" not in render_decoded(DECODED)
+    assert "| T = 0, token by token" not in render_decoded(DECODED)
+    assert render_decoded(DECODED).endswith("At T > 0 judged token by token.")  # as files were before they said it
+    block = {**DECODED, "settings": {**DECODED["settings"], "verification": "block"}}
+    assert render_decoded(block).endswith("At T > 0 judged over the block.")
     assert "| T = 0, token by token | 2.20 | 2.00 |" in render_decoded({**DECODED, "token_by_token": DECODED["decoded"]})
 
 
