@@ -26,7 +26,23 @@ def number(record: dict[str, Any], key: str) -> float:
     return value
 
 
-@pytest.mark.parametrize("name", ["passes", "demo", "eval_gsm8k", "eval_t0", "eval_t1", "divergence", "bench", "replay"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "passes",
+        "demo",
+        "eval_gsm8k",
+        "eval_t0",
+        "eval_t1",
+        "divergence",
+        "bench",
+        "bench_fp32",
+        "decoded",
+        "matched",
+        "matched_all",
+        "replay",
+    ],
+)
 def test_every_result_says_where_it_was_taken(name: str) -> None:
     """Processor, threads and the versions of torch and transformers."""
     machine = result(name)["machine"]
@@ -144,6 +160,21 @@ def test_decoded_tau_is_what_was_asked_for() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- divergence
+
+
+def test_matched_drafters_are_of_every_head_and_depth() -> None:
+    """The three sequential heads and none, and one to three layers, from the same run; every one with a sequential head beats DFlash on
+    every set at either temperature.
+    """
+    drafters = result("matched_all")["drafters"]
+    plain = drafters.pop("dflash, 2 layers")["decoded"]
+    assert drafters.keys() == {
+        "dspark, 2 layers", "dspark gated, 2 layers", "dspark rnn, 2 layers", "dspark, 1 layer", "dspark, 3 layers",
+    }  # fmt: skip
+    for found in drafters.values():
+        for temperature in ("T=0", "T=1"):
+            for name, tau in plain[temperature]["by_set"].items():
+                assert found["decoded"][temperature]["by_set"][name] > tau
 
 
 def test_every_bf16_divergence_is_explained() -> None:
