@@ -159,6 +159,14 @@ def test_decoded_tau_is_what_was_asked_for() -> None:
     assert all(found[name] > alone[name] for name in asked)
 
 
+def test_decoded_tau_at_temperature_1_is_what_was_asked_for() -> None:
+    """The mean of the four sets is at least 2.0, judged over the block, which keeps more on every set than token by token."""
+    record = result("decoded")
+    over_the_block, token_by_token = (record[kind]["T=1"]["by_source"] for kind in ("decoded", "token_by_token"))
+    assert sum(over_the_block.values()) / len(over_the_block) >= 2.0
+    assert all(tau > token_by_token[name] for name, tau in over_the_block.items())
+
+
 # ----------------------------------------------------------------------------------------------------------- divergence
 
 
