@@ -192,6 +192,7 @@ def stock_loop(
     taps = Taps(target, drafter.config.target_layer_ids)
 
     def candidates(generation_config: Any, input_ids: torch.LongTensor, logits_processor: Any = (), **_: Any) -> DSparkCandidateGenerator:
+        """What transformers asks for its candidates, with what `generate` has prepared."""
         made = DSparkCandidateGenerator(
             target,
             drafter,

@@ -22,7 +22,7 @@ from .sampling import draw
 from .scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal
 from .statistics import DecodingStats, RowStats, Stopwatch
 from .target import Target
-from .verification import DraftBlock, Verdict, accept_greedy, accept_sampled, check_verification
+from .verification import DEFAULT_VERIFICATION, DraftBlock, Verdict, accept_greedy, accept_sampled, check_verification
 
 # Tokens of one prompt pass: enough to fill the machine, few enough to bound its memory.
 PREFILL_TOKENS = 2048
@@ -140,7 +140,7 @@ class DecodingLoop:
         keep_context: bool = False,
         listener: RoundListener | None = None,
         copying: bool = True,
-        verification: str = "block",
+        verification: str = DEFAULT_VERIFICATION,
     ) -> None:
         check_verification(verification)
         self.target = target

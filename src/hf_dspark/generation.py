@@ -31,6 +31,7 @@ from .row_cache import RowCache
 from .scheduling import Budget
 from .statistics import DecodingStats
 from .target import Target, check_length, input_device
+from .verification import DEFAULT_VERIFICATION
 from .versions import CACHE, CACHE_NAMES, cache_in
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class CallOptions:
     max_verify_tokens: int | None = None
     online: OnlineCalibration | None = None
     copying: bool = True
-    verification: str = "block"
+    verification: str = DEFAULT_VERIFICATION
 
 
 _OPTIONS: ContextVar[CallOptions | None] = ContextVar("hf_dspark_call_options", default=None)

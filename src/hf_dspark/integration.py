@@ -24,7 +24,7 @@ from .notices import warn_once
 from .online import OnlineCalibration
 from .scheduling import Budget
 from .target import input_device
-from .verification import check_verification
+from .verification import DEFAULT_VERIFICATION, check_verification
 from .versions import CACHE, cache_in, with_cache_renamed
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def install() -> None:
             return decode(self, drafter, options, *args, **kwargs)
 
     def decode(self: Any, drafter: Any, options: CallOptions, *args: Any, **kwargs: Any) -> Any:
+        """This package's loop; the original with our candidates where a target takes one row only."""
         mine = {k: v for k, v in kwargs.items() if k not in ("assistant_model", "inputs_tensor", "assistant_tokenizer", "tokenizer")}
         try:
             return generate_batch(self, drafter, *args, **mine)
@@ -96,7 +97,7 @@ def generate(
     max_verify_tokens: int | None = None,
     online_calibration: OnlineCalibration | None = None,
     copying: bool = True,
-    verification: str = "block",
+    verification: str = DEFAULT_VERIFICATION,
     num_return_sequences: int = 1,
     **kwargs: Any,
 ) -> GenerateDSparkOutput | torch.Tensor:

@@ -28,6 +28,7 @@ from .machine import device_name
 from .row_cache import RowCache
 from .scheduling import Budget, Drafts
 from .target import Target
+from .verification import DEFAULT_VERIFICATION
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ def profile_key(target: Any, drafter: Any) -> dict[str, Any]:
         | {"dtype": str(drafter.dtype).removeprefix("torch."), "copying": len(own.copy_weights or ())},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "verification": "block",  # of sampled rounds
+        "verification": DEFAULT_VERIFICATION,  # of sampled rounds
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_dspark": __version__},
     }  # fmt: skip
 

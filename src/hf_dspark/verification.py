@@ -18,6 +18,7 @@ from .sampling import draw
 
 # How drafted tokens are judged where tokens are drawn; see `accept_sampled`. Greedily both say the same.
 VERIFICATIONS = ("block", "token")
+DEFAULT_VERIFICATION = "block"
 
 
 def check_verification(verification: str) -> None:

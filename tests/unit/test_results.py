@@ -267,6 +267,16 @@ def test_in_float32_too_the_load_aware_budget_beats_verifying_everything_in_a_cr
     assert verified[1] > verified[3] > verified[5]
 
 
+@pytest.mark.parametrize("concurrency", [4, 16])
+def test_where_the_machines_speed_is_followed_apart_load_aware_leads(concurrency: int) -> None:
+    """At least 0.98 of the best of plain, full and static ones in the same run; README tells just that ratio and its interval."""
+    (row,) = result(f"bench_fp32_{concurrency}")["summary"]
+    assert row["load_aware_over_best_fixed"] >= 0.98
+    low, high = row["load_aware_over_best_fixed_interval"]
+    told = f"{row['load_aware_over_best_fixed']:.2f} ({low:.2f}-{high:.2f})"
+    assert told in (RESULTS.parents[2] / "README.md").read_text(encoding="utf-8")
+
+
 def test_replayed_without_noise_no_fixed_choice_beats_load_aware() -> None:
     """On the same blocks, with the profile for a clock, at least 0.98 of the best of plain, full and static at every load."""
     record = result("replay")

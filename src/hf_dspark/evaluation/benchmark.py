@@ -24,6 +24,7 @@ from hf_dspark.evaluation.metrics import (
     speed_ratio,
 )
 from hf_dspark.evaluation.prompts import Conversation, encode
+from hf_dspark.verification import DEFAULT_VERIFICATION
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +194,7 @@ class Bench:
         max_new_tokens: int = 128,
         budget: str | Budget | None = None,
         copying: bool = True,
-        verification: str = "block",
+        verification: str = DEFAULT_VERIFICATION,
         seed: int = 0,
         prompt_lookup_tokens: int = 10,
     ) -> None:
@@ -280,7 +281,7 @@ def evaluate(
     batch_size: int = 1,
     budget: str | Budget | None = None,
     copying: bool = True,
-    verification: str = "block",
+    verification: str = DEFAULT_VERIFICATION,
     seed: int = 0,
     prompt_lookup_tokens: int = 10,
     on_batch: Callable[[str, int], None] | None = None,

@@ -26,6 +26,7 @@ from hf_dspark.evaluation.copying import fit_copying
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import serve
 from hf_dspark.scheduling import FinishedRound, FullBudget
+from hf_dspark.verification import DEFAULT_VERIFICATION
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def calibrate(
         "format": FORMAT,
         "temperatures": temperatures,
         **({} if weights is None else {"copying": {"weights": list(weights), "confidence": table}}),
-        "sampling": {"temperature": temperature, "top_p": top_p, "verification": "block"},
+        "sampling": {"temperature": temperature, "top_p": top_p, "verification": DEFAULT_VERIFICATION},
         "max_new_tokens": max_new_tokens,
         "data": data,
         "bins": BINS,

@@ -23,6 +23,7 @@ from hf_dspark.evaluation.tables import machine_line
 from hf_dspark.evaluation.training_tables import render_decoded
 from hf_dspark.hub import load_drafter, load_target
 from hf_dspark.integration import generate
+from hf_dspark.verification import DEFAULT_VERIFICATION
 
 _NOTHING = AcceptanceCounts(0, 0, 0, (), ())
 
@@ -72,7 +73,7 @@ class DecodedTau:
         batch_size: int = 8,
         seed: int = 0,
         copying: bool = True,
-        verification: str = "block",
+        verification: str = DEFAULT_VERIFICATION,
     ) -> None:
         self.target = target
         self.prompts = sorted(prompts, key=lambda prompt: len(prompt[1]))

@@ -26,6 +26,7 @@ from hf_dspark.load_aware import LoadAwareBudget
 from hf_dspark.online import OnlineCalibration
 from hf_dspark.profiling import CostProfile
 from hf_dspark.scheduling import FinishedRound, StaticBudget
+from hf_dspark.verification import DEFAULT_VERIFICATION
 
 # Contenders that are no budgets: this loop without drafting, transformers' batched call, and its lookup decoding.
 PLAIN, GENERATE, LOOKUP = "plain", "generate", "prompt-lookup"
@@ -218,7 +219,7 @@ def bench(
             "budgets": list(budgets),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "verification": "block",
+            "verification": DEFAULT_VERIFICATION,
             "max_new_tokens": max_new_tokens,
             "seconds": seconds,
             "turns_end_by": "tokens",

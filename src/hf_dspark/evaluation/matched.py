@@ -37,6 +37,7 @@ from hf_dspark.training.making import DrafterShape, make_drafter
 from hf_dspark.training.memory import keep_freed_memory
 from hf_dspark.training.optimizer import OPTIMIZERS
 from hf_dspark.training.trainer import Trainer
+from hf_dspark.verification import DEFAULT_VERIFICATION
 
 # Each differs from the first in what its name says.
 VARIANTS: Mapping[str, dict[str, Any]] = {
@@ -184,7 +185,7 @@ def _run(args: argparse.Namespace) -> None:
         "max_new_tokens": args.max_new_tokens,
         "held_out": args.held_out,
         "temperatures": ["T=0", "T=1"],
-        "verification": "block",
+        "verification": DEFAULT_VERIFICATION,
         "target": args.target,
         "training": asdict(config),
         "shape": asdict(shape),

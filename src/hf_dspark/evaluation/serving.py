@@ -19,6 +19,7 @@ from hf_dspark.decoding import DecodingLoop, RoundListener
 from hf_dspark.scheduling import Budget
 from hf_dspark.statistics import DecodingStats, RowStats, Stopwatch
 from hf_dspark.target import Target, check_length
+from hf_dspark.verification import DEFAULT_VERIFICATION
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Server:
         seed: int = 0,
         listener: RoundListener | None = None,
         copying: bool = True,
-        verification: str = "block",
+        verification: str = DEFAULT_VERIFICATION,
     ) -> None:
         self.count = len(prompts)
         new = [max_new_tokens] * self.count if isinstance(max_new_tokens, int) else list(max_new_tokens)

@@ -22,6 +22,7 @@ from hf_dspark.evaluation.prompts import encode, read_prompts
 from hf_dspark.evaluation.training_tables import render_shift
 from hf_dspark.hub import load_drafter, load_target
 from hf_dspark.training.data import load_data
+from hf_dspark.verification import DEFAULT_VERIFICATION
 
 
 def _bytes(folder: Path) -> int:
@@ -70,7 +71,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             "prompts": args.limit,
             "max_new_tokens": args.max_new_tokens,
             "temperatures": ["T=0", "T=1"],
-            "verification": "block",
+            "verification": DEFAULT_VERIFICATION,
         },
         "drafters": drafters,
         "machine": machine_record(target.device),
