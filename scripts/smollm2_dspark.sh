@@ -8,12 +8,12 @@
 # responses/*.jsonl.gz in it, where there are any, are rows that the target wrote before, and are learnt from too.
 # RUNS: where data and runs go. ROWS of self-written prompts for the first MINUTES of training, MORE_ROWS and MORE_MINUTES for going on from
 # there (two processes of one thread each write them), THIRD_MINUTES and LAST_MINUTES for a third and fourth run on the same rows can be
-# set; so can LIMIT, the prompts that confidences are calibrated on.
+# set; so can LIMIT, the prompts of each kind that confidences are calibrated on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prompts=${1:?PROMPTS} runs=${2:?RUNS}
 minutes=${MINUTES:-52} rows=${ROWS:-700} more_minutes=${MORE_MINUTES:-60} third_minutes=${THIRD_MINUTES:-56}
-last_minutes=${LAST_MINUTES:-90} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-600}
+last_minutes=${LAST_MINUTES:-90} more_rows=${MORE_ROWS:-2400} limit=${LIMIT:-200}
 command=${HF_DSPARK:-.venv/bin/hf-dspark}
 
 write() { # SEED ROWS
@@ -44,13 +44,24 @@ again() { # RUN MINUTES BASE SEED
 again drafter3 "$third_minutes" drafter2 3
 again drafter4 "$last_minutes" drafter3 4
 
-# Copies and confidences: on prompts that no training row answers, of grade-school math and of everyday instructions.
+# Copies and confidences: on prompts that no training row answers, about as many rounds each of grade-school math, of everyday instructions,
+# and of code asked for in words and by a stub, which the target asks itself.
 for name in gsm8k_train self_instruct_seed self_instruct_user; do
     "${PYTHON:-.venv/bin/python}" scripts/fresh_prompts.py "$prompts/train/$name.jsonl" --limit "$limit" --output "$runs/$name.jsonl" \
         $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
 done
 mv "$runs/gsm8k_train.jsonl" "$runs/gsm8k_fresh.jsonl"
 cat "$runs"/self_instruct_{seed,user}.jsonl > "$runs/self_instruct_fresh.jsonl"
-$command calibrate --target smollm2 --drafter "$runs/drafter4/best" --prompts "$runs/gsm8k_fresh.jsonl" \
-    --prompts "$runs/self_instruct_fresh.jsonl" --max-new-tokens 128 --concurrency 32 --copying 64 --replace \
+"${PYTHON:-.venv/bin/python}" scripts/asked.py "$runs"/data-[1-4] --output "$runs/asked.jsonl"
+ask() { # KIND PROMPTS
+    grep "\"$1\"" scripts/smollm2_beginnings.jsonl > "$runs/$1.begin.jsonl"
+    $command data --target smollm2 --dtype fp32 --self-prompt "$2" --begin "$runs/$1.begin.jsonl" --self-tokens 160 --temperature 0 \
+        --max-new-tokens 1 --batch-size 64 --seed 11 --exclude "$runs/asked.jsonl" $(printf -- '--exclude %s ' "$prompts"/eval/*.jsonl) \
+        --output "$runs/data-$1"
+    "${PYTHON:-.venv/bin/python}" scripts/asked.py "$runs/data-$1" --output "$runs/$1.jsonl"
+}
+ask self-code 140
+ask self-stub 320
+$command calibrate --target smollm2 --drafter "$runs/drafter4/best" $(printf -- "--prompts $runs/%s.jsonl " \
+    gsm8k_fresh self_instruct_fresh self-code self-stub) --max-new-tokens 128 --concurrency 32 --copying 64 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)

@@ -81,6 +81,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = drafter.config.block_size if block_size is None else block_size
         self.copy_weights = weights_in_force(drafter.config, copying)
+        self.given = input_ids.shape[1]
         self.target_vocab_size = target.config.get_text_config(decoder=True).vocab_size
         self.cache = RowCache()
         self.cache.add_rows(1)
@@ -158,7 +159,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         if self.copy_weights is None:
             return None
         texts = Texts(input_ids.device)
-        texts.join([input_ids[0]])
+        texts.join([input_ids[0]], [self.given])
         return Copies(texts, None, self.copy_weights, length)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:

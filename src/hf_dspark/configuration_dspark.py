@@ -18,9 +18,12 @@ MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 BACKBONES = ("qwen3", "gemma4")
 # Copying: what a copy says about the drafter's own most likely token (no match, the same token, another one that wins against it, one that
-# loses), and what survival is read off for each: 1, the confidence head's logit, logit(lambda_m), logit(p_d) of that token.
+# loses), and what survival is read off for each: 1, the confidence head's logit, logit(lambda_m), logit(p_d) of that token, whether the
+# copy stands in the prompt, log-odds that the text goes on so where its last tokens stood before, whether it always does, and logit(p_d) of
+# the copy. Tables of the first four are read too.
 COPY_RELATIONS = ("none", "agrees", "wins", "loses")
-COPY_FEATURES = ("one", "confidence", "copy", "draft")
+COPY_FEATURES = ("one", "confidence", "copy", "draft", "prompt", "agreement", "unanimous", "drafted")
+_FEWEST_FEATURES = 4
 # Matches longer than this are as good as this long.
 LONGEST_COPY = 64
 _ROPE_KEYS = {
@@ -62,7 +65,7 @@ class DSparkConfig(Qwen3Config):
             3.2.1).
         copy_weights (`list[float]`, *optional*): lambda_1..lambda_M of copying: how far what followed an earlier occurrence of the last m
             tokens is drafted instead; None drafts from the heads alone. Not in the paper; see `hf_dspark.copying`.
-        copy_confidence (`list[list[float]]`, *optional*): `(4, 4)`, c_k where copies are drafted too.
+        copy_confidence (`list[list[float]]`, *optional*): `(4, 8)` or `(4, 4)`, c_k where copies are drafted too.
         backbone (`str`): `"qwen3"`, or `"gemma4"` (four norms a layer, unscaled scores, normed values, a scalar a layer).
         attention_k_eq_v (`bool`): values are the keys before norm and rotation; `"gemma4"` only.
         raw_embeddings (`bool`): read the target's embedding rows and logits as stored, without the scaling and soft-cap that some
@@ -360,7 +363,7 @@ def check_copying(weights: Sequence[float] | None, table: Sequence[Sequence[floa
 
     Args:
         weights (`list[float]`, *optional*): lambda_1..lambda_M in [0, 1); None is no copying.
-        table (`list[list[float]]`, *optional*): `(4, 4)`, finite; needs weights.
+        table (`list[list[float]]`, *optional*): `(4, 8)` or `(4, 4)`, finite; needs weights.
     Raises:
         ValueError: saying what is wrong.
     """
@@ -377,16 +380,21 @@ def check_copying(weights: Sequence[float] | None, table: Sequence[Sequence[floa
             f"copy_weights must be 1 to {LONGEST_COPY} probabilities below 1, for matches of 1, 2, .. tokens; got {weights}. Fit them "
             "with hf-dspark calibrate --copying."
         )
-    shape = (len(COPY_RELATIONS), len(COPY_FEATURES))
-    fits = table is None or (_listed(table, shape[0]) and all(_listed(row, shape[1]) and all(map(_number, row)) for row in table))
-    if not fits:
-        raise ValueError(
-            f"copy_confidence must hold {shape[0]} rows ({', '.join(COPY_RELATIONS)}) of {shape[1]} finite numbers; got {table}."
-        )
+    rows, widths = len(COPY_RELATIONS), (len(COPY_FEATURES), _FEWEST_FEATURES)
+    if table is None or (_listed(table, rows) and any(all(_numbers(row, width) for row in table) for width in widths)):
+        return
+    raise ValueError(
+        f"copy_confidence must hold {rows} rows ({', '.join(COPY_RELATIONS)}) of {widths[0]} finite numbers, or of {widths[1]}; got "
+        f"{table}. Calibrate again with hf-dspark calibrate --copying."
+    )
 
 
 def _listed(value: object, length: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == length
+
+
+def _numbers(value: object, length: int) -> bool:
+    return _listed(value, length) and all(map(_number, value))  # type: ignore[call-overload]
 
 
 def _number(value: object) -> bool:

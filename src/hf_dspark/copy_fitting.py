@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .configuration_dspark import COPY_RELATIONS
+from .configuration_dspark import COPY_FEATURES, COPY_RELATIONS
 
 # Lengths are pooled with the next longer ones until so many copies were seen: of fewer a weight would be noise.
 FEWEST_COPIES = 200
@@ -50,18 +50,19 @@ def _mixed(hits: np.ndarray, p_d: np.ndarray) -> float:
 def fit_copy_confidence(features: np.ndarray, survived: np.ndarray) -> list[list[float]]:
     """For each relation, the linear function of `COPY_FEATURES` whose sigmoid says best whether a token survives.
 
-    Where there is no copy that is the confidence head's own logit: it holds across domains, which a fit to one of them would not. The
-    others are pulled towards it by a small ridge, so that a relation that was hardly seen keeps it.
+    All are pulled towards the confidence head's own logit by a small ridge, so that a relation that was hardly seen keeps it. Fitted on one
+    domain they hold there only: give tokens of as many as the drafter is for, and about as many of each.
 
     Args:
-        features (`numpy.ndarray` of shape `(N, 5)`): relation, then `COPY_FEATURES`, of tokens whose predecessors stood.
+        features (`numpy.ndarray` of shape `(N, 9)`): relation, then `COPY_FEATURES`, of tokens whose predecessors stood.
         survived (`numpy.ndarray` of shape `(N,)`): 0 or 1.
     Returns:
-        `list[list[float]]` of shape `(4, 4)`.
+        `list[list[float]]` of shape `(4, 8)`.
     """
-    own = np.array([0.0, 1.0, 0.0, 0.0])
-    table = [own.tolist()]
-    for relation in range(1, len(COPY_RELATIONS)):
+    own = np.zeros(features.shape[1] - 1)
+    own[COPY_FEATURES.index("confidence")] = 1.0
+    table = []
+    for relation in range(len(COPY_RELATIONS)):
         of_it = features[:, 0] == relation
         x, y = features[of_it, 1:].astype(np.float64), survived[of_it].astype(np.float64)
         table.append([float(w) for w in _regressed(x, y, own)])

@@ -20,6 +20,10 @@ import torch
 from .configuration_dspark import COPY_RELATIONS, check_copying
 
 _NONE, _AGREES, _WINS, _LOSES = range(len(COPY_RELATIONS))
+# Earlier occurrences of so many of the last tokens say how much the text agrees with itself about what follows.
+_AGREEMENT_LENGTH = 2
+# Probabilities below this one are all the same to confidences.
+_LEAST_DRAFTED = 1e-3
 
 
 def weights_in_force(config: Any, copying: bool) -> list[float] | None:
@@ -44,11 +48,13 @@ class Texts:
     def __init__(self, device: torch.device) -> None:
         self.ids = torch.zeros(0, 0, dtype=torch.long, device=device)
         self.lengths: list[int] = []
+        self.given: list[int] = []
 
-    def join(self, prompts: Sequence[torch.Tensor]) -> None:
-        """Add a row for each prompt, ids of shape `(n_r,)`."""
+    def join(self, prompts: Sequence[torch.Tensor], given: Sequence[int] | None = None) -> None:
+        """Add a row for each prompt, ids of shape `(n_r,)`, of which the first `given[r]` are the user's; all where None."""
         first = len(self.lengths)
         self.lengths += [len(prompt) for prompt in prompts]
+        self.given += [len(prompt) for prompt in prompts] if given is None else given
         self._grow(len(self.lengths), max(self.lengths))
         for row, prompt in enumerate(prompts, first):
             self.ids[row, : len(prompt)] = prompt
@@ -66,6 +72,7 @@ class Texts:
         """Rows leave: place i is what was at `order[i]`."""
         self.ids = self.ids[torch.tensor(order, dtype=torch.long, device=self.ids.device)]
         self.lengths = [self.lengths[old] for old in order]
+        self.given = [self.given[old] for old in order]
 
     def _grow(self, rows: int, width: int) -> None:
         have_rows, have = self.ids.shape
@@ -93,6 +100,7 @@ class Copies:
         ids = texts.ids[: len(lengths)] if rows is None else texts.ids[torch.tensor(rows).to(device, non_blocking=True)]
         self.ids = torch.nn.functional.pad(ids[:, :width], (0, drafted), value=-1)
         self.ends = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
+        self.given = torch.tensor(texts.given if rows is None else [texts.given[row] for row in rows]).to(device, non_blocking=True)
         self.weights = torch.tensor([0.0, *weights], dtype=torch.float32).to(device, non_blocking=True)
         self.longest = len(weights)
         self.places = torch.arange(self.ids.shape[1], device=device)[None]
@@ -131,6 +139,12 @@ class Copies:
         self.tokens = self.ids.gather(1, (found + 1).clamp(max=self.ids.shape[1] - 1))[:, 0].clamp(min=0)
         self.lengths = length[:, 0]
         self.weight = self.weights[self.lengths]
+        self.from_prompt = found[:, 0] + 1 < self.given
+        # How many of the earlier places that say the same go on with the copy, and how many do not.
+        alike = earlier >= length.clamp(1, _AGREEMENT_LENGTH)
+        follows = torch.nn.functional.pad(self.ids[:, 1:], (0, 1), value=-1)
+        self.agreeing = (alike & (follows == self.tokens[:, None])).sum(1)
+        self.disagreeing = alike.sum(1) - self.agreeing
 
     def extend(self, tokens: torch.Tensor) -> None:
         """Go on behind `tokens`, ids of shape `(R,)`."""
@@ -151,6 +165,9 @@ class Copied:
         relation (`torch.LongTensor` of shape `(R, gamma)`): to the drafter's most likely token, an index into `COPY_RELATIONS`.
         best (`torch.Tensor` of shape `(R, gamma)`): log p_d of that token.
         p_d (`torch.Tensor` of shape `(R, gamma)`): of the copies themselves; 0 where the drafter cannot propose them.
+        from_prompt (`torch.BoolTensor` of shape `(R, gamma)`): whether they stand in what the user gave, not in the answer.
+        agreeing, disagreeing (`torch.LongTensor` of shape `(R, gamma)`): earlier places of the last two tokens (of one, where no two
+            stood before) that go on with the copy, and with something else.
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): logit of the confidence head.
     """
 
@@ -159,20 +176,22 @@ class Copied:
     relation: torch.Tensor
     best: torch.Tensor
     p_d: torch.Tensor
+    from_prompt: torch.Tensor
+    agreeing: torch.Tensor
+    disagreeing: torch.Tensor
     confidence: torch.Tensor | None = None
 
     @classmethod
-    def beside(cls, tokens: torch.Tensor, weights: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor, p_d: torch.Tensor) -> Copied:
-        """Of one position: tensors of shape `(R,)`; `agrees` where the copy is p_d's most likely token."""
+    def beside(cls, copies: Copies, weights: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor, p_d: torch.Tensor) -> Copied:
+        """Of the position that copies stand at: tensors of shape `(R,)`; `agrees` where the copy is p_d's most likely token."""
         wins = weights + (1 - weights) * p_d > (1 - weights) * best.exp()
         relation = torch.where(agrees, _AGREES, torch.where(wins, _WINS, _LOSES)).masked_fill(weights == 0, _NONE)
-        return cls(tokens, weights, relation, best, p_d)
+        return cls(copies.tokens, weights, relation, best, p_d, copies.from_prompt, copies.agreeing, copies.disagreeing)
 
     @classmethod
     def join(cls, positions: Sequence[Copied]) -> Copied:
         """Of a block, from its positions."""
-        names = ("tokens", "weights", "relation", "best", "p_d")
-        return cls(*(torch.stack([getattr(p, name) for p in positions], dim=1) for name in names))
+        return cls(*(torch.stack(tensors, dim=1) for tensors in zip(*(p._tensors()[:-1] for p in positions), strict=True)))
 
     @property
     def wins(self) -> torch.Tensor:
@@ -188,16 +207,20 @@ class Copied:
         return ((1 - self.weights)[..., None] * p_d).scatter_add_(-1, self.tokens[..., None], self.weights[..., None])
 
     def features(self) -> torch.Tensor:
-        """What survival is read off, `(R, gamma, 5)`: the relation, and behind it `COPY_FEATURES`.
+        """What survival is read off, `(R, gamma, 9)`: the relation, and behind it `COPY_FEATURES`, those of the copy 0 where none is.
 
         Raises:
             RuntimeError: without the confidence head's logits.
         """
         if self.confidence is None:
             raise RuntimeError("these copies were drafted without confidences; draft with_confidence=True")
-        odds = torch.logit(self.weights, eps=1e-6).masked_fill(self.weights == 0, 0.0)
         best = torch.logit(self.best.exp(), eps=1e-6)
-        return torch.stack([self.relation.float(), torch.ones_like(best), self.confidence, odds, best], dim=-1)
+        drafted = torch.logit(self.p_d, eps=_LEAST_DRAFTED)
+        agreement = torch.log((self.agreeing + 0.5) / (self.disagreeing + 0.5))
+        unanimous = (self.agreeing > 1) & (self.disagreeing == 0)
+        of_copy = torch.stack([torch.logit(self.weights, eps=1e-6), self.from_prompt, agreement, unanimous, drafted], dim=-1)
+        odds, *others = of_copy.masked_fill((self.weights == 0)[..., None], 0.0).unbind(-1)
+        return torch.stack([self.relation.float(), torch.ones_like(best), self.confidence, odds, best, *others], dim=-1)
 
     def on(self, rows: torch.Tensor) -> Copied:
         """Of other rows: place i holds what was at `rows[i]`."""
@@ -212,7 +235,8 @@ class Copied:
         return Copied(*(None if t is None else t.cpu() for t in self._tensors()))  # type: ignore[arg-type]
 
     def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.tokens, self.weights, self.relation, self.best, self.p_d, self.confidence
+        of_copy = self.from_prompt, self.agreeing, self.disagreeing
+        return self.tokens, self.weights, self.relation, self.best, self.p_d, *of_copy, self.confidence
 
 
 def adjusted(features: torch.Tensor, table: Sequence[Sequence[float]]) -> torch.Tensor:
@@ -221,10 +245,10 @@ def adjusted(features: torch.Tensor, table: Sequence[Sequence[float]]) -> torch.
     All of them are known before the token is drawn, as a budget's decisions must be.
 
     Args:
-        features (`torch.Tensor` of shape `(R, n, 5)`): of `Copied.features`.
-        table (`list[list[float]]` of shape `(4, 4)`): `COPY_RELATIONS` by `COPY_FEATURES`.
+        features (`torch.Tensor` of shape `(R, n, 9)`): of `Copied.features`.
+        table (`list[list[float]]` of shape `(4, 4)` or `(4, 8)`): `COPY_RELATIONS` by `COPY_FEATURES`, or by the first four of them.
     Returns:
         `torch.Tensor` of shape `(R, n)`.
     """
     rows = torch.tensor(table, dtype=features.dtype).to(features.device, non_blocking=True)[features[..., 0].long()]
-    return (rows * features[..., 1:]).sum(-1)
+    return (rows * features[..., 1 : 1 + rows.shape[-1]]).sum(-1)

@@ -440,7 +440,8 @@ class DecodingLoop:
         tokens = draw(scores.softmax(-1), self.generator) if self.sample else scores.argmax(-1)
         self.anchors = torch.cat([self.anchors, tokens])
         if self.copy_weights is not None:
-            self.texts.join([torch.cat([prompt, token]) for prompt, token in zip(prompts, tokens[:, None], strict=True)])
+            texts = [torch.cat([prompt, token]) for prompt, token in zip(prompts, tokens[:, None], strict=True)]
+            self.texts.join(texts, list(map(len, prompts)))
         gone = []
         is_sound, *host = torch.cat([self.sound(scores), tokens]).tolist()
         self.require_sound(is_sound)

@@ -43,16 +43,16 @@ def test_a_copy_that_is_always_right_leaves_p_d_a_say() -> None:
 
 
 def test_the_table_that_made_the_data_is_found() -> None:
-    """On 60,000 tokens within 0.15; where there is no copy, or a relation was never seen, it is the confidence head's own logit."""
+    """On 60,000 tokens within 0.15; for a relation that was never seen it is the confidence head's own logit."""
     random = RANDOM(1)
     count = 60_000
     relation = random.integers(0, 3, count)
     features = np.stack([relation, np.ones(count), random.normal(0, 2, count), random.normal(0, 1, count), -random.random(count)], axis=1)
-    table = np.array([[0.0, 1.0, 0.0, 0.0], [1.0, 0.4, 0.8, -0.5], [-1.0, 0.2, 1.0, 0.0]])
+    table = np.array([[0.2, 0.7, 0.0, 0.5], [1.0, 0.4, 0.8, -0.5], [-1.0, 0.2, 1.0, 0.0]])
     p = 1 / (1 + np.exp(-(table[relation] * features[:, 1:]).sum(axis=1)))
     found = fit_copy_confidence(features, random.random(count) < p)
     np.testing.assert_allclose(found[:3], table, atol=0.15)
-    assert found[0] == found[3] == [0.0, 1.0, 0.0, 0.0]
+    assert found[3] == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_separable_data_do_not_run_away() -> None:
@@ -60,6 +60,6 @@ def test_separable_data_do_not_run_away() -> None:
     features = np.zeros((400, 5))
     features[:, :2] = 1.0
     features[:, 2] = np.repeat([-1.0, 1.0], 200)
-    (_, row, *_) = fit_copy_confidence(features, features[:, 2] > 0)
+    row = fit_copy_confidence(features, features[:, 2] > 0)[1]
     assert np.isfinite(row).all()
     assert row[1] > 2.0

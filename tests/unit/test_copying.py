@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,21 +20,29 @@ from tests.tiny import VOCAB, tiny_drafter, tiny_target
 WEIGHTS = [0.1, 0.3, 0.5, 0.9]
 
 
+def agreed(text: list[int], end: int) -> int:
+    """How many tokens up to `end` are the text's last ones."""
+    length = 0
+    while length <= end and text[end - length] == text[len(text) - 1 - length]:
+        length += 1
+    return length
+
+
 def searched(text: list[int], longest: int) -> tuple[int, int]:
-    """The token after the last earlier occurrence of the longest suffix, and how long that is; by trying every place."""
-    best, token = 0, -1
+    """The length of the longest suffix that occurred before, and where the token after its last occurrence is; by trying every place."""
+    best, place = 0, -1
     for end in range(len(text) - 1):
-        length = 0
-        while length < longest and length <= end and text[end - length] == text[len(text) - 1 - length]:
-            length += 1
+        length = min(agreed(text, end), longest)
         if length and length >= best:
-            best, token = length, text[end + 1]
-    return best, token
+            best, place = length, end + 1
+    return best, place
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["step by step", "at once"])
 def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
-    """Over rows of any length, joined, appended to, reordered and drafted for, copies and their lengths are those of a search."""
+    """Over rows of any length, joined, appended to, reordered and drafted for, copies are those of a search: how long, from where, and how
+    often the text went on so.
+    """
     if at_once:
         # What runs on other devices than CPUs: taken for one by its name alone.
         class Elsewhere(Copies):
@@ -46,9 +56,10 @@ def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once
         rows = [[dice.randrange(alphabet) for _ in range(dice.randint(1, 30))] for _ in range(dice.randint(1, 5))]
         texts = Texts(torch.device("cpu"))
         half = len(rows) // 2
-        for part in (rows[:half], rows[half:]):
-            if part:
-                texts.join([torch.tensor(row) for row in part])
+        given = [dice.randint(1, len(row)) for row in rows]
+        for part in (slice(half), slice(half, None)):
+            if rows[part]:
+                texts.join([torch.tensor(row) for row in rows[part]], given[part])
         for _ in range(3):
             drawn = torch.tensor([[dice.randrange(alphabet) for _ in range(4)] for _ in rows])
             kept = [dice.randint(1, 4) for _ in rows]
@@ -57,18 +68,23 @@ def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once
         if len(rows) > 1:
             order = dice.sample(range(len(rows)), dice.randint(1, len(rows)))
             texts.keep(order)
-            rows = [rows[old] for old in order]
+            rows, given = [rows[old] for old in order], [given[old] for old in order]
         some = None if dice.random() < 0.5 else sorted(dice.sample(range(len(rows)), dice.randint(1, len(rows))))
         weights = [0.5 / (m + 1) for m in range(longest)]
         copies = Copies(texts, some, weights, 4)
-        looked_at = [list(rows[row]) for row in (range(len(rows)) if some is None else some)]
+        chosen = list(range(len(rows))) if some is None else some
+        looked_at = [list(rows[row]) for row in chosen]
         for _ in range(4):
             for place, row in enumerate(looked_at):
-                length, token = searched(row, longest)
+                length, source = searched(row, longest)
                 assert copies.lengths[place] == length
                 assert copies.weight[place] == pytest.approx(weights[length - 1] if length else 0.0)
                 if length:
-                    assert copies.tokens[place] == token
+                    assert copies.tokens[place] == row[source]
+                    assert copies.from_prompt[place] == (source < given[chosen[place]])
+                    alike = [row[end + 1] for end in range(len(row) - 1) if agreed(row, end) >= min(length, 2)]
+                    assert copies.agreeing[place] == alike.count(row[source])
+                    assert copies.disagreeing[place] == len(alike) - alike.count(row[source])
             more = [dice.randrange(alphabet) for _ in looked_at]
             copies.extend(torch.tensor(more))
             looked_at = [[*row, token] for row, token in zip(looked_at, more, strict=True)]
@@ -132,19 +148,23 @@ def test_greedy_drafts_take_the_most_likely_token_of_the_mixture() -> None:
         for k in range(drafter.config.block_size):
             latent, state = drafter.markov_head.step(torch.tensor([so_far[-1]]), h[:, k], state)
             p = (base[:, k] + drafter.markov_head.project(latent))[0].softmax(-1)
-            length, token = searched(so_far, 3)
+            length, source = searched(so_far, 3)
             if length:
                 p = (1 - weight) * p
-                p[token] += weight
+                p[so_far[source]] += weight
             assert block.tokens[0, k] == p.argmax()
             so_far.append(int(p.argmax()))
 
 
+@pytest.mark.parametrize("width", [4, 8])
 @torch.no_grad()
-def test_confidences_follow_the_table() -> None:
-    """c_k is read off the row of the table that belongs to the copy's relation to the draft, linear in the named features."""
+def test_confidences_follow_the_table(width: int) -> None:
+    """c_k is read off the row of the table that belongs to the copy's relation to the draft, linear in the named features; a table of the
+    first four of them leaves the others out.
+    """
     target = tiny_target()
     table = [[0.1, 1.0, 9.0, 0.2], [1.0, 0.5, 0.3, 0.1], [2.0, 0.1, 1.0, 0.0], [-1.0, 0.7, -0.2, 0.4]]
+    table = [[*row, 0.5 - r, 0.3 * r, 0.7, -0.2][:width] for r, row in enumerate(table)]
     drafter = tiny_drafter(target, copy_weights=[0.3, 0.6], copy_confidence=table).bind(target)
     block, _ = drafted(drafter, [5, 8, 13, 21, 5, 8], False, with_confidence=True)
     copied = block.copied
@@ -152,7 +172,10 @@ def test_confidences_follow_the_table() -> None:
         weight, relation = float(copied.weights[0, k]), int(copied.relation[0, k])
         odds = torch.logit(torch.tensor(weight)).item() if weight else 0.0
         best = float(torch.logit(copied.best[0, k].exp()))
-        one = [1.0, float(copied.confidence[0, k]), odds, best]
+        agree, differ = float(copied.agreeing[0, k]), float(copied.disagreeing[0, k])
+        of_copy = [float(copied.from_prompt[0, k]), math.log((agree + 0.5) / (differ + 0.5)), float(agree > 1 and not differ)]
+        of_copy.append(float(torch.logit(copied.p_d[0, k], eps=1e-3)))
+        one = [1.0, float(copied.confidence[0, k]), odds, best, *(of_copy if weight else [0.0] * 4)][:width]
         assert COPY_RELATIONS[relation] == ("none" if not weight else COPY_RELATIONS[relation])
         assert float(block.confidence_logits[0, k]) == pytest.approx(
             sum(a * b for a, b in zip(table[relation], one, strict=True)), abs=1e-4
@@ -163,10 +186,13 @@ def test_confidences_follow_the_table() -> None:
 def test_the_identity_table_leaves_confidences_alone() -> None:
     """A row 0, 1, 0, 0 gives the confidence head's own logit."""
     raw = torch.randn(3, 4)
-    copied = Copied(torch.zeros(3, 4).long(), torch.rand(3, 4), torch.randint(4, (3, 4)), -torch.rand(3, 4), torch.rand(3, 4), raw)
-    torch.testing.assert_close(adjusted(copied.features(), [[0.0, 1.0, 0.0, 0.0]] * 4), raw)
+    some = torch.rand(3, 4)
+    whole = torch.zeros(3, 4).long()
+    copied = Copied(whole, some, torch.randint(4, (3, 4)), -some, some, some > 0.5, whole + 2, whole, raw)
+    for more in (0, 4):
+        torch.testing.assert_close(adjusted(copied.features(), [[0.0, 1.0, 0.0, 0.0, *[0.0] * more]] * 4), raw)
     with pytest.raises(RuntimeError, match="with_confidence"):
-        Copied(torch.zeros(1, 1).long(), torch.rand(1, 1), torch.zeros(1, 1).long(), torch.zeros(1, 1), torch.zeros(1, 1)).features()
+        replace(copied, confidence=None).features()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +207,8 @@ def test_the_identity_table_leaves_confidences_alone() -> None:
         ({"copy_confidence": [[0.0] * 4] * 4}, "without copy_weights"),
         ({"copy_weights": [0.5], "copy_confidence": [[0.0] * 4] * 3}, "4 rows"),
         ({"copy_weights": [0.5], "copy_confidence": [[0.0] * 3] * 4}, "4 rows"),
+        ({"copy_weights": [0.5], "copy_confidence": [*[[0.0] * 8] * 3, [0.0] * 4]}, "of 8 finite numbers, or of 4"),
+        ({"copy_weights": [0.5], "copy_confidence": [[0.0] * 5] * 4}, "4 rows"),
         ({"copy_weights": [0.5], "copy_confidence": 4}, "4 rows"),
         ({"copy_weights": [0.5], "copy_confidence": [[float("inf")] * 4] * 4}, "finite"),
     ],
@@ -192,4 +220,4 @@ def test_what_is_no_copying_is_refused(fields: dict[str, object], message: str) 
     copying = {"weights": fields.get("copy_weights"), "confidence": fields.get("copy_confidence")}
     with pytest.raises(CheckpointError, match=message):
         check_calibration({"format": 1, "temperatures": [1.0] * 7, "copying": copying}, 7, "x")
-    assert len(COPY_FEATURES) == len(COPY_RELATIONS) == 4
+    assert (len(COPY_RELATIONS), len(COPY_FEATURES)) == (4, 8)

@@ -75,7 +75,7 @@ class Recorded:
     Attributes:
         rounds (`Rounds`): N of them.
         requests (`numpy.ndarray` of shape `(N,)`): whose each was.
-        features (`numpy.ndarray` of shape `(N, gamma, 5)`, *optional*): of `Copied.features`, where copies were drafted.
+        features (`numpy.ndarray` of shape `(N, gamma, 9)`, *optional*): of `Copied.features`, where copies were drafted.
     """
 
     rounds: Rounds

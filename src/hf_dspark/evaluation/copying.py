@@ -33,7 +33,7 @@ def observe_copies(
     ids = torch.tensor([*prompt, *answer], device=device)
     first, count = len(prompt), len(ids)
     texts = Texts(device)
-    texts.join([ids[: first + 1]])
+    texts.join([ids[: first + 1]], [first])
     copies = Copies(texts, None, [0.5] * longest, len(answer))
     lengths, tokens = torch.zeros_like(ids), torch.full_like(ids, -1)
     for place in range(first + 1, count):  # of the token that is to come
