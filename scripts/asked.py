@@ -27,7 +27,7 @@ def main() -> None:
     )
     prompts = []
     for path in [path for folder in args.folders for path in sorted(folder.glob("responses-*.jsonl"))]:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             row = json.loads(line)
             text = tokenizer.decode(row["ids"][: row["spans"][0][0]])
             if not (text.startswith(before) and text.endswith(after)):

@@ -8,7 +8,7 @@
 # responses/*.jsonl.gz in it, where there are any, are rows that the target wrote before, and are learnt from too.
 # RUNS: where data and runs go. ROWS of self-written prompts for the first MINUTES of training, MORE_ROWS and MORE_MINUTES for going on from
 # there (two processes of one thread each write them), THIRD_MINUTES and LAST_MINUTES for a third and fourth run on the same rows can be
-# set; so can LIMIT, the prompts of each kind that confidences are calibrated on.
+# set; so can LIMIT, the given prompts of each file that confidences are calibrated on, and with it those that the target asks itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prompts=${1:?PROMPTS} runs=${2:?RUNS}
@@ -56,12 +56,12 @@ cat "$runs"/self_instruct_{seed,user}.jsonl > "$runs/self_instruct_fresh.jsonl"
 ask() { # KIND PROMPTS
     grep "\"$1\"" scripts/smollm2_beginnings.jsonl > "$runs/$1.begin.jsonl"
     $command data --target smollm2 --dtype fp32 --self-prompt "$2" --begin "$runs/$1.begin.jsonl" --self-tokens 160 --temperature 0 \
-        --max-new-tokens 1 --batch-size 64 --seed 11 --exclude "$runs/asked.jsonl" $(printf -- '--exclude %s ' "$prompts"/eval/*.jsonl) \
-        --output "$runs/data-$1"
+        --max-new-tokens 1 --batch-size 64 --seed 11 --exclude "$runs/asked.jsonl" \
+        $(printf -- '--exclude %s ' "$prompts"/eval/*.jsonl "$prompts"/responses/*.jsonl.gz) --output "$runs/data-$1"
     "${PYTHON:-.venv/bin/python}" scripts/asked.py "$runs/data-$1" --output "$runs/$1.jsonl"
 }
-ask self-code 140
-ask self-stub 320
+ask self-code $((limit * 7 / 10))
+ask self-stub $((limit * 8 / 5)) # four in ten are cut off
 $command calibrate --target smollm2 --drafter "$runs/drafter4/best" $(printf -- "--prompts $runs/%s.jsonl " \
     gsm8k_fresh self_instruct_fresh self-code self-stub) --max-new-tokens 128 --concurrency 32 --copying 64 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)

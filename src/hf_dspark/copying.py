@@ -22,7 +22,7 @@ from .configuration_dspark import COPY_RELATIONS, check_copying
 _NONE, _AGREES, _WINS, _LOSES = range(len(COPY_RELATIONS))
 # Earlier occurrences of so many of the last tokens say how much the text agrees with itself about what follows.
 _AGREEMENT_LENGTH = 2
-# Probabilities below this one are all the same to confidences.
+# Probabilities of a copy below this one are all the same to confidences, and those within it of 1.
 _LEAST_DRAFTED = 1e-3
 
 
@@ -51,10 +51,10 @@ class Texts:
         self.given: list[int] = []
 
     def join(self, prompts: Sequence[torch.Tensor], given: Sequence[int] | None = None) -> None:
-        """Add a row for each prompt, ids of shape `(n_r,)`, of which the first `given[r]` are the user's; all where None."""
-        first = len(self.lengths)
-        self.lengths += [len(prompt) for prompt in prompts]
-        self.given += [len(prompt) for prompt in prompts] if given is None else given
+        """Add a row for each prompt, ids of shape `(n_r,)`, of which the first `given[r]` stood before the answer began; all where None."""
+        first, lengths = len(self.lengths), [len(prompt) for prompt in prompts]
+        self.lengths += lengths
+        self.given += [before for _, before in zip(lengths, lengths if given is None else given, strict=True)]
         self._grow(len(self.lengths), max(self.lengths))
         for row, prompt in enumerate(prompts, first):
             self.ids[row, : len(prompt)] = prompt
@@ -140,11 +140,15 @@ class Copies:
         self.lengths = length[:, 0]
         self.weight = self.weights[self.lengths]
         self.from_prompt = found[:, 0] + 1 < self.given
-        # How many of the earlier places that say the same go on with the copy, and how many do not.
-        alike = earlier >= length.clamp(1, _AGREEMENT_LENGTH)
-        follows = torch.nn.functional.pad(self.ids[:, 1:], (0, 1), value=-1)
-        self.agreeing = (alike & (follows == self.tokens[:, None])).sum(1)
-        self.disagreeing = alike.sum(1) - self.agreeing
+        self.earlier = earlier
+
+    def agreement(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many earlier places of the last two tokens go on with the copy, and how many do not, `(R,)` each; of the last token alone
+        where the two never stood together before.
+        """
+        alike = self.earlier >= self.lengths[:, None].clamp(1, _AGREEMENT_LENGTH)
+        agreeing = (alike[:, :-1] & (self.ids[:, 1:] == self.tokens[:, None])).sum(1)
+        return agreeing, alike.sum(1) - agreeing
 
     def extend(self, tokens: torch.Tensor) -> None:
         """Go on behind `tokens`, ids of shape `(R,)`."""
@@ -165,9 +169,8 @@ class Copied:
         relation (`torch.LongTensor` of shape `(R, gamma)`): to the drafter's most likely token, an index into `COPY_RELATIONS`.
         best (`torch.Tensor` of shape `(R, gamma)`): log p_d of that token.
         p_d (`torch.Tensor` of shape `(R, gamma)`): of the copies themselves; 0 where the drafter cannot propose them.
-        from_prompt (`torch.BoolTensor` of shape `(R, gamma)`): whether they stand in what the user gave, not in the answer.
-        agreeing, disagreeing (`torch.LongTensor` of shape `(R, gamma)`): earlier places of the last two tokens (of one, where no two
-            stood before) that go on with the copy, and with something else.
+        from_prompt (`torch.BoolTensor` of shape `(R, gamma)`): whether they stand before this answer, earlier turns included.
+        agreeing, disagreeing (`torch.LongTensor` of shape `(R, gamma)`): of `Copies.agreement`; 0 where no confidences are asked for.
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): logit of the confidence head.
     """
 
@@ -182,11 +185,16 @@ class Copied:
     confidence: torch.Tensor | None = None
 
     @classmethod
-    def beside(cls, copies: Copies, weights: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor, p_d: torch.Tensor) -> Copied:
-        """Of the position that copies stand at: tensors of shape `(R,)`; `agrees` where the copy is p_d's most likely token."""
+    def beside(
+        cls, copies: Copies, weights: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor, p_d: torch.Tensor, *, counted: bool
+    ) -> Copied:
+        """Of the position that copies stand at: tensors of shape `(R,)`; `agrees` where the copy is p_d's most likely token; `counted`
+        where confidences will be read off it.
+        """
         wins = weights + (1 - weights) * p_d > (1 - weights) * best.exp()
         relation = torch.where(agrees, _AGREES, torch.where(wins, _WINS, _LOSES)).masked_fill(weights == 0, _NONE)
-        return cls(copies.tokens, weights, relation, best, p_d, copies.from_prompt, copies.agreeing, copies.disagreeing)
+        counts = copies.agreement() if counted else (torch.zeros_like(copies.tokens),) * 2
+        return cls(copies.tokens, weights, relation, best, p_d, copies.from_prompt, *counts)
 
     @classmethod
     def join(cls, positions: Sequence[Copied]) -> Copied:

@@ -97,7 +97,7 @@ def draft_block(
         if copies is not None:
             best = prev if noise is None else drafter.to_target_ids(logits.argmax(-1))
             weights = copies.weight if allow is None else torch.where(allow(copies.tokens, k), copies.weight, 0.0)
-            copied = _compare(drafter, copies, weights, logits, best)
+            copied = _compare(drafter, copies, weights, logits, best, counted=with_confidence)
             takes = copied.wins if coins is None else coins[:, k] < copied.weights
             prev = torch.where(takes, copied.tokens, prev)
             mixed.append(copied)
@@ -124,11 +124,11 @@ def draft_block(
     return DraftBlock(drafted, confidence, p_d, drafter.draft_token_ids, drawn, raw, copied=record)
 
 
-def _compare(drafter: Any, copies: Copies, weights: torch.Tensor, logits: torch.Tensor, best: torch.Tensor) -> Copied:
+def _compare(drafter: Any, copies: Copies, weights: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, *, counted: bool) -> Copied:
     """One position's copies, `(R,)` each, beside the drafter's own distribution, processed logits `(R, V_draft)`, and its best token."""
     log_p = logits.log_softmax(-1)
     p_copy = drafter.values_at(log_p, copies.tokens, outside=float("-inf")).exp()
-    return Copied.beside(copies, weights, copies.tokens == best, log_p.amax(-1), p_copy)
+    return Copied.beside(copies, weights, copies.tokens == best, log_p.amax(-1), p_copy, counted=counted)
 
 
 def _temperatures(config: Any, copies: Copies | None) -> list[float] | None:

@@ -9,12 +9,13 @@ import torch
 from transformers import DynamicCache
 
 import hf_dspark
-from hf_dspark import CheckpointError, DSparkDrafter
+from hf_dspark import CheckpointError, DSparkDrafter, candidates
 from hf_dspark.budgets import make_budget
 from hf_dspark.candidates import stock_loop
 from hf_dspark.evaluation.serving import serve
 from hf_dspark.sharing.convert import convert
 from tests.integration.helpers import BUDGETS, NEVER, counts, left_padded, make_world, plain, speculate, talking_target
+from tests.searched import agreed, searched
 from tests.tiny import tiny_drafter, tiny_target
 
 WEIGHTS = [0.2, 0.5, 0.8]
@@ -115,6 +116,73 @@ def test_requests_that_join_and_leave_copy_from_their_own_text():
     for prompt, limit, answer in zip(prompts, limits, served.tokens, strict=True):
         alone = plain(target, left_padded([prompt]), max_new_tokens=limit)
         assert answer == alone[0, len(prompt) :].tolist()
+
+
+class Rounds:
+    """A listener that keeps what it hears."""
+
+    temperatures = None
+    wants_copies = True
+
+    def __init__(self):
+        self.heard = []
+
+    def learn(self, finished):
+        self.heard.append(finished)
+
+
+def test_confidences_hear_where_copies_stand():
+    """Served two at a time, of each round's first drafted token: whether its copy stands before the answer, and how often the text went on
+    so, are what a search of the request's own prompt and answer finds.
+    """
+    target, listener = talking_target(loudness=200.0), Rounds()
+    drafter = copying_drafter(target)
+    said = [plain(target, left_padded([prompt]), max_new_tokens=16)[0].tolist() for prompt in REPEATING[:3]]
+    # What the target will say stands there already, once or in two ways.
+    prompts = [*REPEATING, [*said[0], *said[0][:8]], [*said[1], 7, *said[1][4:9], 9, *said[1][:6]]]
+    served = serve(
+        target, drafter, prompts, concurrency=2, max_new_tokens=[40, 24, 33, 12, 40, 24], budget=make_budget("threshold:0.3"),
+        end_ids=[NEVER], listener=listener,
+    )  # fmt: skip
+    known = dict.fromkeys(range(len(prompts)), 1)  # committed tokens of each answer
+    kinds = set()
+    for finished in listener.heard:
+        for row, (request, accepted) in enumerate(zip(finished.requests, finished.accepted, strict=True)):
+            text = [*prompts[request], *served.tokens[request][: known[request]]]
+            known[request] += accepted + 1
+            length, source = searched(text, len(WEIGHTS))
+            copied = finished.copied
+            assert bool(copied.weights[row, 0]) == bool(length)
+            if length:
+                before = source < len(prompts[request])
+                follow = [text[end + 1] for end in range(len(text) - 1) if agreed(text, end) >= min(length, 2)]
+                assert copied.tokens[row, 0] == text[source]
+                assert copied.from_prompt[row, 0] == before
+                assert copied.agreeing[row, 0] == follow.count(text[source])
+                assert copied.disagreeing[row, 0] == len(follow) - follow.count(text[source])
+                kinds.add((before, len(set(follow)) > 1))
+    assert {True, False} == {before for before, _ in kinds} == {differs for _, differs in kinds}
+
+
+def test_the_stock_loop_knows_where_its_answer_began(monkeypatch):
+    """Its copies count as of the prompt up to there, round after round."""
+    target, began = talking_target(), []
+    drafter = copying_drafter(target)
+    draft = candidates.draft_block
+
+    def watched(*args, **options):
+        began.append(options["copies"].given.tolist())
+        return draft(*args, **options)
+
+    monkeypatch.setattr(candidates, "draft_block", watched)
+    hf_dspark.uninstall()
+    try:
+        with stock_loop(target, drafter, "full"):
+            speculate(target, drafter, left_padded([REPEATING[0]]))
+    finally:
+        hf_dspark.install()
+    assert len(began) > 1
+    assert began == [[len(REPEATING[0])]] * len(began)
 
 
 def test_copying_goes_with_the_calibration(tmp_path):

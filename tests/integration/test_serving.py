@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from hf_dspark import decoding
 from hf_dspark.budgets import make_budget
 from hf_dspark.calibration import FEWEST_ROUNDS
+from hf_dspark.configuration_dspark import COPY_FEATURES
 from hf_dspark.errors import CheckpointError, DataError
+from hf_dspark.evaluation.benchmark import Sampling
 from hf_dspark.evaluation.calibrating import calibrate, held_out, record_rounds
 from hf_dspark.evaluation.load import Contender, bench, summary
 from hf_dspark.evaluation.serving import Server, serve
@@ -187,6 +190,7 @@ def test_copying_is_fitted_with_the_calibration():
     again = copy.deepcopy(drafter).set_calibration(record)
     assert again.config.copy_weights == weights == drafter.config.copy_weights
     assert again.config.copy_confidence == record["copying"]["confidence"]
+    assert [len(row) for row in again.config.copy_confidence] == [len(COPY_FEATURES)] * 4
 
 
 def test_copying_can_be_fitted_away():
@@ -235,6 +239,31 @@ def test_the_benchmark_has_a_cell_for_everything():
     aware = max(("load-aware", "load-aware-lag2"), key=lambda name: cells[1, name]["tokens_per_s"])
     ratio = cells[1, aware]["tokens_per_s"] / cells[1, best]["tokens_per_s"]
     assert summary(record["cells"])[0]["load_aware_over_best_fixed"] == pytest.approx(ratio)
+
+
+def test_the_benchmark_judges_drawn_tokens_as_it_is_told():
+    """Its servers hand the rule to the loop, the record names it, and a rule that is none is refused before anything runs."""
+    target, drafter = pair()
+    rules = []
+
+    def one(verification: str) -> dict:
+        return bench(
+            target, drafter, many_prompts(4), end_ids=[NEVER], pad_id=0, concurrencies=[1], budgets=["full"], max_new_tokens=8, seconds=0.1,
+            repeats=1, sampling=Sampling(temperature=1.0), verification=verification,
+        )  # fmt: skip
+
+    original = decoding.accept_sampled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "accept_sampled", lambda *args, **kwargs: rules.append(kwargs["blockwise"]) or original(*args, **kwargs))
+        assert one("token")["settings"]["verification"] == "token"
+        assert rules
+        assert not any(rules)
+        rules.clear()
+        assert one("block")["settings"]["verification"] == "block"
+        assert rules
+        assert all(rules)
+    with pytest.raises(ValueError, match="'block'"):
+        bench(None, None, [], end_ids=[], pad_id=0, concurrencies=[], budgets=[], verification="blocks")
 
 
 def test_a_server_that_pauses_gives_the_texts_of_one_that_does_not():

@@ -287,6 +287,10 @@ def test_bench_writes_cells_and_plots(capsys, tmp_path, monkeypatch, tiny_pair, 
         "1",
         "--max-new-tokens",
         "8",
+        "--temperature",
+        "1",
+        "--verification",
+        "token",
     ]
     where = ["--json", str(out), "--plots", str(tmp_path / "plots"), "--dtype", "fp32", "--device", "cpu"]
     assert run(["bench", "--target", target, "--drafter", drafter, "--prompts", str(prompts), *arguments, *where]) == 0
@@ -297,6 +301,7 @@ def test_bench_writes_cells_and_plots(capsys, tmp_path, monkeypatch, tiny_pair, 
     assert {"tokens_per_s", "user_tokens_per_s_median", "user_tokens_per_s_p5", "tau", "verified_tokens_per_request"} <= set(
         record["cells"][0]
     )
+    assert (record["settings"]["temperature"], record["settings"]["verification"]) == (1.0, "token")
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["budget.png", "frontier.png"]
     assert "load-aware" in capsys.readouterr().out
 

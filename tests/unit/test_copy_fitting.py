@@ -47,12 +47,18 @@ def test_the_table_that_made_the_data_is_found() -> None:
     random = RANDOM(1)
     count = 60_000
     relation = random.integers(0, 3, count)
-    features = np.stack([relation, np.ones(count), random.normal(0, 2, count), random.normal(0, 1, count), -random.random(count)], axis=1)
-    table = np.array([[0.2, 0.7, 0.0, 0.5], [1.0, 0.4, 0.8, -0.5], [-1.0, 0.2, 1.0, 0.0]])
+    features = np.stack([relation, np.ones(count), *random.normal(0, 1, (7, count))], axis=1)
+    table = np.array(
+        [
+            [0.2, 0.7, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0],
+            [1.0, 0.4, 0.8, -0.5, 0.6, 0.3, -0.2, 0.1],
+            [-1.0, 0.2, 1.0, 0.0, -0.4, 0.5, 0.9, 0.2],
+        ]
+    )
     p = 1 / (1 + np.exp(-(table[relation] * features[:, 1:]).sum(axis=1)))
     found = fit_copy_confidence(features, random.random(count) < p)
     np.testing.assert_allclose(found[:3], table, atol=0.15)
-    assert found[3] == [0.0, 1.0, 0.0, 0.0]
+    assert found[3] == [0.0, 1.0, *[0.0] * 6]
 
 
 def test_separable_data_do_not_run_away() -> None:

@@ -15,27 +15,10 @@ from hf_dspark.configuration_dspark import COPY_FEATURES, COPY_RELATIONS
 from hf_dspark.copying import Copied, Copies, Texts, adjusted
 from hf_dspark.drafting import draft_block
 from hf_dspark.row_cache import RowCache
+from tests.searched import agreed, searched
 from tests.tiny import VOCAB, tiny_drafter, tiny_target
 
 WEIGHTS = [0.1, 0.3, 0.5, 0.9]
-
-
-def agreed(text: list[int], end: int) -> int:
-    """How many tokens up to `end` are the text's last ones."""
-    length = 0
-    while length <= end and text[end - length] == text[len(text) - 1 - length]:
-        length += 1
-    return length
-
-
-def searched(text: list[int], longest: int) -> tuple[int, int]:
-    """The length of the longest suffix that occurred before, and where the token after its last occurrence is; by trying every place."""
-    best, place = 0, -1
-    for end in range(len(text) - 1):
-        length = min(agreed(text, end), longest)
-        if length and length >= best:
-            best, place = length, end + 1
-    return best, place
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["step by step", "at once"])
@@ -83,8 +66,8 @@ def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once
                     assert copies.tokens[place] == row[source]
                     assert copies.from_prompt[place] == (source < given[chosen[place]])
                     alike = [row[end + 1] for end in range(len(row) - 1) if agreed(row, end) >= min(length, 2)]
-                    assert copies.agreeing[place] == alike.count(row[source])
-                    assert copies.disagreeing[place] == len(alike) - alike.count(row[source])
+                    assert copies.agreement()[0][place] == alike.count(row[source])
+                    assert copies.agreement()[1][place] == len(alike) - alike.count(row[source])
             more = [dice.randrange(alphabet) for _ in looked_at]
             copies.extend(torch.tensor(more))
             looked_at = [[*row, token] for row, token in zip(looked_at, more, strict=True)]
@@ -166,14 +149,20 @@ def test_confidences_follow_the_table(width: int) -> None:
     table = [[0.1, 1.0, 9.0, 0.2], [1.0, 0.5, 0.3, 0.1], [2.0, 0.1, 1.0, 0.0], [-1.0, 0.7, -0.2, 0.4]]
     table = [[*row, 0.5 - r, 0.3 * r, 0.7, -0.2][:width] for r, row in enumerate(table)]
     drafter = tiny_drafter(target, copy_weights=[0.3, 0.6], copy_confidence=table).bind(target)
-    block, _ = drafted(drafter, [5, 8, 13, 21, 5, 8], False, with_confidence=True)
+    prompt = [5, 8, 13, 21, 5, 8]
+    block, _ = drafted(drafter, prompt, False, with_confidence=True)
     copied = block.copied
     for k in range(drafter.config.block_size):
+        text = [*prompt, *block.tokens[0, :k].tolist()]
+        length, source = searched(text, 2)
+        follow = [text[end + 1] for end in range(len(text) - 1) if length and agreed(text, end) >= length]
+        agree = follow.count(text[source]) if length else 0
+        differ = len(follow) - agree
         weight, relation = float(copied.weights[0, k]), int(copied.relation[0, k])
+        assert bool(weight) == bool(length)
         odds = torch.logit(torch.tensor(weight)).item() if weight else 0.0
         best = float(torch.logit(copied.best[0, k].exp()))
-        agree, differ = float(copied.agreeing[0, k]), float(copied.disagreeing[0, k])
-        of_copy = [float(copied.from_prompt[0, k]), math.log((agree + 0.5) / (differ + 0.5)), float(agree > 1 and not differ)]
+        of_copy = [float(source < len(prompt)), math.log((agree + 0.5) / (differ + 0.5)), float(agree > 1 and not differ)]
         of_copy.append(float(torch.logit(copied.p_d[0, k], eps=1e-3)))
         one = [1.0, float(copied.confidence[0, k]), odds, best, *(of_copy if weight else [0.0] * 4)][:width]
         assert COPY_RELATIONS[relation] == ("none" if not weight else COPY_RELATIONS[relation])

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from hf_dspark.cli.options import Device, Drafter, Dtype, Json, Limit, MaxNewTokens, PromptFiles, Seed, Target, Temperature, TopP
+from hf_dspark.cli.options import (
+    Device,
+    Drafter,
+    Dtype,
+    Json,
+    Limit,
+    MaxNewTokens,
+    PromptFiles,
+    Seed,
+    Target,
+    Temperature,
+    TopP,
+    Verification,
+)
 
 DEFAULT_BUDGETS = "plain,full,static:1,static:2,static:4,threshold:0.5,load-aware,load-aware-lag2"
 
@@ -125,6 +138,7 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: Seed = 0,
+    verification: Verification = "block",
 ) -> None:
     """Compare budgets under load: total tokens a second and tokens a second per user, with N requests in flight.
 
@@ -151,4 +165,5 @@ def bench(
         dtype=dtype,
         device=device,
         seed=seed,
+        verification=verification,
     )

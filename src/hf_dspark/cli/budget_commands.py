@@ -157,6 +157,7 @@ def run_bench(
     dtype: str,
     device: str,
     seed: int,
+    verification: str,
 ) -> None:
     """Measures, writes, prints a table, draws."""
     sampling = Sampling(temperature, top_p)
@@ -183,6 +184,7 @@ def run_bench(
             seconds=seconds,
             repeats=repeats,
             seed=seed,
+            verification=verification,
             on_cell=lambda *_: advance(1),
         )
     record = {"target": target_name, "drafter": drafter_name, "prompt_files": [path.name for path in prompts], "limit": limit, **record}

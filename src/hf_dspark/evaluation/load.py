@@ -26,7 +26,7 @@ from hf_dspark.load_aware import LoadAwareBudget
 from hf_dspark.online import OnlineCalibration
 from hf_dspark.profiling import CostProfile
 from hf_dspark.scheduling import FinishedRound, StaticBudget
-from hf_dspark.verification import DEFAULT_VERIFICATION
+from hf_dspark.verification import DEFAULT_VERIFICATION, check_verification
 
 # Contenders that are no budgets: this loop without drafting, transformers' batched call, and its lookup decoding.
 PLAIN, GENERATE, LOOKUP = "plain", "generate", "prompt-lookup"
@@ -159,6 +159,7 @@ def bench(
     repeats: int = 24,
     seed: int = 0,
     costs: Costs | None = None,
+    verification: str = DEFAULT_VERIFICATION,
     on_cell: Callable[[int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure contenders at several concurrencies.
@@ -177,10 +178,12 @@ def bench(
             take every fourth, for `seconds` at least.
         seed (`int`): of draws.
         costs (`Costs`, *optional*): what rounds cost; the remembered profile by default.
+        verification (`str`): how drawn tokens are judged, `"block"` or `"token"`; the remembered profile is of the first.
         on_cell (`Callable`, *optional*): called after each turn, the thrown away ones too.
     Returns:
         `dict`: `cells`, `summary`, and all that is needed to repeat it.
     """
+    check_verification(verification)
     sampling = sampling or Sampling()
     contenders = [Contender(name) for name in budgets]
     drafter.bind(target)
@@ -189,7 +192,7 @@ def bench(
         profile = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=not sampling.greedy)
         costs = profile.costs(not sampling.greedy)
     tell = on_cell or (lambda *_: None)
-    runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs)
+    runner = _Runner(target, drafter, prompts, list(end_ids), pad_id, sampling, max_new_tokens, seed, costs, verification)
     cells = {(n, c.name): _Cell() for n in concurrencies for c in contenders if c.name != LOOKUP or n == 1}
     if not all(any(name == c.name for _, name in cells) for c in contenders):
         raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
@@ -219,7 +222,7 @@ def bench(
             "budgets": list(budgets),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "verification": DEFAULT_VERIFICATION,
+            "verification": verification,
             "max_new_tokens": max_new_tokens,
             "seconds": seconds,
             "turns_end_by": "tokens",
@@ -347,6 +350,7 @@ class _Runner:
     max_new_tokens: int
     seed: int
     costs: Costs | None
+    verification: str
 
     def server(self, contender: Contender, concurrency: int, seconds: float) -> Server:
         """A contender with requests for so many seconds, whatever its speed; those in flight at first are of all ages."""
@@ -369,6 +373,7 @@ class _Runner:
             top_p=self.sampling.top_p,
             seed=self.seed,
             listener=_listener(contender, self.drafter.config) if listens else None,
+            verification=self.verification,
         )
 
     def _costs(self) -> Costs:
