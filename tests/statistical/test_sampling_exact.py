@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import hf_dspark
-from hf_dspark import decoding, verification
+from hf_dspark import decoding, drafting, verification
 from hf_dspark.candidates import stock_loop
+from hf_dspark.copying import adjusted
 from hf_dspark.row_cache import RowLayout
 from hf_dspark.scheduling import Budget, Drafts
 from hf_dspark.verification import DraftBlock, Verdict
@@ -371,6 +372,18 @@ def test_a_verifier_that_knows_no_copies_is_caught(monkeypatch: pytest.MonkeyPat
 def test_a_budget_that_peeks_is_caught(head: str) -> None:
     """Letting x_k decide whether x_k is verified biases the output, and the test sees it."""
     assert fit_batch(CONTROL, drafter(head), PeekingBudget(), seed=31).p_value < ALARM
+
+
+def test_a_confidence_that_knows_the_next_copy_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What copies say one position later follows from x_k, so it must not decide whether x_k is verified; the test sees where it does."""
+    draft = drafter("gated", copying=True)
+    assert fit_batch(CONTROL, draft, "threshold:0.5", seed=31).p_value > ALARM
+
+    def too_late(features: torch.Tensor, table: Any) -> torch.Tensor:
+        return adjusted(torch.cat([features[:, 1:], features[:, -1:]], dim=1), table)
+
+    monkeypatch.setattr(drafting, "adjusted", too_late)
+    assert fit_batch(CONTROL, draft, "threshold:0.5", seed=31).p_value < ALARM
 
 
 @pytest.mark.parametrize("wrong", [forgets_p_d, wrong_rows_p_d])
