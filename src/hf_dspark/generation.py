@@ -121,7 +121,7 @@ def generate_batch(
             "one has none. Use 'full' or 'static:N'."
         )
     if options.online is not None:
-        options.online.check(drafter.config, options.copying)
+        options.online.check(drafter.config, options.copying, options.verification if generation_config.do_sample else None)
     block_size = _block_size(drafter, options)
     _check_placement(model, drafter)
     drafter.bind(model)

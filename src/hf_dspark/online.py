@@ -70,20 +70,28 @@ class OnlineCalibration:
         self.seen = 0
         self._next_look = every
         self._block_size = 0
+        self._verification: str | None = None
         self._copying: tuple[list[float] | None, list[list[float]] | None] = (None, None)
         self._logits = np.empty((0, 0))
         self._judged = np.empty(0, dtype=np.int64)
         self._accepted = np.empty(0, dtype=np.int64)
 
-    def check(self, config: Any, copying: bool = True) -> None:
+    def check(self, config: Any, copying: bool = True, verification: str | None = None) -> None:
         """Fit this object to a drafter: its temperatures are where the first call begins, or ones where they do not hold.
 
         Args:
             config (`DSparkConfig`): of the drafter.
             copying (`bool`): whether it drafts the copies that it has weights for.
+            verification (`str`, *optional*): how drawn tokens are judged; None where none are drawn.
         Raises:
-            ValueError: if the object has watched a drafter with another block size, or one that copies otherwise.
+            ValueError: if the object has watched a drafter with another block size, one that copies otherwise, or drawn tokens that were
+                judged otherwise.
         """
+        if None not in (self._verification, verification) and self._verification != verification:
+            raise ValueError(
+                f"This OnlineCalibration has watched drawn tokens judged by verification={self._verification!r}, of which others survive "
+                f"than with {verification!r}. Use one object for each."
+            )
         copies = (config.copy_weights, config.copy_confidence) if copying else (None, None)
         if self._block_size and self._copying != copies:
             raise ValueError(
@@ -95,6 +103,7 @@ class OnlineCalibration:
                 f"This OnlineCalibration has watched blocks of {self._block_size} tokens; the drafter's have {config.block_size}. "
                 "Use one object for each drafter."
             )
+        self._verification = verification or self._verification
         if not self._block_size:
             self._block_size = config.block_size
             self._copying = copies

@@ -269,6 +269,25 @@ def test_online_calibration_keeps_the_copies_that_its_temperatures_hold_with():
     assert "copying" not in without.record()
 
 
+def test_online_calibration_watches_one_way_of_judging():
+    """Of tokens judged over the block others survive than one by one, so one object is refused both; greedy calls may share it."""
+    target = talking_target()
+    drafter, online = tiny_drafter(target), hf_dspark.OnlineCalibration()
+
+    def call(verification, do_sample):
+        hf_dspark.generate(
+            target, drafter, **left_padded(REPEATING), max_new_tokens=4, eos_token_id=NEVER, budget="full", online_calibration=online,
+            verification=verification, do_sample=do_sample,
+        )  # fmt: skip
+
+    call("token", False)
+    call("block", True)
+    call("token", False)
+    call("block", True)
+    with pytest.raises(ValueError, match="verification='block'"):
+        call("token", True)
+
+
 def test_only_processors_that_go_by_token_forbid_copies():
     """A penalised, suppressed or repeated n-gram's token is ruled out or not by what that processor says of it; top-k is not asked."""
     from transformers.generation import logits_process as lp
