@@ -265,8 +265,8 @@ def test_in_float32_too_the_load_aware_budget_beats_verifying_everything_in_a_cr
 
 
 def test_load_aware_is_at_least_as_fast_as_the_best_fixed_choice() -> None:
-    """0.98 of the best of plain, full and static ones in the same run and more at four loads of six; at the two others, where it falls short,
-    chance alone could have made it so: 90% of draws of turns reach 1.
+    """0.98 of the best of plain, full and static ones in the same run and more at four loads of six; at the two others, where it falls
+    short, chance alone could have made it so: the interval that holds 90% of draws of turns reaches 1.
     """
     rows = {row["concurrency"]: row for row in result("bench_fp32")["summary"]}
     met = {n for n, row in rows.items() if number(row, "load_aware_over_best_fixed") >= 0.98}
