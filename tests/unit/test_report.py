@@ -476,6 +476,16 @@ def test_the_table_of_a_calibration(folder):
     assert body[1][0] == "b"
 
 
+def test_a_calibration_on_several_files_tells_their_error_together_too(tmp_path):
+    """Behind those of each, before those of other domains: bins of more rounds are less noisy."""
+    better = {**_JUDGED["after"], "rounds": 1800, "ece": 0.009}
+    record = {**CALIBRATION, "files": {"a": _JUDGED, "c": _JUDGED}, "before": _JUDGED["before"], "after": better}
+    (tmp_path / "calibration.json").write_text(json.dumps(record), encoding="utf-8")
+    body = rows(render("calibration", tmp_path / "calibration.json"))[2:]
+    assert [row[0] for row in body] == ["a, held out", "c, held out", "all of these together", "b"]
+    assert body[2][1:4] == ["1800", "5.0%", "0.9%"]
+
+
 def test_the_table_of_a_replay(folder):
     """Throughput of each budget, and the best load-aware one over the best fixed one: 60 over 50 tokens a second."""
     body = rows(render("replay", folder / "replay.json"))[2:]

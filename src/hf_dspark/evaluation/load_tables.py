@@ -95,7 +95,8 @@ def _rate(cell: Mapping[str, Any]) -> str:
 
 def render_calibration(record: Mapping[str, Any]) -> str:
     """Calibration error, AUC and Brier score before and after, from `calibration.json`."""
-    parts = {**{f"{name}, held out": part for name, part in record["files"].items()}, **record["others"]}
+    together = {"all of these together": record} if len(record["files"]) > 1 else {}
+    parts = {**{f"{name}, held out": part for name, part in record["files"].items()}, **together, **record["others"]}
     table = markdown_table(
         ["prompts", "rounds", "ECE before", "ECE after", "AUC", "Brier before", "Brier after", "ECE after, by position"],
         [
