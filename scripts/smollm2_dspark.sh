@@ -61,7 +61,7 @@ ask() { # KIND PROMPTS
     "${PYTHON:-.venv/bin/python}" scripts/asked.py "$runs/data-$1" --output "$runs/$1.jsonl"
 }
 ask self-code $((limit * 7 / 10))
-ask self-stub $((limit * 8 / 5)) # four in ten are cut off
+ask self-stub $((limit * 8 / 5)) # many are cut off
 $command calibrate --target smollm2 --drafter "$runs/drafter4/best" $(printf -- "--prompts $runs/%s.jsonl " \
     gsm8k_fresh self_instruct_fresh self-code self-stub) --max-new-tokens 128 --concurrency 32 --copying 64 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)

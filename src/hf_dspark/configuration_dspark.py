@@ -19,8 +19,8 @@ STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 BACKBONES = ("qwen3", "gemma4")
 # Copying: what a copy says about the drafter's own most likely token (no match, the same token, another one that wins against it, one that
 # loses), and what survival is read off for each: 1, the confidence head's logit, logit(lambda_m), logit(p_d) of that token, whether the
-# copy stands in the prompt, log-odds that the text goes on so where its last tokens stood before, whether it always does, and logit(p_d) of
-# the copy. Tables of the first four are read too.
+# copy stands before the answer, log-odds that the text goes on so where its last tokens stood before, whether it always does, and
+# logit(p_d) of the copy. Tables of the first four are read too.
 COPY_RELATIONS = ("none", "agrees", "wins", "loses")
 COPY_FEATURES = ("one", "confidence", "copy", "draft", "prompt", "agreement", "unanimous", "drafted")
 _FEWEST_FEATURES = 4

@@ -54,7 +54,7 @@ class Texts:
         """Add a row for each prompt, ids of shape `(n_r,)`, of which the first `given[r]` stood before the answer began; all where None."""
         first, lengths = len(self.lengths), [len(prompt) for prompt in prompts]
         self.lengths += lengths
-        self.given += [before for _, before in zip(lengths, lengths if given is None else given, strict=True)]
+        self.given += lengths if given is None else given
         self._grow(len(self.lengths), max(self.lengths))
         for row, prompt in enumerate(prompts, first):
             self.ids[row, : len(prompt)] = prompt
