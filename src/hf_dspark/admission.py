@@ -15,7 +15,7 @@ from .costs import PassCosts
 
 def survivals(confidence: np.ndarray) -> np.ndarray:
     """a_j = prod_{i<=j} c_i, `(R, n)`, float64; a confidence that is not a number ends the row."""
-    return np.cumprod(np.nan_to_num(confidence.astype(np.float64), nan=0.0), axis=1)
+    return np.cumprod(np.where(np.isnan(confidence), 0.0, confidence.astype(np.float64)), axis=1)
 
 
 def admission_order(survival: np.ndarray) -> np.ndarray:

@@ -170,12 +170,14 @@ class DecodingLoop:
         # Taps of committed tokens that the drafter has not read yet, by row: it catches up when it next drafts.
         self.unread: dict[int, list[torch.Tensor]] = {}
         self.unread_tokens = 0
+        self._ended: float | None = None  # when the last round was over
 
     # ------------------------------------------------------------------------------------------------------------- one round
 
     def round(self) -> None:
         """Draft, budget, verify, accept, commit: paper section 2, DSPARK.md steps 2-8."""
         began, drafted_before = time.perf_counter(), self.watch.so_far("draft")
+        waited = 0.0 if self._ended is None else began - self._ended
         starts = list(self.context.target.lengths)
         live = self.look()
         proposal = self.propose(live)
@@ -196,11 +198,12 @@ class DecodingLoop:
         draft_s = None if drafted_before is None else (self.watch.so_far("draft") or 0.0) - drafted_before
         over = FinishedRound(
             live.requests, tuple(drafted), tuple(lengths), tuple(accepted), tuple(judged), confidence, raw,
-            time.perf_counter() - began, draft_s, copied,
+            time.perf_counter() - began, draft_s, copied, waited,
         )  # fmt: skip
         self.budget.learn(over)
         if self.listener is not None:
             self.listener.learn(over)
+        self._ended = time.perf_counter()
 
     def look(self) -> LiveRows:
         """The live rows as the budget sees them; a row's last token comes from the target itself, so it has room for one less."""

@@ -10,6 +10,7 @@ Source: the Kalman filter (Kalman 1960) of random walks in the logarithms of tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,6 +21,9 @@ from .scheduling import FinishedRound
 # Standard deviations, in logarithms. By which the factors walk from one round to the next: the machine's speed, and what belongs to passes
 # of some size, to tokens or to drafts.
 _SPEED_WALK, _SHARE_WALK = 0.015, 0.003
+# By how much the speed may have changed after a pause that is long beside so many seconds; on two virtual cores of a busy machine the same
+# matrix products took times that differed by 9% one second apart, by 18% twenty seconds apart.
+_PAUSE_WALK, _PAUSE_SECONDS = 0.15, 3.0
 # .. and by which the profile may be wrong about them.
 _SPEED_AT_FIRST, _SHARE_AT_FIRST = 0.5, 0.35
 # What a round took beyond its estimate counts up to so many times the usual distance: a machine that was busy for a moment is not slow.
@@ -60,11 +64,10 @@ class _Factors:
         """The place of the known size that is nearest."""
         return None if not self.sizes else self.sizes[min(self.sizes, key=lambda other: abs(other - size))]
 
-    def walk(self) -> None:
-        """A round has passed."""
-        steps = np.full(len(self.logs), _SHARE_WALK**2)
-        steps[_SPEED] = _SPEED_WALK**2
-        self.spread[np.diag_indices_from(self.spread)] += steps
+    def walk(self, waited: float) -> None:
+        """A round has passed, and so many seconds before it."""
+        self.spread.flat[:: len(self.logs) + 1] += _SHARE_WALK**2
+        self.spread[_SPEED, _SPEED] += _SPEED_WALK**2 - _SHARE_WALK**2 - _PAUSE_WALK**2 * math.expm1(-waited / _PAUSE_SECONDS)
 
     def hear(self, kind: str, beyond: float, slopes: Mapping[int, float], *, at_most: bool = False) -> None:
         """An observation.
@@ -79,14 +82,13 @@ class _Factors:
         if at_most and beyond >= 0:
             return
         self.usual[kind] = max(usual + 0.05 * (min(abs(beyond), 2 * _FAR * usual) - usual), _LEAST_USUAL)
-        told = float(np.clip(beyond, -_FAR * usual, _FAR * usual))
-        slope = np.zeros(len(self.logs))
-        slope[list(slopes)] = list(slopes.values())
-        seen = self.spread @ slope
+        told = min(max(beyond, -_FAR * usual), _FAR * usual)
+        places, slope = list(slopes), np.array(list(slopes.values()))
+        seen = self.spread[:, places] @ slope
         # One that is far off is as uncertain as it is far.
-        gain = seen / (slope @ seen + usual**2 * (beyond / told if told else 1.0))
-        self.logs = self.logs + gain * told
-        self.spread = self.spread - np.outer(gain, seen)
+        gain = seen / (float(slope @ seen[places]) + usual**2 * (beyond / told if told else 1.0))
+        self.logs += gain * told
+        self.spread -= gain[:, None] * seen
 
 
 class FollowedCosts(Costs):
@@ -102,6 +104,7 @@ class FollowedCosts(Costs):
         self.table = costs
         self._known = _Factors()
         self._behind: set[int] = set()  # requests that the drafter has to catch up with before it drafts for them
+        self._found: dict[int, tuple[float, float, float]] = {}  # factors since the last round, by rows
 
     def factors(self, rows: int) -> tuple[float, float, float]:
         """By which a pass without drafted tokens, what tokens add to it, and drafting are dearer than the table says.
@@ -109,11 +112,15 @@ class FollowedCosts(Costs):
         Args:
             rows (`int`): live rows.
         """
-        logs, place = self._known.logs, self._known.nearest(rows.bit_length())
-        base, share = (0.0, 0.0) if place is None else logs[place : place + 2]
-        speed = logs[_SPEED]
-        base, token, draft = np.clip(np.exp([speed + base, speed + base + share, speed + logs[_DRAFT]]), _LEAST, _MOST).tolist()
-        return base, token, draft
+        if rows not in self._found:
+            logs, place = self._known.logs.tolist(), self._known.nearest(rows.bit_length())
+            base, share = (0.0, 0.0) if place is None else logs[place : place + 2]
+            speed = logs[_SPEED]
+            base, token, draft = (
+                min(max(math.exp(log), _LEAST), _MOST) for log in (speed + base, speed + base + share, speed + logs[_DRAFT])
+            )
+            self._found[rows] = base, token, draft
+        return self._found[rows]
 
     def passes(self, rows: int, context_tokens: int = 0) -> PassCosts:
         base, token, _ = self.factors(rows)
@@ -132,28 +139,30 @@ class FollowedCosts(Costs):
         if finished.seconds is None:
             return
         rows, known = len(finished.requests), self._known
+        self._found.clear()
         drafted = {request for request, length in zip(finished.requests, finished.drafted, strict=True) if length}
         # The table's drafts read what one round committed; one that reads more is dearer for no fault of the machine.
         catches_up = bool(drafted & self._behind)
         self._behind = set(finished.requests) - drafted
         table, place = self.table.passes(rows, context_tokens), known.place(rows.bit_length())
-        known.walk()
+        known.walk(finished.waited_seconds)
         first = float(table.verify_s[0])
         added = max(float(table.verify_s[sum(finished.verified)] + table.wide_s[max(finished.verified)]) - first, 0.0)
         draft = self.table.draft_s(len(drafted), max(finished.drafted))
-        speed, base, share = known.logs[_SPEED], known.logs[place], known.logs[place + 1]
-        plain_s, tokens_s, draft_s = np.exp([speed + base, speed + base + share, speed + known.logs[_DRAFT]]) * [first, added, draft]
+        logs = known.logs.tolist()
+        plain_s, draft_s = first * math.exp(logs[_SPEED] + logs[place]), draft * math.exp(logs[_SPEED] + logs[_DRAFT])
+        tokens_s = added * math.exp(logs[_SPEED] + logs[place] + logs[place + 1])
         pass_s = plain_s + tokens_s
         if finished.draft_seconds is None:  # not known apart
             took, expected = finished.seconds, pass_s + draft_s
             slopes = {_SPEED: 1.0, _DRAFT: draft_s / expected, place: pass_s / expected, place + 1: tokens_s / expected}
-            known.hear("round", float(np.log(max(took, _LEAST_PASS * first) / expected)), slopes, at_most=catches_up)
+            known.hear("round", math.log(max(took, _LEAST_PASS * first) / expected), slopes, at_most=catches_up)
             return
         took = max(finished.seconds - finished.draft_seconds, _LEAST_PASS * first)
-        known.hear("pass", float(np.log(took / pass_s)), {_SPEED: 1.0, place: 1.0, place + 1: tokens_s / pass_s})
+        known.hear("pass", math.log(took / pass_s), {_SPEED: 1.0, place: 1.0, place + 1: tokens_s / pass_s})
         if draft > 0 and finished.draft_seconds > 0:
-            expected = draft * np.exp(known.logs[_SPEED] + known.logs[_DRAFT])
-            beyond = float(np.log(finished.draft_seconds / expected))
+            expected = draft * math.exp(known.logs[_SPEED] + known.logs[_DRAFT])
+            beyond = math.log(finished.draft_seconds / expected)
             known.hear("draft", beyond, {_SPEED: 1.0, _DRAFT: 1.0}, at_most=catches_up)
 
 

@@ -21,6 +21,8 @@ from .followed_costs import FollowedCosts
 from .outlook import FIRST_REST, Memory, outlook
 from .scheduling import Budget, Drafts, FinishedRound, LiveRows, Proposal, check_cap, require_confidence
 
+# Draft lengths to choose from, beside the whole block.
+_LENGTHS = (1, 2, 3, 5)
 # What rests is tried again after FIRST_REST rounds, then after twice as many, up to this.
 LONGEST_REST = 64
 # Where shorter blocks pay, the whole block is drafted once in this many rounds, to see what lies behind the cut.
@@ -29,10 +31,11 @@ _WHOLE_BLOCK_EVERY = 64
 # is guessed from few blocks of each, and what was chosen for its promise keeps less of it. A row more costs little beside the others.
 _WORTH_CHOOSING = 1.03
 # Who follows costs must see what a plain round takes, too: after so many drafted rounds one is plain, then after twice as many, up to the
-# limit.
+# limit; after that many at once where drafting promises so many times the tokens.
 _FIRST_PLAIN_ROUND, _PLAIN_ROUND_EVERY = 8, 128
+_CLEARLY = 1.2
 # As long as the same rows are live and known, what to draft is thought over once in so many rounds: survivals of a row change slowly.
-_REVIEW_EVERY = 4
+_REVIEW_EVERY = 8
 # Close to the break-even followed costs, which are noisy, decide by chance: then not drafting is taken, which costs what it costs.
 _WORTH_DRAFTING = 1.02
 
@@ -85,6 +88,8 @@ class LoadAwareBudget(Budget):
         self._context_tokens = 0
         self._plain_wait = self._next_plain = _FIRST_PLAIN_ROUND
         self._decided: _Decision | None = None
+        self._planned: tuple[Any, np.ndarray] | None = None  # confidences of the last plan, and their survivals
+        self._clear = False
 
     def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
         fresh = copy.copy(self)
@@ -139,7 +144,7 @@ class LoadAwareBudget(Budget):
         plain = rows / passes.verify_s[0]
         limits = np.minimum(live.room, gamma)
         how: dict[str, Any] = {"room": room, "early_stop": self.early_stop}
-        lengths = sorted({n for n in (1, 2, 4) if n < gamma} | {gamma})
+        lengths = sorted({n for n in _LENGTHS if n < gamma} | {gamma})
         everyone = outlook(samples, limits, passes, costs.draft_s, lengths, **how)
         choice, best, self._start = Proposal(everyone.length), everyone.rate, everyone.start
         for part, factor in ((everyone.hopeful | ~memory.known(live.requests), 1.0), (everyone.net_s > 0, _WORTH_CHOOSING)):
@@ -152,7 +157,7 @@ class LoadAwareBudget(Budget):
         if best <= plain * (_WORTH_DRAFTING if self.follow_costs else 1.0):
             self._resting, self._probe_length = live.requests, everyone.length
             return self._probe_batch(gamma)
-        self._idle, self._rest = 0, FIRST_REST
+        self._idle, self._rest, self._clear = 0, FIRST_REST, best > _CLEARLY * plain
         self._decided = _Decision(live.requests, gamma, choice, _REVIEW_EVERY - 1 if memory.known(live.requests).all() else 0)
         return self._draft(self._usually(live, choice, gamma))
 
@@ -160,7 +165,8 @@ class LoadAwareBudget(Budget):
         """A choice, but now and then what tells more."""
         self._plain_wait -= self.follow_costs
         if self._plain_wait == 0:
-            self._plain_wait = self._next_plain = min(2 * self._next_plain, _PLAIN_ROUND_EVERY)
+            self._next_plain = _PLAIN_ROUND_EVERY if self._clear else min(2 * self._next_plain, _PLAIN_ROUND_EVERY)
+            self._plain_wait = self._next_plain
             return Proposal(0)
         if self._drafted_rounds % _WHOLE_BLOCK_EVERY == 0:
             choice = Proposal(gamma, choice.rows)
@@ -202,7 +208,9 @@ class LoadAwareBudget(Budget):
     # ------------------------------------------------------------------------------------------------------------- after the draft
 
     def plan(self, drafts: Drafts) -> list[int]:
-        survival = survivals(require_confidence(self, drafts).numpy())
+        confidence = require_confidence(self, drafts)
+        survival = survivals(confidence.numpy())
+        self._planned = confidence, survival
         passes = self._known_costs().passes(drafts.rows, 0 if drafts.live is None else drafts.live.context_tokens)
         most = None if self.max_verify_tokens is None else max(self.max_verify_tokens - drafts.rows, 0)
         return self._admit(survival, drafts, passes, most)
@@ -217,9 +225,17 @@ class LoadAwareBudget(Budget):
             self.costs.learn(finished, self._context_tokens)
         if self._memory is None or finished.confidence is None:
             return
-        rows, survival = _drafted(finished)
-        if rows:
-            self._memory.add(rows, survival)
+        chosen = [r for r, length in enumerate(finished.drafted) if length]
+        if chosen:
+            planned, survival = self._planned or (None, None)
+            if survival is None or planned is not finished.confidence:
+                survival = survivals(finished.confidence.numpy())
+            rows, blocks = [finished.requests[r] for r in chosen], survival[chosen, : max(finished.drafted)]
+            self._memory.add(rows, blocks)
+            self._remember(rows, self._memory, blocks)
+
+    def _remember(self, requests: list[int], memory: Memory, survival: np.ndarray) -> None:
+        """Hear of the blocks `(R, n)` that a finished round drafted for some requests, which the memory holds already."""
 
     def _known_costs(self) -> Costs:
         if self.costs is None:
@@ -253,18 +269,6 @@ class LaggedLoadAwareBudget(LoadAwareBudget):
         count = best_count(old, drafts.limits, passes.verify_s + self._draft_s, passes.wide_s)
         return admit_top(survival, drafts.limits, count if most is None else min(count, most))
 
-    def learn(self, finished: FinishedRound) -> None:
-        super().learn(finished)
-        if self._memory is None or finished.confidence is None:
-            return
-        rows, survival = _drafted(finished)
-        for request, block in zip(rows, self._memory.continued(survival) if rows else (), strict=True):
+    def _remember(self, requests: list[int], memory: Memory, survival: np.ndarray) -> None:
+        for request, block in zip(requests, memory.continued(survival), strict=True):
             self._before.setdefault(request, deque(maxlen=2)).append(block)
-
-
-def _drafted(finished: FinishedRound) -> tuple[list[int], np.ndarray]:
-    """The requests that a finished round drafted for, and their survivals, `(R, n)`."""
-    assert finished.confidence is not None
-    chosen = [r for r, length in enumerate(finished.drafted) if length]
-    survival = survivals(finished.confidence.numpy()[chosen, : max(finished.drafted)])
-    return [finished.requests[r] for r in chosen], survival

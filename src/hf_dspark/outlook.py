@@ -12,12 +12,14 @@ from .admission import early_stop_s, from_none, longest_row
 from .costs import PassCosts
 
 # Recent blocks of a row, and of all rows, whose survivals stand for those to come.
-_ROW_SAMPLES = 4
+_ROW_SAMPLES = 8
+_KNOWN_BLOCKS = 4  # of its own after which it is said of a row whether it pays
 _POOL_SAMPLES = 64
 # Rounds after which what was left undrafted is tried again, at first.
 FIRST_REST = 4
-# Costs that rise steeply at first and then less so: Algorithm 1 may look at them from no tokens on, or from half a token a row.
-_STARTS = (0.0, 0.5)
+# Costs that rise steeply at first and then less so: Algorithm 1 may look at them from no tokens on, or from so many tokens a row. One row
+# alone, whose pass of two tokens can cost half as much again as that of one, and as much as that of eight, needs the last.
+_STARTS = (0.0, 0.5, 1.0)
 
 
 @dataclass
@@ -64,8 +66,8 @@ class Memory:
         self.pool.extend(whole)
 
     def known(self, requests: Sequence[int]) -> np.ndarray:
-        """Which rows have shown as many blocks of their own as an outlook is made of."""
-        return np.array([len(self.rows[request].survivals) == _ROW_SAMPLES for request in requests])
+        """Which rows have shown enough blocks of their own."""
+        return np.array([len(self.rows[request].survivals) >= _KNOWN_BLOCKS for request in requests])
 
     def samples(self, requests: Sequence[int]) -> np.ndarray | None:
         """Plausible survivals of the coming round, `(W, R, gamma)`: a row's own, else other rows', nothing before any was seen."""
@@ -119,7 +121,8 @@ def outlook(
     order = np.argsort(-flat, axis=1, kind="stable")
     gains, places = np.take_along_axis(flat, order, axis=1), positions[order]
     # Every length at once, along a first dimension; where the search stops early, from every place that its costs may begin to be convex.
-    how = [(length, start) for length in lengths for start in (_STARTS if early_stop else _STARTS[:1])]
+    starts = {int(rows * start): start for start in _STARTS} if early_stop else {0: 0.0}
+    how = [(length, start) for length in lengths for start in starts.values()]
     drafts = np.array([draft_s(rows, length) for length, _ in how])
     inside = places < np.array([length for length, _ in how])[:, None, None]
     counts = from_none(inside).astype(np.int64)

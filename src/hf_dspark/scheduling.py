@@ -82,6 +82,7 @@ class FinishedRound:
         copied (`Copied`, *optional*): what the draft was mixed with, on the host; where someone listens.
         seconds (`float`, *optional*): that the round took.
         draft_seconds (`float`, *optional*): of these, the draft's; None where the device does not tell while it works.
+        waited_seconds (`float`): between the end of the round before and the beginning of this one.
     """
 
     requests: tuple[int, ...]
@@ -94,6 +95,7 @@ class FinishedRound:
     seconds: float | None = None
     draft_seconds: float | None = None
     copied: Copied | None = None
+    waited_seconds: float = 0.0
 
 
 class Budget:

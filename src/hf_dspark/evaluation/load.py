@@ -1,12 +1,14 @@
 """Measures budgets under load: throughput and speed per user with N requests in flight. Knows serving and `generate`; knows no command.
 
-At each concurrency every contender is a server that keeps running, on the same prompts in the same order. They take short turns, over and
-over, and who goes first rotates: a machine whose speed drifts slows all alike. A turn ends after as many tokens for each, so that greedy
-contenders write the same texts in it.
+At each concurrency every contender is a server that keeps running, on the same prompts in the same order. All go on side by side: one after
+the other, in an order drawn anew each time, gives a few tokens, and a turn is over when each has given as many, so that greedy contenders
+write the same texts in it. A machine whose speed swings within seconds slows all alike then, as it does not where each has the machine for
+seconds.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +162,7 @@ def bench(
     seed: int = 0,
     costs: Costs | None = None,
     verification: str = DEFAULT_VERIFICATION,
+    slice_seconds: float = 0.25,
     on_cell: Callable[[int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure contenders at several concurrencies.
@@ -179,6 +182,7 @@ def bench(
         seed (`int`): of draws.
         costs (`Costs`, *optional*): what rounds cost; the remembered profile by default.
         verification (`str`): how drawn tokens are judged, `"block"` or `"token"`; the remembered profile is of the first.
+        slice_seconds (`float`): how long a contender of middling speed goes on before the next one does, within a turn; a round at least.
         on_cell (`Callable`, *optional*): called after each turn, the thrown away ones too.
     Returns:
         `dict`: `cells`, `summary`, and all that is needed to repeat it.
@@ -196,20 +200,26 @@ def bench(
     cells = {(n, c.name): _Cell() for n in concurrencies for c in contenders if c.name != LOOKUP or n == 1}
     if not all(any(name == c.name for _, name in cells) for c in contenders):
         raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
+    shuffle = random.Random(seed)
     for concurrency in concurrencies:
         order = [c for c in contenders if (concurrency, c.name) in cells]
         runs = {c.name: _Run(runner, c, concurrency, seconds * (repeats + 2)) for c in order if c.name not in (GENERATE, LOOKUP)}
-        quota = _first_turns(list(runs.values()), seconds)
+        quota, slices = _first_turns(list(runs.values()), seconds, slice_seconds)
         for contender in order:
             tell(concurrency, contender.name)
+        names = list(runs)
         for turn in range(repeats):
-            first = turn % len(order)
-            for contender in order[first:] + order[:first]:
-                cell = cells[concurrency, contender.name]
-                if contender.name in runs:
-                    runs[contender.name].turn(quota, cell)
-                elif turn % 4 == 0:
-                    runner.stock(contender, concurrency, seconds, turn, cell)
+            taken: dict[str, list[Served]] = {name: [] for name in names}
+            for part in range(slices):
+                tokens = quota * (part + 1) // slices - quota * part // slices
+                shuffle.shuffle(names)
+                for name in names:
+                    taken[name] += runs[name].go_on(tokens, cells[concurrency, name])
+            for name in names:
+                cells[concurrency, name].add(*taken[name])
+            for contender in order:
+                if contender.name not in runs and turn % 4 == 0:
+                    runner.stock(contender, concurrency, seconds, turn, cells[concurrency, contender.name])
                 tell(concurrency, contender.name)
         for name, run in runs.items():
             cells[concurrency, name].users += run.server.speeds()
@@ -225,6 +235,7 @@ def bench(
             "verification": verification,
             "max_new_tokens": max_new_tokens,
             "seconds": seconds,
+            "slice_seconds": slice_seconds,
             "turns_end_by": "tokens",
             "repeats": repeats,
             "seed": seed,
@@ -308,8 +319,8 @@ class _Run:
         self.goal = 0
         self.largest = self.runner.drafter.config.block_size + 1  # tokens of a row in one round
 
-    def turn(self, tokens: int, cell: _Cell) -> None:
-        """Go on until so many more tokens are out than were asked for in the turns before."""
+    def go_on(self, tokens: int, cell: _Cell) -> list[Served]:
+        """Give so many more tokens than were asked for before; nothing where they are out already."""
         self.goal += tokens
         runs = []
         while self.server.emitted < self.goal:
@@ -319,22 +330,27 @@ class _Run:
                 missing = self.goal - self.server.emitted
                 self._begin()
                 self.goal = max(missing, 0)
-        cell.add(*runs)
+        return runs
 
 
-def _first_turns(runs: Sequence[_Run], seconds: float) -> int:
-    """Let every contender run for some time, then bring all to the same place; the tokens that one of middling speed gave."""
+def _first_turns(runs: Sequence[_Run], seconds: float, slice_seconds: float) -> tuple[int, int]:
+    """Let every contender run for some time, then bring all to the same place; the tokens of a turn, those that one of middling speed gave,
+    and in how many slices to give them.
+    """
     emitted = []
     for run in runs:
         run.server.run(steady=True, seconds=seconds)
         emitted.append(run.server.emitted)
     for run in runs:
-        run.turn(max(emitted), _Cell())
+        run.go_on(max(emitted), _Cell())
     if not runs:
-        return 0
+        return 0, 1
     # A server's first tokens are those of prompts, which all began at once: they belong to no turn. And a turn holds rounds enough to bring
     # contenders of any length of rounds to about the same place.
-    return max(int(statistics.median(emitted)) - runs[0].concurrency, 2 * runs[0].concurrency * runs[0].largest)
+    concurrency = runs[0].concurrency
+    given = max(int(statistics.median(emitted)) - concurrency, 1)
+    quota = max(given, 2 * concurrency * runs[0].largest)
+    return quota, max(1, quota // max(round(given * slice_seconds / seconds), concurrency))
 
 
 @dataclass
