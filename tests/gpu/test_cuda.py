@@ -14,9 +14,8 @@ from hf_dspark.evaluation.benchmark import Bench, evaluate
 from hf_dspark.evaluation.divergence import compare
 from hf_dspark.evaluation.prompts import encode
 from hf_dspark.hub import load_drafter, load_target
-from tests.integration.helpers import make_world, plain_tokens, speculate
+from tests.integration.helpers import make_world, plain_tokens, speculate, talking_target
 from tests.smollm2.helpers import DRAFTER, PROCESSORS, PROMPTS, plain
-from tests.tiny import tiny_target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -63,7 +62,7 @@ def test_fp32_greedy_equals_plain_generate(exact, rows, processors):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "mixtral", "gpt2"])
 def test_tiny_families_equal_their_texts_on_the_cpu(family):
     """fp32 texts do not depend on the device, nor on speculation."""
-    w = make_world(tiny_target(family))
+    w = make_world(talking_target(family))
     target, drafter = w.target.to("cuda"), w.drafter.to("cuda")
     inputs = {name: tensor.to("cuda") for name, tensor in w.inputs(3).items()}
     assert torch.equal(speculate(target, drafter, inputs).cpu(), plain_tokens(family, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -316,6 +317,56 @@ def test_contenders_write_as_many_tokens_in_every_turn():
         tokens = [cell["tokens"] for cell in record["cells"] if cell["concurrency"] == n]
         assert max(tokens) - min(tokens) <= 2 * n * (drafter.config.block_size + 2)
         assert min(tokens) > 3 * (max(tokens) - min(tokens))
+
+
+def test_contenders_go_on_side_by_side(monkeypatch):
+    """After the thrown away turns none is ever further ahead of another than a slice and a round, however long a turn is: a machine that is
+    slow for a while is slow for all.
+    """
+    target, drafter = pair()
+    ahead, servers, run = [], [], Server.run
+
+    def watched(self, **options):
+        served = run(self, **options)
+        servers.append(self) if self not in servers else None
+        if "tokens" in options:
+            ahead.append(max(s.emitted for s in servers) - min(s.emitted for s in servers))
+        return served
+
+    monkeypatch.setattr(Server, "run", watched)
+    record = bench(
+        target, drafter, many_prompts(20), end_ids=[NEVER], pad_id=0, concurrencies=[2], budgets=["plain", "full", "static:1"],
+        max_new_tokens=16, seconds=0.4, repeats=3, slice_seconds=0.02, costs=full_machine(drafter.config.block_size),
+    )  # fmt: skip
+    assert record["settings"]["slice_seconds"] == 0.02
+    turn = record["cells"][0]["tokens"] / 3
+    assert turn > 100
+    most = max(ahead[-3 * 3 * 10 :])
+    assert 0 < most < turn / 3
+
+
+def test_a_round_tells_how_long_the_loop_waited_before_it():
+    """Between two runs of a server time passes that belongs to no round; within a run there is next to none."""
+    target, drafter = pair()
+    waited = []
+
+    class Ears:
+        temperatures = None
+
+        def learn(self, finished):
+            waited.append(finished.waited_seconds)
+
+    server = Server(
+        target, drafter, random_prompts(LENGTHS[:2]), concurrency=2, max_new_tokens=24, budget=make_budget("full"), end_ids=[NEVER],
+        listener=Ears(),
+    )  # fmt: skip
+    server.run(tokens=8)
+    before = len(waited)
+    time.sleep(0.5)
+    server.run()
+    assert waited[0] == 0.0
+    assert waited[before] >= 0.5
+    assert max(waited[1:before] + waited[before + 1 :]) < 0.5
 
 
 def test_the_spread_of_a_ratio_is_that_of_turns_drawn_anew():

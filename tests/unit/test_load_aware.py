@@ -232,6 +232,30 @@ def test_a_dear_first_token_does_not_hide_cheap_ones() -> None:
         budget.learn(FinishedRound((0,), (4,), plan, plan, plan, given))
 
 
+def test_a_step_of_the_costs_at_the_second_token_does_not_keep_a_row_from_being_drafted_for() -> None:
+    """Costs of one row as measured in float32: two tokens cost half as much again as one, three to eight nearly what two cost. The brute
+    force over what to draft and how much of it to verify drafts and verifies all; so does the budget, which once rested here, from its
+    second round on: in the first it has seen nothing.
+    """
+    from tests.budgets import made_costs
+
+    step = [0.0559, 0.0919, *[0.0999] * 6]
+    costs = made_costs(lambda b: step[min(b, 8) - 1], lambda r, n: 0.007 + 0.0016 * n, 7, (1,))
+    given = torch.tensor([[0.5, 0.6, 0.6, 0.65, 0.7, 0.7, 0.7]])
+    survival = survivals(given.numpy())
+    plans = {(0, 0): 1 / step[0]}
+    plans |= {(n, v): theta(survival, (v,), costs.passes(1).verify_s + costs.draft_s(1, n)) for n in range(1, 8) for v in range(n + 1)}
+    assert max(plans, key=lambda plan: plans[plan]) == (7, 7)
+    live = LiveRows((0,), 7, (7,))
+    budget = LoadAwareBudget(costs)
+    for number in range(40):
+        length = budget.propose(live).length
+        assert length == 7
+        plan = tuple(budget.plan(Drafts((length,), given[:, :length], live)))
+        assert plan == (7,) or number == 0
+        budget.learn(FinishedRound((0,), (length,), plan, plan, plan, given[:, :length]))
+
+
 # ---------------------------------------------------------------------------------------------------------- drafting or not
 
 
@@ -264,6 +288,19 @@ def test_a_full_machine_stops_paying_for_drafts(kind: type[LoadAwareBudget]) -> 
     assert rounds[0] == 0
     assert gaps[:5] == [4, 8, 16, 32, 64]
     assert set(gaps[5:]) == {LONGEST_REST}
+
+
+def test_who_follows_costs_looks_at_plain_rounds_seldom_where_drafts_pay_well() -> None:
+    """Where drafting gives many times the tokens, one round in 128 is plain, after a first one; close to the break-even more are."""
+
+    def plain_rounds(confidence: float) -> list[int]:
+        budget = LoadAwareBudget(middling(4), follow_costs=True)
+        drafted = run(budget, {0: confidence}, 300)
+        return [t for t, counts in enumerate(drafted) if not any(counts)]
+
+    assert plain_rounds(0.99) == [8, 136, 264]
+    close = plain_rounds(0.27)
+    assert len(close) > 3
 
 
 def test_an_idle_machine_drafts_for_all() -> None:

@@ -39,9 +39,10 @@ def render_load(record: Mapping[str, Any]) -> str:
     sampling = "Greedy" if settings["temperature"] == 0 else f"T = {settings['temperature']:g}, {judged(settings)}"
     turns, where = f"{settings['repeats']} turns of", f"on the same prompts ({', '.join(record['prompt_files'])})."
     if settings.get("turns_end_by") == "tokens":
+        how = "go on side by side, a few tokens at a time, in turns" if settings.get("slice_seconds") else "keep running and take turns,"
         method = (
             f"Over {turns} about {settings['seconds']:g} s, in brackets the slowest and fastest; behind ratios what 90% of draws of turns "
-            f"give. Contenders keep running and take turns, of as many tokens each, {where}"
+            f"give. Contenders {how} of as many tokens each, {where}"
         )
     else:
         method = (
