@@ -402,7 +402,7 @@ def test_scheduling_is_cheap() -> None:
     times, passes = [], []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the scheduling itself
-    for _ in range(48):
+    for _ in range(96):
         confidence = torch.rand(64, 7, generator=generator) ** 0.2
         begin = time.perf_counter()
         proposal = budget.propose(live)
@@ -416,15 +416,15 @@ def test_scheduling_is_cheap() -> None:
         torch.nn.functional.linear(x, weight)
         passes.append((time.perf_counter() - begin) * layers)
     torch.set_num_threads(threads)
-    # What to draft is thought over in one of four rounds: each of the four counts.
-    spent = np.median(np.reshape(times, (-1, 4)), axis=0).mean()
+    # What to draft is thought over in one of eight rounds: each of the eight counts.
+    spent = np.median(np.reshape(times, (-1, 8)), axis=0).mean()
     assert spent < 0.01 * np.median(passes), (spent, np.median(passes))
 
 
 # ------------------------------------------------------------------------------------------------------------- against fixed choices
 
 
-def throughput(budget: Budget, costs: Costs, concurrency: int, *, seed: int = 0, requests: int = 160, noise: float = 0.0) -> float:
+def throughput(budget: Budget, costs: Costs, concurrency: int, *, seed: int = 0, requests: int = 112, noise: float = 0.0) -> float:
     """Tokens a second of made-up requests: 60 tokens each, their confidences true, some texts easier than others and all changing slowly.
 
     The clock is the table of costs itself, so nothing but the choices differs between budgets. What a budget hears of its passes' times is
