@@ -21,8 +21,7 @@ from .scheduling import FinishedRound
 # Standard deviations, in logarithms. By which the factors walk from one round to the next: the machine's speed, and what belongs to passes
 # of some size, to tokens or to drafts.
 _SPEED_WALK, _SHARE_WALK = 0.015, 0.003
-# By how much the speed may have changed after a pause that is long beside so many seconds; on two virtual cores of a busy machine the same
-# matrix products took times that differed by 9% one second apart, by 18% twenty seconds apart.
+# By how much the speed may have changed after a pause that is long beside so many seconds.
 _PAUSE_WALK, _PAUSE_SECONDS = 0.15, 3.0
 # .. and by which the profile may be wrong about them.
 _SPEED_AT_FIRST, _SHARE_AT_FIRST = 0.5, 0.35

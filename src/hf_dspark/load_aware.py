@@ -88,8 +88,7 @@ class LoadAwareBudget(Budget):
         self._context_tokens = 0
         self._plain_wait = self._next_plain = _FIRST_PLAIN_ROUND
         self._decided: _Decision | None = None
-        self._planned: tuple[Any, np.ndarray] | None = None  # confidences of the last plan, and their survivals
-        self._clear = False
+        self._clear = False  # whether drafting was last found to pay well
 
     def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
         fresh = copy.copy(self)
@@ -208,9 +207,7 @@ class LoadAwareBudget(Budget):
     # ------------------------------------------------------------------------------------------------------------- after the draft
 
     def plan(self, drafts: Drafts) -> list[int]:
-        confidence = require_confidence(self, drafts)
-        survival = survivals(confidence.numpy())
-        self._planned = confidence, survival
+        survival = survivals(require_confidence(self, drafts).numpy())
         passes = self._known_costs().passes(drafts.rows, 0 if drafts.live is None else drafts.live.context_tokens)
         most = None if self.max_verify_tokens is None else max(self.max_verify_tokens - drafts.rows, 0)
         return self._admit(survival, drafts, passes, most)
@@ -227,12 +224,10 @@ class LoadAwareBudget(Budget):
             return
         chosen = [r for r, length in enumerate(finished.drafted) if length]
         if chosen:
-            planned, survival = self._planned or (None, None)
-            if survival is None or planned is not finished.confidence:
-                survival = survivals(finished.confidence.numpy())
-            rows, blocks = [finished.requests[r] for r in chosen], survival[chosen, : max(finished.drafted)]
-            self._memory.add(rows, blocks)
-            self._remember(rows, self._memory, blocks)
+            requests = [finished.requests[r] for r in chosen]
+            survival = survivals(finished.confidence.numpy()[chosen, : max(finished.drafted)])
+            self._memory.add(requests, survival)
+            self._remember(requests, self._memory, survival)
 
     def _remember(self, requests: list[int], memory: Memory, survival: np.ndarray) -> None:
         """Hear of the blocks `(R, n)` that a finished round drafted for some requests, which the memory holds already."""

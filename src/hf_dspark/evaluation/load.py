@@ -207,16 +207,8 @@ def bench(
         quota, slices = _first_turns(list(runs.values()), seconds, slice_seconds)
         for contender in order:
             tell(concurrency, contender.name)
-        names = list(runs)
         for turn in range(repeats):
-            taken: dict[str, list[Served]] = {name: [] for name in names}
-            for part in range(slices):
-                tokens = quota * (part + 1) // slices - quota * part // slices
-                shuffle.shuffle(names)
-                for name in names:
-                    taken[name] += runs[name].go_on(tokens, cells[concurrency, name])
-            for name in names:
-                cells[concurrency, name].add(*taken[name])
+            _turn([(run, cells[concurrency, name]) for name, run in runs.items()], quota, slices, shuffle)
             for contender in order:
                 if contender.name not in runs and turn % 4 == 0:
                     runner.stock(contender, concurrency, seconds, turn, cells[concurrency, contender.name])
@@ -331,6 +323,18 @@ class _Run:
                 self._begin()
                 self.goal = max(missing, 0)
         return runs
+
+
+def _turn(runs: Sequence[tuple[_Run, _Cell]], quota: int, slices: int, shuffle: random.Random) -> None:
+    """So many tokens of every contender, in slices, into its cell; in an order drawn anew for each slice."""
+    taken: list[list[Served]] = [[] for _ in runs]
+    for part in range(slices):
+        tokens = quota * (part + 1) // slices - quota * part // slices
+        for index in shuffle.sample(range(len(runs)), len(runs)):
+            run, cell = runs[index]
+            taken[index] += run.go_on(tokens, cell)
+    for (_, cell), served in zip(runs, taken, strict=True):
+        cell.add(*served)
 
 
 def _first_turns(runs: Sequence[_Run], seconds: float, slice_seconds: float) -> tuple[int, int]:
