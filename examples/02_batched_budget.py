@@ -12,7 +12,7 @@ Expected output (fp32, greedy; the figures depend on the drafter that the checko
 import torch
 
 import hf_dspark
-from hf_dspark.hub import load_drafter, load_target
+from hf_dspark.models.loading import load_drafter, load_target
 
 target, tokenizer = load_target("smollm2", dtype="float32")
 drafter = load_drafter("smollm2-dspark", dtype="float32")

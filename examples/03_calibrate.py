@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 import hf_dspark
-from hf_dspark.evaluation.calibrating import calibrate
-from hf_dspark.hub import load_drafter, load_target
+from hf_dspark.evaluation.calibrate import calibrate
+from hf_dspark.models.loading import load_drafter, load_target
 
 target, tokenizer = load_target("smollm2", dtype="fast")
 drafter = load_drafter("smollm2-dspark", dtype="fast")

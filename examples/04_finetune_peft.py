@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import hf_dspark
-from hf_dspark.adapters import add_lora, merge_adapter
-from hf_dspark.hub import load_drafter, load_target
+from hf_dspark.adapters.lora import add_lora, merge_adapter
+from hf_dspark.models.loading import load_drafter, load_target
 from hf_dspark.training import ResponseRow, Trainer, TrainingConfig
 
 target, tokenizer = load_target("smollm2", dtype="float32")

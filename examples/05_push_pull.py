@@ -16,7 +16,7 @@ import sys
 import torch
 
 import hf_dspark
-from hf_dspark.hub import load_drafter
+from hf_dspark.models.loading import load_drafter
 
 if len(sys.argv) != 2:
     sys.exit("usage: python examples/05_push_pull.py YOUR_NAME")

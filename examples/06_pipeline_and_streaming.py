@@ -12,7 +12,7 @@ from threading import Thread
 from transformers import TextIteratorStreamer, pipeline
 
 import hf_dspark  # noqa: F401  (teaches generate() about the drafter)
-from hf_dspark.hub import load_drafter, load_target
+from hf_dspark.models.loading import load_drafter, load_target
 
 target, tokenizer = load_target("smollm2", dtype="float32")
 drafter = load_drafter("smollm2-dspark", dtype="float32")

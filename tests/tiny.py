@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hf_dspark.modeling_dspark import DSparkDrafter
+from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 VOCAB = 97
 HIDDEN = 32

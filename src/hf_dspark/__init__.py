@@ -11,14 +11,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+from hf_dspark.version import __version__
 
 if TYPE_CHECKING:
-    from .budgets import make_budget
-    from .candidates import DSparkCandidateGenerator
-    from .configuration_dspark import DSparkConfig
-    from .costs import Costs
-    from .errors import (
+    from hf_dspark.budgets.budget import Budget, FullBudget, StaticBudget, ThresholdBudget
+    from hf_dspark.budgets.cost_model import Costs
+    from hf_dspark.budgets.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
+    from hf_dspark.budgets.named import make_budget
+    from hf_dspark.calibration.online import OnlineCalibration
+    from hf_dspark.checkpoints.push import push_calibration
+    from hf_dspark.configuration_dspark import DSparkConfig
+    from hf_dspark.decoding.candidate_generator import DSparkCandidateGenerator
+    from hf_dspark.decoding.generate import GenerateDSparkOutput
+    from hf_dspark.decoding.profiler import CostProfile
+    from hf_dspark.decoding.statistics import DecodingStats, RowStats
+    from hf_dspark.errors import (
         BindingError,
         CheckpointError,
         DataError,
@@ -29,45 +36,38 @@ if TYPE_CHECKING:
         UnsupportedOptionError,
         UnsupportedTargetError,
     )
-    from .generation import GenerateDSparkOutput
-    from .integration import generate, install, uninstall
-    from .load_aware import LaggedLoadAwareBudget, LoadAwareBudget
-    from .modeling_dspark import DSparkDrafter
-    from .online import OnlineCalibration
-    from .profiling import CostProfile
-    from .scheduling import Budget, FullBudget, StaticBudget, ThresholdBudget
-    from .sharing.push import push_calibration
-    from .statistics import DecodingStats, RowStats
+    from hf_dspark.integration import generate, install, uninstall
+    from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 _HOME = {
     "BindingError": "errors",
-    "Budget": "scheduling",
+    "Budget": "budgets.budget",
     "CheckpointError": "errors",
-    "CostProfile": "profiling",
-    "Costs": "costs",
-    "DSparkCandidateGenerator": "candidates",
+    "CostProfile": "decoding.profiler",
+    "Costs": "budgets.cost_model",
+    "DSparkCandidateGenerator": "decoding.candidate_generator",
     "DSparkConfig": "configuration_dspark",
-    "DSparkDrafter": "modeling_dspark",
+    "DSparkDrafter": "models.modeling_dspark",
     "DSparkError": "errors",
     "DataError": "errors",
-    "DecodingStats": "statistics",
-    "FullBudget": "scheduling",
-    "GenerateDSparkOutput": "generation",
+    "DecodingStats": "decoding.statistics",
+    "FullBudget": "budgets.budget",
+    "GenerateDSparkOutput": "decoding.generate",
     "HubError": "errors",
-    "LaggedLoadAwareBudget": "load_aware",
-    "LoadAwareBudget": "load_aware",
-    "OnlineCalibration": "online",
+    "LaggedLoadAwareBudget": "budgets.load_aware",
+    "LoadAwareBudget": "budgets.load_aware",
+    "OnlineCalibration": "calibration.online",
     "OutputError": "errors",
-    "RowStats": "statistics",
-    "StaticBudget": "scheduling",
-    "ThresholdBudget": "scheduling",
+    "RowStats": "decoding.statistics",
+    "StaticBudget": "budgets.budget",
+    "ThresholdBudget": "budgets.budget",
     "UnboundDrafterError": "errors",
     "UnsupportedOptionError": "errors",
     "UnsupportedTargetError": "errors",
     "generate": "integration",
     "install": "integration",
-    "make_budget": "budgets",
-    "push_calibration": "sharing.push",
+    "make_budget": "budgets.named",
+    "push_calibration": "checkpoints.push",
     "uninstall": "integration",
 }
 
@@ -118,5 +118,5 @@ def __dir__() -> list[str]:
 # A program that imports this package wants the plain call to work and AutoModel to know the drafter. The command `hf-dspark` loads what
 # each of its commands needs, so that `hf-dspark --help` answers at once.
 if Path(sys.argv[0] if sys.argv else "").stem != "hf-dspark":
-    importlib.import_module(".modeling_dspark", __name__)
+    importlib.import_module(".models.modeling_dspark", __name__)
     importlib.import_module(".integration", __name__).install()

@@ -64,7 +64,7 @@ class DSparkConfig(Qwen3Config):
         confidence_temperatures (`list[float]`, *optional*): T_1..T_gamma of Sequential Temperature Scaling (section
             3.2.1).
         copy_weights (`list[float]`, *optional*): lambda_1..lambda_M of copying: how far what followed an earlier occurrence of the last m
-            tokens is drafted instead; None drafts from the heads alone. Not in the paper; see `hf_dspark.copying`.
+            tokens is drafted instead; None drafts from the heads alone. Not in the paper; see `hf_dspark.decoding.ngram_copy`.
         copy_confidence (`list[list[float]]`, *optional*): `(4, 8)` or `(4, 4)`, c_k where copies are drafted too.
         backbone (`str`): `"qwen3"`, or `"gemma4"` (four norms a layer, unscaled scores, normed values, a scalar a layer).
         attention_k_eq_v (`bool`): values are the keys before norm and rotation; `"gemma4"` only.

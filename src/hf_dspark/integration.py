@@ -16,16 +16,16 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerationMixin
 
-from .adapters import adapter_for_call, check_choice, plain_drafter
-from .candidates import stock_loop
-from .errors import UnsupportedOptionError, UnsupportedTargetError
-from .generation import CallOptions, GenerateDSparkOutput, call_options, current_options, generate_batch
-from .notices import warn_once
-from .online import OnlineCalibration
-from .scheduling import Budget
-from .target import input_device
-from .verification import DEFAULT_VERIFICATION, check_verification
-from .versions import CACHE, cache_in, with_cache_renamed
+from hf_dspark.adapters.lora import adapter_for_call, check_choice, plain_drafter
+from hf_dspark.budgets.budget import Budget
+from hf_dspark.calibration.online import OnlineCalibration
+from hf_dspark.decoding.candidate_generator import stock_loop
+from hf_dspark.decoding.generate import CallOptions, GenerateDSparkOutput, call_options, current_options, generate_batch
+from hf_dspark.decoding.verify import DEFAULT_VERIFICATION, check_verification
+from hf_dspark.errors import UnsupportedOptionError, UnsupportedTargetError
+from hf_dspark.targets.target import input_device
+from hf_dspark.utils.compat import CACHE, cache_in, with_cache_renamed
+from hf_dspark.utils.logging import warn_once
 
 logger = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from hf_dspark.calibration_files import note_calibration, write_calibration
+from hf_dspark.calibration.records import note_calibration, write_calibration
+from hf_dspark.checkpoints.formats.reading import recognise_format
 from hf_dspark.cli.commands import figure, load_pair, pick_device, print_json, progress
-from hf_dspark.evaluation.benchmark import Sampling, end_ids_of
-from hf_dspark.evaluation.calibrating import calibrate
+from hf_dspark.decoding.profiler import CostProfile
+from hf_dspark.evaluation.calibrate import calibrate
 from hf_dspark.evaluation.load import Contender, bench
 from hf_dspark.evaluation.load_plots import plot_costs, plot_load, plot_reliability
 from hf_dspark.evaluation.prompts import encode, read_prompts
-from hf_dspark.formats.reading import recognise_format
-from hf_dspark.hub import load_drafter, parse_dtype
-from hf_dspark.profiling import CostProfile
+from hf_dspark.evaluation.speed import Sampling, end_ids_of
+from hf_dspark.models.loading import load_drafter, parse_dtype
 
 
 def run_profile(

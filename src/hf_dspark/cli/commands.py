@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hf_dspark.budgets import make_budget
-from hf_dspark.evaluation.benchmark import Bench, Measured, Run, Sampling, acceptance_of, evaluate, time_of
+from hf_dspark.budgets.named import make_budget
 from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record
 from hf_dspark.evaluation.prompts import Conversation, read_prompts, user_turn
-from hf_dspark.hub import FAST, load_drafter, load_target, parse_dtype
+from hf_dspark.evaluation.speed import Bench, Measured, Run, Sampling, acceptance_of, evaluate, time_of
+from hf_dspark.models.loading import FAST, load_drafter, load_target, parse_dtype
 
 
 def run_generate(

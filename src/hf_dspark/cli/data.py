@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from hf_dspark.cli.commands import computing, load_quietly, pick_device, plain_name, print_json
 from hf_dspark.errors import DataError
-from hf_dspark.hub import load_target, parse_dtype
+from hf_dspark.models.loading import load_target, parse_dtype
 from hf_dspark.training.conversations import ChatTemplate, Opening, Prompt, prompt_key, read_openings, read_prompts
 from hf_dspark.training.memory import keep_freed_memory
 from hf_dspark.training.responses import DataSettings, ResponseMaker, make_folder

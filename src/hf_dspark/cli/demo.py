@@ -18,12 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hf_dspark.budgets import make_budget
+from hf_dspark.budgets.named import make_budget
 from hf_dspark.cli.commands import figure, load_pair, pick_device, print_json, progress
-from hf_dspark.evaluation.benchmark import Bench, Parting, Run, acceptance_of, find_parting, time_of
 from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record, speed_ratio
 from hf_dspark.evaluation.prompts import user_turn
-from hf_dspark.machine import has_bf16
+from hf_dspark.evaluation.speed import Bench, Parting, Run, acceptance_of, find_parting, time_of
+from hf_dspark.utils.hardware import has_bf16
 
 # What the embedded drafter was trained for, and two kinds that it has seen less of; the table shows each.
 _STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -12,7 +12,7 @@ from rich.table import Table
 
 def run_info(name: str, *, revision: str | None, subfolder: str | None, as_json: bool) -> None:
     """Prints the facts of a checkpoint as a table or a JSON object."""
-    from hf_dspark.sharing.describe import describe
+    from hf_dspark.checkpoints.inspect import describe
 
     facts = describe(name, revision=revision, subfolder=subfolder)
     if as_json:
@@ -26,7 +26,7 @@ def run_info(name: str, *, revision: str | None, subfolder: str | None, as_json:
 
 def run_convert(source: str, destination: Path, *, to: str, target: str | None, revision: str | None, as_json: bool) -> None:
     """Writes the checkpoint and says where."""
-    from hf_dspark.sharing.convert import convert
+    from hf_dspark.checkpoints.convert import convert
 
     folder = convert(source, destination, to, target=target, revision=revision)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -51,8 +51,9 @@ def run_push(
     as_json: bool,
 ) -> None:
     """Uploads, and prints the commit's address."""
-    from hf_dspark.hub import load_drafter, resolve_drafter
-    from hf_dspark.sharing.push import push_calibration, push_drafter
+    from hf_dspark.checkpoints.push import push_calibration, push_drafter
+    from hf_dspark.hub.names import resolve_drafter
+    from hf_dspark.models.loading import load_drafter
 
     place: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
     if calibration_only:

@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hf_dspark.adapter_files import fingerprint
-from hf_dspark.adapters import DEFAULT_TARGETS, adapter_names, add_lora, merge_adapter
+from hf_dspark.adapters.files import fingerprint
+from hf_dspark.adapters.lora import DEFAULT_TARGETS, adapter_names, add_lora, merge_adapter
+from hf_dspark.checkpoints.card import write_training_card
 from hf_dspark.cli.commands import computing, figure, load_quietly, pick_device, plain_name, print_json
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
 from hf_dspark.evaluation.metrics import machine_record
-from hf_dspark.hub import load_drafter, load_target, parse_dtype
-from hf_dspark.sharing.card import write_training_card
-from hf_dspark.target import check_target
+from hf_dspark.models.loading import load_drafter, load_target, parse_dtype
+from hf_dspark.targets.target import check_target
 from hf_dspark.training.configuration import TrainingConfig
 from hf_dspark.training.data import DataSet, load_data, load_responses
 from hf_dspark.training.files import writing

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from hf_dspark.evaluation.benchmark import acceptance_of_row
+from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.metrics import AcceptanceCounts, machine_record
 from hf_dspark.evaluation.prompts import encode, read_prompts
+from hf_dspark.evaluation.speed import acceptance_of_row
 from hf_dspark.evaluation.tables import machine_line
 from hf_dspark.evaluation.training_tables import render_decoded
-from hf_dspark.hub import load_drafter, load_target
 from hf_dspark.integration import generate
-from hf_dspark.verification import DEFAULT_VERIFICATION
+from hf_dspark.models.loading import load_drafter, load_target
 
 _NOTHING = AcceptanceCounts(0, 0, 0, (), ())
 

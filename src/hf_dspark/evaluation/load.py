@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_dspark.budgets import make_budget
-from hf_dspark.costs import Costs
-from hf_dspark.evaluation.benchmark import Sampling, new_tokens
+from hf_dspark.budgets.budget import FinishedRound, StaticBudget
+from hf_dspark.budgets.cost_model import Costs
+from hf_dspark.budgets.load_aware import LoadAwareBudget
+from hf_dspark.budgets.named import make_budget
+from hf_dspark.calibration.online import OnlineCalibration
+from hf_dspark.decoding.profiler import CostProfile
+from hf_dspark.decoding.verify import DEFAULT_VERIFICATION, check_verification
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import Served, Server
-from hf_dspark.load_aware import LoadAwareBudget
-from hf_dspark.online import OnlineCalibration
-from hf_dspark.profiling import CostProfile
-from hf_dspark.scheduling import FinishedRound, StaticBudget
-from hf_dspark.verification import DEFAULT_VERIFICATION, check_verification
+from hf_dspark.evaluation.speed import Sampling, new_tokens
 
 # Contenders that are no budgets: this loop without drafting, transformers' batched call, and its lookup decoding.
 PLAIN, GENERATE, LOOKUP = "plain", "generate", "prompt-lookup"

@@ -57,7 +57,7 @@ def render_load(record: Mapping[str, Any]) -> str:
 
 
 def render_replay(record: Mapping[str, Any]) -> str:
-    """What budgets give on the same recorded blocks with the cost profile for a clock, from `python -m hf_dspark.evaluation.replay`."""
+    """What budgets give on the same recorded blocks with the cost profile for a clock, from `python -m examples.benchmarks.replay`."""
     settings = record["settings"]
     cells = {(cell["concurrency"], cell["budget"]): cell for cell in record["cells"]}
     sizes = settings["concurrency"]
@@ -124,7 +124,7 @@ def render_calibration(record: Mapping[str, Any]) -> str:
 
 
 def render_drift(record: Mapping[str, Any]) -> str:
-    """What online calibration does when traffic changes, from `hf_dspark.evaluation.drift`."""
+    """What online calibration does when traffic changes, from `examples.benchmarks.drift`."""
     rows = []
     for name, run in record["runs"].items():
         for phase, part in run["phases"].items():

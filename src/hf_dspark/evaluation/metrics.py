@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hf_dspark.machine import cpu_name
+from hf_dspark.utils.hardware import cpu_name
 from hf_dspark.version import __version__
 
 

@@ -81,7 +81,7 @@ def render_eval(record: Mapping[str, Any]) -> str:
 
 
 def render_passes(record: Mapping[str, Any]) -> str:
-    """Cost of ragged verification passes and of rounds, from `hf_dspark.evaluation.passes`."""
+    """Cost of ragged verification passes and of rounds, from `examples.benchmarks.passes`."""
     passes = markdown_table(
         [
             "rows",
@@ -132,7 +132,7 @@ _METHODS = {
 
 def render_divergence(record: Mapping[str, Any]) -> str:
     """How many texts equal plain `generate` at batch size 1, and whether rounding explains the others, from
-    `hf_dspark.evaluation.divergence`."""
+    `examples.benchmarks.divergence`."""
     settings, exact = record["settings"], record["fp32"]
     widest = {
         method: max((one["gap"] for one in record["divergences"] if one["method"] == method), default=None) for method in record["methods"]

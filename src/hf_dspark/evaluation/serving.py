@@ -14,12 +14,12 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from hf_dspark.constraints import RowProcessors, RowStopping, Sequences
-from hf_dspark.decoding import DecodingLoop, RoundListener
-from hf_dspark.scheduling import Budget
-from hf_dspark.statistics import DecodingStats, RowStats, Stopwatch
-from hf_dspark.target import Target, check_length
-from hf_dspark.verification import DEFAULT_VERIFICATION
+from hf_dspark.budgets.budget import Budget
+from hf_dspark.decoding.loop import DecodingLoop, RoundListener
+from hf_dspark.decoding.row_processors import RowProcessors, RowStopping, Sequences
+from hf_dspark.decoding.statistics import DecodingStats, RowStats, Stopwatch
+from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
+from hf_dspark.targets.target import Target, check_length
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_dspark.heads import GatedMarkovHead, RNNHead
+from hf_dspark.models.heads import GatedMarkovHead, RNNHead
 from hf_dspark.training.data import ResponseRow
 from hf_dspark.training.states import TargetStates
 

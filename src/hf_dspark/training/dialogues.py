@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_dspark.errors import DataError
-from hf_dspark.row_sampler import Request
 from hf_dspark.training.conversations import ChatTemplate, Message, Opening, Prompt, prompt_key
+from hf_dspark.training.row_sampler import Request
 
 _SHORTEST_PROMPT = 3  # tokens that a self-prompt must add to its opening
 

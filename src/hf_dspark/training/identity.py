@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_dspark.adapters import adapter_names
+from hf_dspark.adapters.lora import adapter_names
 from hf_dspark.errors import CheckpointError
 from hf_dspark.training.files import newest_state
 

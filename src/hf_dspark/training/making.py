@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_dspark.configuration_dspark import MARKOV_HEAD_TYPES
-from hf_dspark.modeling_dspark import DSparkDrafter
+from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.training.bigram import start_sequential_head
 from hf_dspark.training.data import ResponseRow, coverage, frequent_tokens
 from hf_dspark.training.states import TargetStates

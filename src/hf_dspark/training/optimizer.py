@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.machine import device_name, has_bf16
-from hf_dspark.notices import warn_once
 from hf_dspark.training.sharding import gathered, like, whole
+from hf_dspark.utils.hardware import device_name, has_bf16
+from hf_dspark.utils.logging import warn_once
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from hf_dspark.errors import DataError
-from hf_dspark.row_sampler import Request, RowSampler
 from hf_dspark.training.conversations import ChatTemplate, Prompt, prompt_key
 from hf_dspark.training.dialogues import DataSettings, Dialogue, SelfPrompts
 from hf_dspark.training.manifest import target_fingerprint, text_digest
+from hf_dspark.training.row_sampler import Request, RowSampler
 from hf_dspark.training.shards import ResponseFolder
 
 logger = logging.getLogger(__name__)

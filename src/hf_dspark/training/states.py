@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_dspark.target import Taps
+from hf_dspark.targets.target import Taps
 
 _GIB = 2**30
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from hf_dspark.adapters import adapter_names
+from hf_dspark.adapters.lora import adapter_names
 from hf_dspark.errors import CheckpointError
 from hf_dspark.training.blocks import block_targets, sample_anchors
 from hf_dspark.training.configuration import TrainingConfig

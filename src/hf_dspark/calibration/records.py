@@ -1,0 +1,149 @@
+"""`calibration.json`: temperatures with what they were fitted on. Knows the file; knows no model and no decoding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_dspark.calibration.temperature_scaling import FORMAT
+from hf_dspark.configuration_dspark import check_copying, check_temperatures
+from hf_dspark.errors import CheckpointError
+from hf_dspark.hub.files import cached_path
+
+FILE_NAME = "calibration.json"
+
+
+def check_calibration(record: Any, block_size: int | None, source: str) -> dict[str, Any]:
+    """The record, if it is a calibration for blocks of this size; SGLang's and TensorRT-LLM's files become records of ours.
+
+    Args:
+        record: what was read or made.
+        block_size (`int`, *optional*): gamma of the drafter; any where None.
+        source (`str`): where it comes from, for the message.
+    Raises:
+        CheckpointError: otherwise.
+    """
+    record = _as_ours(record)
+    if not isinstance(record, Mapping) or record.get("format") != FORMAT or not isinstance(record.get("temperatures"), list):
+        raise CheckpointError(
+            f"The calibration of {source!r} is not one that this version reads (format {FORMAT}, with a list `temperatures`). "
+            "Calibrate again."
+        )
+    temperatures = record["temperatures"]
+    if not all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in temperatures):
+        raise CheckpointError(f"The calibration of {source!r} holds temperatures that are no numbers: {temperatures}. Calibrate again.")
+    try:
+        check_temperatures(temperatures, len(temperatures) if block_size is None else block_size)
+        copying_of(record)
+    except ValueError as error:
+        raise CheckpointError(f"The calibration of {source!r} does not fit this drafter: {error}") from error
+    return dict(record)
+
+
+def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    """`copy_weights` and `copy_confidence` that the temperatures of a record go with, as floats; None and None where without copying.
+
+    Raises:
+        ValueError: if the record says something else there.
+    """
+    copying = record.get("copying")
+    if copying is None:
+        return None, None
+    if not isinstance(copying, Mapping):
+        raise ValueError(f"`copying` must be an object with `weights` and `confidence`; got {copying!r}")
+    weights, table = copying.get("weights"), copying.get("confidence")
+    check_copying(weights, table)
+    weights = None if weights is None else [float(weight) for weight in weights]
+    return weights, None if table is None else [[float(number) for number in row] for row in table]
+
+
+def note_calibration(config: dict[str, Any], record: Mapping[str, Any], foreign: bool) -> None:
+    """Write a record's numbers into the `config.json` beside it.
+
+    A format of others has no word for copies, and temperatures that hold with them only must not be read there: both stay in the record.
+
+    Args:
+        config (`dict`): changed.
+        record (`dict`): checked.
+        foreign (`bool`): whether the config is of another format than this package's.
+    """
+    weights, table = copying_of(record)
+    config["confidence_temperatures"] = [float(t) for t in record["temperatures"]]
+    if not foreign:
+        config["copy_weights"], config["copy_confidence"] = weights, table
+    elif weights is not None:
+        del config["confidence_temperatures"]
+
+
+def _as_ours(record: Any) -> Any:
+    """SGLang's `{temperatures, dataset, num_samples, ece_before, ece_after}` and TensorRT-LLM's `sts_temperatures` name no format."""
+    if not isinstance(record, Mapping) or "format" in record:
+        return record
+    temperatures = record.get("temperatures", record.get("sts_temperatures"))
+    rest = {key: value for key, value in record.items() if key != "sts_temperatures"}
+    return {"format": FORMAT, **rest, "temperatures": temperatures} if isinstance(temperatures, list) else record
+
+
+def for_sglang(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that SGLang's reader looks for beside `temperatures`, from a record of ours."""
+    return {
+        "dataset": ", ".join(one["file"] for one in record["data"]),
+        "num_samples": sum(one["rounds_fitted"] for one in record["data"]),
+        "ece_before": [one["ece"] for one in record["before"]["positions"]],
+        "ece_after": [one["ece"] for one in record["after"]["positions"]],
+    }
+
+
+def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None:
+    """The calibration beside a checkpoint, None where there is none.
+
+    Args:
+        source (`str`): folder or Hub repository.
+        hub_arguments: as in `from_pretrained`.
+    Raises:
+        CheckpointError: for a file that cannot be used.
+    """
+    path = cached_path(source, FILE_NAME, **hub_arguments)
+    if path is None:
+        return None
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{FILE_NAME} of {source!r} cannot be read ({error}). Remove the file, and calibrate again with --replace."
+        ) from error
+    record = _as_ours(record)
+    length = len(record["temperatures"]) if isinstance(record, Mapping) and isinstance(record.get("temperatures"), list) else 0
+    return check_calibration(record, length, source)
+
+
+def find_calibration(source: str, **hub_arguments: Any) -> dict[str, Any]:
+    """The calibration in a folder or repository that holds one, whether or not it holds a drafter.
+
+    Raises:
+        CheckpointError: where there is none, or it cannot be used.
+    """
+    record = read_calibration(source, **hub_arguments)
+    if record is None:
+        raise CheckpointError(f"{source!r} holds no {FILE_NAME}. Name a folder or repository that one was written to.")
+    return record
+
+
+def write_calibration(folder: str | Path, record: Mapping[str, Any]) -> Path:
+    """Write `calibration.json` into a folder, whole or not at all."""
+    path = Path(folder) / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(dict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def save_calibration(folder: str | Path, record: Mapping[str, Any] | None) -> None:
+    """Write a drafter's calibration, or, where it has none, take away the one that earlier weights left in the folder."""
+    if record is not None:
+        write_calibration(folder, record)
+    else:
+        (Path(folder) / FILE_NAME).unlink(missing_ok=True)

