@@ -1,5 +1,4 @@
-"""Build hook: ships the embedded drafter inside built wheels. Knows the repository's layout, nothing of the package's
-code."""
+"""Build hook: ships the bundled drafter inside built wheels."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 DRAFTER = "model_cards/smollm2-dspark"
 
 
-class EmbeddedDrafterHook(BuildHookInterface):
+class BundledDrafterHook(BuildHookInterface):
     """Adds the drafter's folder to a standard wheel as `hf_dspark/_data/smollm2-dspark`.
 
     An editable install gets nothing added: there the package finds the folder in the checkout. A standard wheel without
@@ -24,7 +23,7 @@ class EmbeddedDrafterHook(BuildHookInterface):
         folder = Path(self.root, DRAFTER)
         if not (folder / "config.json").is_file():
             raise RuntimeError(
-                f"cannot build a wheel: {folder} holds no config.json, so the embedded drafter would be missing; "
+                f"cannot build a wheel: {folder} holds no config.json, so the bundled drafter would be missing; "
                 "build from a complete checkout or source distribution"
             )
         build_data["force_include"][str(folder)] = "hf_dspark/_data/smollm2-dspark"

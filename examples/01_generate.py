@@ -1,19 +1,18 @@
 """One prompt, with and without the drafter: the same text, fewer target passes.
 
-Expected output (fp32, greedy; tau depends on the drafter that the checkout ships, and on what rounds cost on the machine: a calibrated
-drafter's budget is load-aware):
+Expected output (fp32, greedy; passes and tau depend on what rounds cost on the machine, since the budget of a calibrated drafter is
+load-aware):
 
     same text: True
-    32 target passes instead of 56, tau 1.77 tokens a round
+    27 target passes instead of 56, tau 2.12 tokens a round
 """
 
 import torch
 
-import hf_dspark  # noqa: F401  (teaches generate() about the drafter)
-from hf_dspark.models.loading import load_drafter, load_target
+import hf_dspark  # generate() takes the drafter from here on
 
-target, tokenizer = load_target("smollm2", dtype="float32")
-drafter = load_drafter("smollm2-dspark", dtype="float32")
+target, tokenizer = hf_dspark.load_target("smollm2", dtype="float32")
+drafter = hf_dspark.load_drafter("smollm2-dspark", dtype="float32")
 
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "Tom has 3 boxes with 12 pens each. He gives away 9 pens. How many pens are left?"}],

@@ -1,12 +1,12 @@
 """Fit temperatures to a drafter's confidences on prompts of your own, and see what they do.
 
-Thirty prompts are too few to trust (give hundreds); this shows the steps. `hf-dspark calibrate` does the same from files.
+Thirty prompts are too few to trust; give hundreds. `hf-dspark calibrate` does the same from files.
 
-Expected output (in bf16, greedy; figures depend on the drafter that the checkout ships, and a little on the dtype):
+Expected output (fp32, greedy; figures depend a little on the dtype):
 
-    rounds: 569 to fit, 539 to judge
-    calibration error: 3.8% -> 2.6%
-    temperatures: 1.26 1.36 5.84 0.68 0.23 3.04 0.41
+    rounds: 555 to fit, 570 to judge
+    calibration error: 4.2% -> 3.0%
+    temperatures: 1.31 0.96 3.98 0.28 0.22 10.00 0.76
     budget: load-aware
 """
 
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import hf_dspark
 from hf_dspark.evaluation.calibrate import calibrate
-from hf_dspark.models.loading import load_drafter, load_target
 
-target, tokenizer = load_target("smollm2", dtype="fast")
-drafter = load_drafter("smollm2-dspark", dtype="fast")
+target, tokenizer = hf_dspark.load_target("smollm2", dtype="fast")
+drafter = hf_dspark.load_drafter("smollm2-dspark", dtype="fast")
 drafter.drop_calibration()  # it comes calibrated; a drafter of your own does not
 
 questions = [f"What is {a} times {b}? Think step by step." for a in (7, 12, 25, 31, 44, 58) for b in (3, 8, 14, 21, 36)]

@@ -1,7 +1,7 @@
 """Fine-tune the drafter on a domain with a LoRA adapter, save the adapter alone, switch it on and off.
 
-A handful of rows and steps, to show the way; `hf-dspark data` and `hf-dspark finetune` do it in earnest. The target never changes, and
-neither does its output: only how much of a draft it accepts.
+A handful of rows and steps, to show the calls; `hf-dspark data` and `hf-dspark finetune` do it at full size. The target and its output do
+not change, only how much of a draft it accepts.
 
 Expected output (the size is exact, the loss depends on the machine):
 
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 import hf_dspark
-from hf_dspark.adapters.lora import add_lora, merge_adapter
-from hf_dspark.models.loading import load_drafter, load_target
-from hf_dspark.training import ResponseRow, Trainer, TrainingConfig
+from hf_dspark.adapters import add_lora, merge_adapter
+from hf_dspark.training.configuration import TrainingConfig
+from hf_dspark.training.rows import ResponseRow
+from hf_dspark.training.trainer import Trainer
 
-target, tokenizer = load_target("smollm2", dtype="float32")
-drafter = load_drafter("smollm2-dspark", dtype="float32").bind(target)
+target, tokenizer = hf_dspark.load_target("smollm2", dtype="float32")
+drafter = hf_dspark.load_drafter("smollm2-dspark", dtype="float32").bind(target)
 
 # 1. The domain's data: prompts, and the target's own answers to them.
 things = ["a book", "a city", "a recipe", "a flight", "a song", "an invoice", "a planet", "a course"]
@@ -55,7 +56,7 @@ with tempfile.TemporaryDirectory() as folder:
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
     print(f"adapter: {size:.1f} MB, the drafter itself stays as it was")
 
-    fresh = load_drafter("smollm2-dspark", dtype="float32")
+    fresh = hf_dspark.load_drafter("smollm2-dspark", dtype="float32")
     fresh.load_adapter(folder)
     texts = [hf_dspark.generate(target, fresh, **prompt, **options, adapter=name) for name in ("base", "default")]
     texts.append(hf_dspark.generate(target, merge_adapter(fresh), **prompt, **options))

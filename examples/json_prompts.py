@@ -1,4 +1,4 @@
-"""Prints 400 prompts of a domain that a chat drafter has not seen: answers in strict JSON. One JSON object a line, for `hf-dspark data`.
+"""Print 400 prompts of a domain that a chat drafter has not seen: answers in strict JSON. One JSON object a line, for `hf-dspark data`.
 
 python examples/json_prompts.py > json_prompts.jsonl
 """

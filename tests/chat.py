@@ -1,4 +1,4 @@
-"""A tiny target that can be chatted with: random weights, one token a word, a chat template in words of its vocabulary."""
+"""A tiny chat target: random weights, one token a word, a chat template in words of its vocabulary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = (
     "{% for m in messages %}<bos> {{ " + ROLES + " }} {{ m['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<bos> w91 {% endif %}"
 )
-# Past answers lose the w93 that a new answer is opened with, as some templates drop past thinking.
+# A new answer opens with w93, which past answers do not have, as in templates that drop past thinking.
 FORGETFUL = TEMPLATE.replace("<bos> w91 {% endif %}", "<bos> w91 w93 {% endif %}")
 
 
@@ -29,7 +29,7 @@ def chat_target(seed: int = 0, template: str | None = TEMPLATE) -> tuple[PreTrai
 
 
 def save_chat_target(folder: Path, seed: int = 0) -> Path:
-    """Writes it where `from_pretrained` finds it."""
+    """Write the chat target to a folder for `from_pretrained`."""
     model, tokenizer = chat_target(seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """An independent straight-line drafter, from the equations: plain arithmetic on a state dict, token by token.
 
-Nothing of the package is imported here. Speed is no aim; that nothing is shared with the code under test is.
+It shares nothing with the code under test: nothing of the package is imported here.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+HEADS = ["vanilla", "gated", "rnn", "none"]
 
 
 @dataclass
 class ReferenceDrafter:
-    """Weights and the few numbers that the equations need."""
+    """Weights and the numbers in the equations."""
 
     weights: dict[str, torch.Tensor]  # names as in DeepSpec's files
     embedding: torch.Tensor  # (V, d), already scaled where the target scales
@@ -34,7 +37,7 @@ class ReferenceDrafter:
     first_slot: int = 0  # 1 where the anchor's own slot predicts nothing
     sees: dict[int, Callable[[int, int, int], bool]] | None = None  # layer -> whether a query sees a key, from positions and the anchor's
     softcap: float | None = None
-    rotated: float = 1.0  # share of the pairs that turn
+    rotated: float = 1.0  # share of the pairs that are rotated
 
     def rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight."""
@@ -150,7 +153,7 @@ class ReferenceDrafter:
 
 @dataclass
 class Gemma4Reference(ReferenceDrafter):
-    """The same with a Gemma 4 stack: four norms a layer, scores as they are, values normed, a scalar a layer."""
+    """The same with a Gemma 4 stack: four norms a layer, unscaled scores, normed values, a scalar a layer."""
 
     def key_value(self, layer: int, x: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         w, name = self.weights, f"layers.{layer}.self_attn"
@@ -184,3 +187,25 @@ class Gemma4Reference(ReferenceDrafter):
                 new.append((x + self.rms(fed, w[f"{name}.post_feedforward_layernorm.weight"])) * w[f"{name}.layer_scalar"])
             xs = new
         return torch.stack([self.rms(x, w["norm.weight"]) for x in xs])
+
+
+def reference_of(drafter: Any, target: Any) -> ReferenceDrafter:
+    """The reference with the weights of a drafter and of its target."""
+    config, embedding = drafter.config, target.get_input_embeddings()
+    return ReferenceDrafter(
+        weights={name: tensor.detach() for name, tensor in drafter.state_dict().items()},
+        embedding=embedding(torch.arange(config.vocab_size)).detach(),
+        lm_head=target.get_output_embeddings().weight.detach(),
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        theta=config.rope_parameters["rope_theta"],
+        gamma=config.block_size,
+        mask_id=config.mask_token_id,
+        head_type="none" if config.markov_rank == 0 else config.markov_head_type,
+        confidence_with_markov=bool(config.confidence_head_with_markov),
+        draft_ids=drafter.draft_token_ids,
+        activation=config.hidden_act,
+    )

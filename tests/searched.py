@@ -1,10 +1,10 @@
-"""The search for copies, by trying every place: an oracle for the one that drafts."""
+"""An oracle for n-gram copying: the longest match, by trying every position."""
 
 from __future__ import annotations
 
 
 def agreed(text: list[int], end: int) -> int:
-    """How many tokens up to `end` are the text's last ones."""
+    """How many tokens up to position `end` equal the text's last tokens."""
     length = 0
     while length <= end and text[end - length] == text[len(text) - 1 - length]:
         length += 1
@@ -12,7 +12,7 @@ def agreed(text: list[int], end: int) -> int:
 
 
 def searched(text: list[int], longest: int) -> tuple[int, int]:
-    """The length of the longest suffix that occurred before, and where the token after its last occurrence is; by trying every place."""
+    """Length of the longest suffix that occurred before, at most `longest`, and the position after its last occurrence; -1 for none."""
     best, place = 0, -1
     for end in range(len(text) - 1):
         length = min(agreed(text, end), longest)

@@ -91,7 +91,7 @@ def tiny_target(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(make_config()).to(torch.float32).eval()
-    # Families set further special ids of their own; keep them out of tests that count tokens.
+    # Without the special ids that families add, which would end texts early.
     model.generation_config.eos_token_id = EOS
     model.generation_config.bos_token_id = BOS
     model.generation_config.pad_token_id = PAD
@@ -104,7 +104,7 @@ def tiny_llama(seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_drafter(target: PreTrainedModel, head: str = "vanilla", seed: int = 1, **fields: Any) -> DSparkDrafter:
-    """A random drafter bound to a target: 2 layers, block 5, rank 6, with weights large enough that every part matters.
+    """A random drafter bound to a target: 2 layers, block 5, rank 6, with weights so large that every part matters.
 
     Args:
         target (`PreTrainedModel`): from `tiny_target`.

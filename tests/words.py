@@ -1,4 +1,4 @@
-"""A tokenizer of one token a word for tiny targets: id i is the word `wi`, but for the special ids."""
+"""A tokenizer of one token a word for tiny targets: id i is the word `wi`, except for special ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def word_tokenizer(config: Any) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer without a chat template that fits a target's config: same vocabulary, same special ids."""
+    """A tokenizer with the vocabulary and special ids of a target's config, without a chat template."""
     special = {config.pad_token_id: "<pad>", config.bos_token_id: "<bos>", config.eos_token_id: "<eos>"}
     vocabulary = {special.get(index, f"w{index}"): index for index in range(config.vocab_size)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))

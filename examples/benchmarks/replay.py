@@ -23,20 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from examples.benchmarks.command import run_command, write_record
+from examples.benchmarks.report import number
 
 from hf_dspark.budgets.budget import Budget, Drafts, FinishedRound, LiveRows, Proposal, StaticBudget
 from hf_dspark.budgets.cost_model import Costs, RowCosts
 from hf_dspark.budgets.load_aware import LoadAwareBudget
 from hf_dspark.budgets.named import make_budget
 from hf_dspark.decoding.profiler import CostProfile
-from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.load import PLAIN, summary
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.prompts import encode, read_prompts
 from hf_dspark.evaluation.serving import Server
-from hf_dspark.evaluation.speed import end_ids_of
-from hf_dspark.evaluation.tables import number
 from hf_dspark.models.loading import load_drafter, load_target
+from hf_dspark.utils.tokens import eos_token_ids
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _run(args: argparse.Namespace) -> None:
             f"The profile is of blocks of {costs.block_size} tokens and up to {max(costs.rows)} rows; wanted: {drafter.config.block_size} "
             f"and {max(sizes)}. Take another --costs, a smaller --concurrency, or measure here."
         )
-    walks = record_walks(target, drafter, prompts, end_ids=sorted(end_ids_of(target)), max_new_tokens=args.max_new_tokens)
+    walks = record_walks(target, drafter, prompts, end_ids=eos_token_ids(target), max_new_tokens=args.max_new_tokens)
 
     def cell(name: str, budget: Budget, believed: Costs, size: int, noise: float = 0.0) -> dict[str, Any]:
         turns = [

@@ -1,6 +1,6 @@
-"""Write the prompts of a file that no response file answers: for calibration on prompts that the drafter was not trained on.
+"""Writes the prompts of a file that no response file answers, to calibrate on prompts that the drafter was not trained on.
 
-python examples/smollm2_dspark/fresh_prompts.py train/gsm8k_train.jsonl --answered responses/starter.jsonl.gz --limit 320 --output fresh.jsonl
+python examples/smollm2_dspark/fresh_prompts.py gsm8k_train.jsonl --answered responses/starter.jsonl.gz --limit 320 --output fresh.jsonl
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 #   examples/smollm2_dspark/train.sh PROMPTS RUNS
 #
 # PROMPTS: a folder with train/*.jsonl (prompts to answer) and eval/*.jsonl (prompts never to learn from), one {"turns": [..]} a line;
-# responses/*.jsonl.gz in it, where there are any, are rows that the target wrote before, and are learnt from too.
+# responses/*.jsonl.gz in it, where there are any, are rows that the target wrote before, and are trained on too.
 # RUNS: where data and runs go. ROWS of self-written prompts for the first MINUTES of training, MORE_ROWS and MORE_MINUTES for going on from
 # there (two processes of one thread each write them), THIRD_MINUTES and LAST_MINUTES for a third and fourth run on the same rows can be
-# set; so can LIMIT, the given prompts of each file that confidences are calibrated on, and with it those that the target asks itself.
+# set; so can LIMIT, the given prompts of each file that confidences are calibrated on, and with it those that the target writes itself.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 prompts=${1:?PROMPTS} runs=${2:?RUNS}
@@ -44,24 +44,24 @@ again() { # RUN MINUTES BASE SEED
 again drafter3 "$third_minutes" drafter2 3
 again drafter4 "$last_minutes" drafter3 4
 
-# Copies and confidences: on prompts that no training row answers, about as many rounds each of grade-school math, of everyday instructions,
-# and of code asked for in words and by a stub, which the target asks itself.
+# N-gram copies and confidences: on prompts that no training row answers, about as many rounds each of grade-school math, of everyday
+# instructions, and of code described in words and by a stub, prompts that the target writes itself.
 for name in gsm8k_train self_instruct_seed self_instruct_user; do
     "${PYTHON:-.venv/bin/python}" examples/smollm2_dspark/fresh_prompts.py "$prompts/train/$name.jsonl" --limit "$limit" --output "$runs/$name.jsonl" \
         $(printf -- '--answered %s ' "$prompts"/responses/*.jsonl.gz)
 done
 mv "$runs/gsm8k_train.jsonl" "$runs/gsm8k_fresh.jsonl"
 cat "$runs"/self_instruct_{seed,user}.jsonl > "$runs/self_instruct_fresh.jsonl"
-"${PYTHON:-.venv/bin/python}" examples/smollm2_dspark/asked.py "$runs"/data-[1-4] --output "$runs/asked.jsonl"
-ask() { # KIND PROMPTS
+"${PYTHON:-.venv/bin/python}" examples/smollm2_dspark/self_prompts.py "$runs"/data-[1-4] --output "$runs/self_written.jsonl"
+self_prompts() { # KIND PROMPTS
     grep "\"$1\"" examples/smollm2_dspark/beginnings.jsonl > "$runs/$1.begin.jsonl"
     $command data --target smollm2 --dtype fp32 --self-prompt "$2" --begin "$runs/$1.begin.jsonl" --self-tokens 160 --temperature 0 \
-        --max-new-tokens 1 --batch-size 64 --seed 11 --exclude "$runs/asked.jsonl" \
+        --max-new-tokens 1 --batch-size 64 --seed 11 --exclude "$runs/self_written.jsonl" \
         $(printf -- '--exclude %s ' "$prompts"/eval/*.jsonl "$prompts"/responses/*.jsonl.gz) --output "$runs/data-$1"
-    "${PYTHON:-.venv/bin/python}" examples/smollm2_dspark/asked.py "$runs/data-$1" --output "$runs/$1.jsonl"
+    "${PYTHON:-.venv/bin/python}" examples/smollm2_dspark/self_prompts.py "$runs/data-$1" --output "$runs/$1.jsonl"
 }
-ask self-code $((limit * 7 / 10))
-ask self-stub $((limit * 8 / 5)) # many are cut off
+self_prompts self-code $((limit * 7 / 10))
+self_prompts self-stub $((limit * 8 / 5)) # many are cut off
 $command calibrate --target smollm2 --drafter "$runs/drafter4/best" $(printf -- "--prompts $runs/%s.jsonl " \
     gsm8k_fresh self_instruct_fresh self-code self-stub) --max-new-tokens 128 --concurrency 32 --copying 64 --replace \
     $(for name in mt-bench mbpp humaneval; do printf -- '--others %s ' "$prompts/eval/$name.jsonl"; done)

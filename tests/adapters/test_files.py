@@ -104,16 +104,11 @@ def test_an_adapter_is_saved_alone_and_drafts_the_same_when_loaded(base, adapted
     assert not base.training
 
 
-@pytest.mark.parametrize("method", ["save_pretrained", "load_adapter"])
-def test_the_drafters_own_methods_do_the_same(base, adapted, tmp_path, method):
+def test_the_drafters_own_methods_do_the_same(base, adapted, tmp_path):
     """`drafter.save_pretrained` and `drafter.load_adapter` write and read what the functions do."""
-    if method == "save_pretrained":
-        adapted.save_pretrained(tmp_path)
-        load_adapter(base, tmp_path)
-    else:
-        save_adapter(adapted, tmp_path)
-        assert base.load_adapter(str(tmp_path)).to_dict()["missing_keys"] == set()
+    adapted.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == FILES
+    base.load_adapter(str(tmp_path))
     assert same_outputs(base, adapted)
 
 
@@ -192,7 +187,7 @@ def test_the_check_of_the_base_can_be_left_out_on_purpose(base, adapted, tmp_pat
         base.fc.weight.mul_(1.5)
     with caplog.at_level(logging.WARNING):
         base.load_adapter(str(tmp_path), check_base=False)
-    assert "all the same, as asked" in caplog.text
+    assert "because of check_base=False" in caplog.text
     assert active_adapters(base) == ("default",)
 
 

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.cache.kv_cache import RowCache, order_without
+from hf_dspark.cache.layout import RowLayout
 
 HEADS, DIM, VALUE_DIM, LAYERS = 2, 3, 4, 2
 
@@ -67,7 +68,7 @@ def test_impossible_layouts_are_refused(starts: list[int], counts: list[int]) ->
 
 
 class ListOfRows:
-    """The cache as plain lists: `tokens[row][layer]` is a list of committed (key, value) pairs."""
+    """The rows as plain lists: `tokens[row][layer]` is a list of committed (key, value) pairs."""
 
     def __init__(self) -> None:
         self.tokens: list[list[list[tuple[torch.Tensor, torch.Tensor]]]] = []
@@ -78,7 +79,7 @@ class ListOfRows:
 
 def assert_equal(cache: RowCache, reference: ListOfRows) -> None:
     """Every committed token of every layer is where the lists have it."""
-    assert cache.lengths == reference.lengths()
+    assert cache.num_rows == len(reference.tokens)
     for row, layers in enumerate(reference.tokens):
         for layer, tokens in enumerate(layers):
             if tokens:
@@ -92,18 +93,15 @@ def random_write(cache: RowCache, reference: ListOfRows, rng: random.Random, mos
     first = rng.randrange(cache.num_rows)
     rows = range(first, rng.randrange(first, cache.num_rows) + 1)
     counts = [rng.randint(1, most) for _ in rows]
-    layout = RowLayout([cache.lengths[r] for r in rows], counts, first_row=first)
+    layout = RowLayout([reference.lengths()[r] for r in rows], counts, first_row=first)
     kept = [rng.randint(0, n) for n in counts]
     for layer in range(LAYERS):
         keys, values = torch.randn(layout.total, HEADS, DIM), torch.randn(layout.total, HEADS, VALUE_DIM)
         cache.write(layer, keys, values, layout)
-        assert cache.lengths == reference.lengths() or layer  # writing commits nothing
         index = 0
         for row, count, keep in zip(rows, counts, kept, strict=True):
             reference.tokens[row][layer] += [(keys[index + j], values[index + j]) for j in range(keep)]
             index += count
-    for row, keep in zip(rows, kept, strict=True):
-        cache.lengths[row] += keep
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -123,12 +121,12 @@ def test_any_series_of_operations_equals_a_list_of_lists(seed: int) -> None:
             random_write(cache, reference, rng, most=40 if step % 10 == 0 else 6)
         elif what == "roll back":
             row = rng.randrange(cache.num_rows)
-            keep = rng.randint(0, cache.lengths[row])
-            cache.lengths[row] = keep
+            keep = rng.randint(0, reference.lengths()[row])
             reference.tokens[row] = [tokens[:keep] for tokens in reference.tokens[row]]
         elif what == "remove":
             gone = rng.sample(range(cache.num_rows), rng.randint(1, cache.num_rows))
-            order = cache.remove_rows(gone)
+            order = order_without(cache.num_rows, gone)
+            cache.keep_rows(order, reference.lengths())
             assert sorted(order) == sorted(set(range(len(reference.tokens))) - set(gone))
             reference.tokens = [reference.tokens[old] for old in order]
         assert_equal(cache, reference)
@@ -139,7 +137,6 @@ def filled(rows: int, tokens: int) -> tuple[RowCache, torch.Tensor]:
     cache.add_rows(rows)
     keys = torch.randn(rows * tokens, HEADS, DIM)
     cache.write(0, keys, keys.clone(), layout)
-    cache.lengths = [tokens] * rows
     return cache, keys.view(rows, tokens, HEADS, DIM).transpose(1, 2)
 
 
@@ -162,7 +159,6 @@ def test_growing_keeps_tokens_and_doubles() -> None:
     for position in range(1000):
         token = torch.full((1, HEADS, DIM), float(position))
         cache.write(0, token, -token, RowLayout([position], [1]))
-        cache.lengths[0] += 1
         expected.append(position)
         buffers.add(cache.keys[0].shape[2])
     keys, values = cache.view(0, RowLayout([999], [1]))
@@ -187,23 +183,23 @@ def test_rows_that_leave_free_their_place() -> None:
     """Many rows may come and go, and the buffer is as tall as the most that lived at once."""
     cache, _ = filled(4, 3)
     for _ in range(10):
-        cache.remove_rows([0, 2])
+        cache.keep_rows(order_without(4, [0, 2]), [3] * 4)
         cache.add_rows(2)
         token = torch.zeros(2, HEADS, DIM)
         cache.write(0, token, token, RowLayout([0, 0], [1, 1], first_row=2))
-        cache.lengths[2:] = [1, 1]
     assert cache.keys[0].shape[0] == 4
 
 
 def test_removing_moves_as_few_rows_as_there_are_holes() -> None:
     """The last rows fill the holes; the others stay where they are."""
     cache, keys = filled(6, 2)
-    order = cache.remove_rows([1, 5])
+    order = order_without(6, [1, 5])
+    cache.keep_rows(order, [2] * 6)
     assert order == [0, 4, 2, 3]
     assert torch.equal(cache.view(0, RowLayout([0] * 4, [2] * 4))[0], keys[order])
-    assert cache.remove_rows([]) == [0, 1, 2, 3]
-    assert cache.remove_rows([0, 1, 2, 3]) == []
-    assert cache.num_rows == 0
+    assert cache.num_rows == 4
+    assert order_without(4, []) == [0, 1, 2, 3]
+    assert order_without(4, [0, 1, 2, 3]) == []
 
 
 def test_scratch_beyond_a_length_never_holds_nan() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hf_dspark.calibration.records import check_calibration, read_calibration, write_calibration
 from hf_dspark.calibration.temperature_scaling import (
@@ -15,6 +16,7 @@ from hf_dspark.calibration.temperature_scaling import (
     Rounds,
     area_under_curve,
     brier_score,
+    calibrated,
     expected_calibration_error,
     fit_temperatures,
     noise_of_error,
@@ -195,3 +197,11 @@ def test_a_record_for_another_block_is_refused() -> None:
     """Lengths must agree."""
     with pytest.raises(CheckpointError, match="one temperature for each of the 3 block positions; got 2"):
         check_calibration(RECORD, 3, "somewhere")
+
+
+def test_confidence_is_the_sigmoid_of_the_scaled_logit() -> None:
+    """c_k = sigmoid(logit_k / T_k), also for fewer positions than temperatures, and with T_k = 1 where there are none."""
+    logits = torch.tensor([[1.0, -2.0, 0.5]])
+    for temperatures, scaled in (([1.0, 2.0, 0.5, 4.0], [1.0, -1.0, 1.0]), (None, [1.0, -2.0, 0.5])):
+        expected = torch.tensor([[1 / (1 + math.exp(-x)) for x in scaled]])
+        torch.testing.assert_close(calibrated(logits, temperatures), expected)

@@ -3,122 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
 from hf_dspark.errors import BindingError, CheckpointError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from tests.reference import ReferenceDrafter
-from tests.tiny import HIDDEN, MASK, VOCAB, tiny_target
-
-V, D, R, HEADS, KV, HEAD_DIM, MLP, TAPS, LAYERS = VOCAB, HIDDEN, 6, 4, 2, 8, 48, [0, 2], 2
-
-
-def deepspec_config_json(**changes: Any) -> dict[str, Any]:
-    """config.json as DeepSpec writes it with transformers 4: the target's config and its own keys."""
-    return {
-        "architectures": ["Qwen3DSparkModel"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "block_size": 5,
-        "bos_token_id": 1,
-        "confidence_head_with_markov": True,
-        "enable_confidence_head": True,
-        "eos_token_id": 2,
-        "head_dim": HEAD_DIM,
-        "hidden_act": "silu",
-        "hidden_size": D,
-        "initializer_range": 0.02,
-        "intermediate_size": MLP,
-        "layer_types": ["full_attention"] * LAYERS,
-        "markov_head_type": "vanilla",
-        "markov_rank": R,
-        "mask_token_id": MASK,
-        "max_position_embeddings": 512,
-        "max_window_layers": 36,
-        "model_type": "qwen3",
-        "num_anchors": 512,
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "num_key_value_heads": KV,
-        "num_target_layers": 4,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 5000.0,
-        "sliding_window": None,
-        "target_layer_ids": TAPS,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "transformers_version": "4.57.1",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": V,
-        **changes,
-    }
-
-
-def deepspec_tensors(target: torch.nn.Module, head: str = "vanilla", confidence: bool = True) -> dict[str, torch.Tensor]:
-    """Random weights under the exact names of FORMATS: backbone, heads, embedding and head."""
-    generator = torch.Generator().manual_seed(7)
-
-    def random(*shape: int) -> torch.Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    tensors = {
-        "fc.weight": random(D, len(TAPS) * D),
-        "hidden_norm.weight": 1 + random(D),
-        "norm.weight": 1 + random(D),
-        "embed_tokens.weight": target.get_input_embeddings().weight.detach().clone(),
-        "lm_head.weight": target.get_output_embeddings().weight.detach().clone(),
-    }
-    for i in range(LAYERS):
-        p = f"layers.{i}"
-        tensors |= {
-            f"{p}.input_layernorm.weight": 1 + random(D),
-            f"{p}.post_attention_layernorm.weight": 1 + random(D),
-            f"{p}.self_attn.q_proj.weight": random(HEADS * HEAD_DIM, D),
-            f"{p}.self_attn.k_proj.weight": random(KV * HEAD_DIM, D),
-            f"{p}.self_attn.v_proj.weight": random(KV * HEAD_DIM, D),
-            f"{p}.self_attn.o_proj.weight": random(D, HEADS * HEAD_DIM),
-            f"{p}.self_attn.q_norm.weight": 1 + random(HEAD_DIM),
-            f"{p}.self_attn.k_norm.weight": 1 + random(HEAD_DIM),
-            f"{p}.mlp.gate_proj.weight": random(MLP, D),
-            f"{p}.mlp.up_proj.weight": random(MLP, D),
-            f"{p}.mlp.down_proj.weight": random(D, MLP),
-        }
-    if head != "none":
-        tensors |= {"markov_head.markov_w1.weight": random(V, R), "markov_head.markov_w2.weight": random(V, R)}
-    if head == "gated":
-        tensors |= {"markov_head.gate_proj.weight": random(R, D + R), "markov_head.gate_proj.bias": random(R)}
-    if head == "rnn":
-        tensors |= {
-            "markov_head.joint_proj.weight": random(3 * R, 2 * R + D),
-            "markov_head.joint_proj.bias": random(3 * R),
-        }
-    if confidence:
-        tensors |= {"confidence_head.proj.weight": random(1, D + R), "confidence_head.proj.bias": random(1)}
-    return tensors
-
-
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    names, weight_map = sorted(tensors), {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[i::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
+from tests.checkpoints.foreign import TAPS, D, R, V, deepspec_config_json, deepspec_tensors, write
+from tests.tiny import tiny_target
 
 
 @pytest.fixture
@@ -126,10 +20,9 @@ def target():
     return tiny_target("qwen3")
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("head", "shards"), [("vanilla", 1), ("rnn", 3)])
 def test_a_deepspec_checkpoint_loads_bit_for_bit(tmp_path, target, head: str, shards: int) -> None:
-    """Every tensor of backbone and heads is the stored one, and the copies of embedding and head are not loaded."""
+    """Every tensor of backbone and heads is the stored one, and the copies of embedding and head are not loaded, nor saved again."""
     tensors = deepspec_tensors(target, head)
     write(tmp_path, deepspec_config_json(markov_head_type=head), tensors, shards)
     drafter = DSparkDrafter.from_pretrained(tmp_path)
@@ -139,41 +32,10 @@ def test_a_deepspec_checkpoint_loads_bit_for_bit(tmp_path, target, head: str, sh
     assert all(torch.equal(state[name], tensors[name]) for name in state)
     assert not drafter.bound
     assert drafter.config.target_model_type == "qwen3"
-
-
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-def test_a_deepspec_checkpoint_drafts_like_the_reference(tmp_path, target, head: str) -> None:
-    """Loaded and bound, it gives the hidden states and logits of the equations on the file's own weights."""
-    tensors = deepspec_tensors(target, head)
-    drafter = DSparkDrafter.from_pretrained(write(tmp_path, deepspec_config_json(markov_head_type=head), tensors)).bind(target)
-    reference = ReferenceDrafter(
-        tensors,
-        tensors["embed_tokens.weight"],
-        tensors["lm_head.weight"],
-        LAYERS,
-        HEADS,
-        KV,
-        HEAD_DIM,
-        1e-6,
-        5000.0,
-        5,
-        MASK,
-        head,
-        True,
-    )
-    taps = torch.randn(6, len(TAPS) * D, generator=torch.Generator().manual_seed(0))
-    cache = RowCache()
-    cache.add_rows(1)
-    drafter.extend_context(taps, RowLayout([0], [6]), cache)
-    with torch.no_grad():
-        h = drafter.draft_hidden(torch.tensor([9]), [6], cache)
-        expected = reference.hidden(9, taps)
-        torch.testing.assert_close(h[0], expected, rtol=1e-5, atol=1e-5)
-        tokens, logits = reference.chain(9, expected)
-        previous = torch.tensor([[9, *tokens[:-1]]])
-        own = drafter.base_logits(h) + drafter.markov_head.project(drafter.markov_head.block(previous, h))
-        torch.testing.assert_close(own[0], logits, rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(drafter.confidence(h, previous)[0], reference.confidence(9, tokens, expected), rtol=1e-5, atol=1e-5)
+    drafter.bind(target).save_pretrained(tmp_path / "own")
+    again = DSparkDrafter.from_pretrained(tmp_path / "own")
+    assert again.config.architectures == ["DSparkDrafter"]
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_a_deepspec_dflash_checkpoint_loads(tmp_path, target) -> None:
@@ -223,16 +85,6 @@ def test_binding_to_another_target_than_the_files_is_refused(tmp_path, target, k
     assert drafter.bind(target).bound
 
 
-def test_carried_copies_are_dropped_after_binding(tmp_path, target) -> None:
-    """Once compared, the copies are forgotten: saving writes this package's own format without them."""
-    drafter = DSparkDrafter.from_pretrained(write(tmp_path / "in", deepspec_config_json(), deepspec_tensors(target))).bind(target)
-    assert drafter._carried == {}
-    drafter.save_pretrained(tmp_path / "out")
-    again = DSparkDrafter.from_pretrained(tmp_path / "out")
-    assert again.config.architectures == ["DSparkDrafter"]
-    assert all(torch.equal(again.state_dict()[name], t) for name, t in drafter.state_dict().items())
-
-
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_partial_checkpoint_is_refused_with_a_full_list(tmp_path, target, shards: int) -> None:
     """Everything missing, unexpected or mis-shaped is named in one error, embedding and head copies included."""
@@ -265,14 +117,6 @@ def test_a_missing_shard_is_refused(tmp_path, target) -> None:
         DSparkDrafter.from_pretrained(tmp_path)
     assert "model-00002-of-00003.safetensors" in str(caught.value)
     assert all(f"missing: {name}" in str(caught.value) for name in sorted(tensors)[1::3])
-
-
-def test_pickled_weights_are_never_read(tmp_path, target) -> None:
-    """A folder with pytorch_model.bin only is refused with the way out."""
-    (tmp_path / "config.json").write_text(json.dumps(deepspec_config_json()))
-    torch.save(deepspec_tensors(target), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickle, which is never read"):
-        DSparkDrafter.from_pretrained(tmp_path)
 
 
 def test_a_damaged_file_is_refused(tmp_path, target) -> None:
@@ -362,13 +206,6 @@ def test_incomplete_configs_of_readable_formats_are_refused_by_name(tmp_path, co
     """A readable format whose config leaves out what it needs is named, with a missing key."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"{name}.*Missing keys"):
-        DSparkDrafter.from_pretrained(tmp_path)
-
-
-def test_config_that_is_not_json_is_refused(tmp_path) -> None:
-    """A config.json cut short is a CheckpointError."""
-    (tmp_path / "config.json").write_text('{"architectures": [')
-    with pytest.raises(CheckpointError, match="not JSON"):
         DSparkDrafter.from_pretrained(tmp_path)
 
 

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from hf_dspark.checkpoints.inspect import describe
 from hf_dspark.errors import CheckpointError, DSparkError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from tests.checkpoints.test_deepspec import write
-from tests.checkpoints.test_formats import CHECKPOINTS
+from tests.checkpoints.foreign import CHECKPOINTS, write
 from tests.tiny import tiny_drafter, tiny_target
 
 
@@ -47,26 +46,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 STRANGE = [
-    None,
-    -1,
-    0,
-    1,
-    3,
-    10**9,
-    10**30,
-    -(10**12),
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "../../etc/passwd",
-    True,
-    False,
-    [],
-    [1],
-    {},
-    {"a": 1},
+    *(None, True, False, -1, 0, 1, 3, 10**9, 10**30, -(10**12), 0.5, float("nan"), float("inf")),
+    *("", "x", "../../etc/passwd", [], [1], {}, {"a": 1}),
 ]
 STRANGE += [[10**9] * 3, "sliding_attention", [None], [["x"]], {"rope_type": "yarn"}, "\u2028", [0.1] * 5]
 
@@ -89,13 +70,13 @@ def mutated(config: dict[str, Any], dice: random.Random) -> dict[str, Any]:
     "name", ["own", "deepspec-vanilla", "speculators-dspark-reduced", "zlab-sliding", "specforge-vanilla", "model-optimizer-rnn", "native"]
 )
 def test_mutated_configs_load_or_end_in_one_clean_error(tmp_path, saved, name: str) -> None:
-    """A hundred random changes of a config each: a drafter, or a DSparkError; never another exception, and little memory."""
+    """Forty random changes of a config each: a drafter, or a DSparkError; never another exception, and little memory."""
     config, folder = saved[name]
     dice = random.Random(name)
     weights = (folder / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights)
     clean = 0
-    for _ in range(100):
+    for _ in range(40):
         changed = mutated(config, dice)
         (tmp_path / "config.json").write_text(json.dumps(changed))
         tracemalloc.start()
@@ -111,7 +92,7 @@ def test_mutated_configs_load_or_end_in_one_clean_error(tmp_path, saved, name: s
         assert peak < 64e6, changed
         with contextlib.suppress(DSparkError):
             describe(str(tmp_path))
-    assert clean > 20  # the changes do break things
+    assert clean > 8  # the changes do break things
 
 
 @pytest.mark.parametrize("name", ["own", "speculators-dspark-reduced"])
@@ -123,7 +104,7 @@ def test_mutated_files_load_or_end_in_one_clean_error(tmp_path, saved, name: str
     header = struct.unpack("<Q", weights[:8])[0]
     dice = random.Random(1)
     refused = 0
-    for i in range(150):
+    for i in range(90):
         data = bytearray(weights)
         if i % 3 == 0:
             data = data[: dice.randrange(len(data))]
@@ -137,7 +118,7 @@ def test_mutated_files_load_or_end_in_one_clean_error(tmp_path, saved, name: str
             DSparkDrafter.from_pretrained(tmp_path)
         except CheckpointError:
             refused += 1
-    assert refused > 100
+    assert refused > 60
 
 
 def test_a_billion_rows_are_refused_before_they_exist(tmp_path, saved) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
@@ -18,6 +17,7 @@ import hf_dspark
 from hf_dspark.adapters.lora import add_lora
 from hf_dspark.calibration.temperature_scaling import FORMAT
 from hf_dspark.errors import CheckpointError, HubError
+from hf_dspark.hub.bundled import bundled_drafter_path
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from tests.loopback_hub import LoopbackHub
 from tests.tiny import tiny_drafter, tiny_target
@@ -58,8 +58,10 @@ def front_matter(text: bytes) -> dict[str, Any]:
 
 
 def test_pushed_drafter_comes_back_bit_for_bit(hub, tmp_path) -> None:
-    """Weights, config and calibration of a pulled drafter are those that were pushed, in one commit that holds no target's weight."""
-    drafter = tiny_drafter(tiny_target(), draft_token_ids=torch.arange(0, 90, 2)).set_calibration(calibration())
+    """Weights, config and calibration of a pulled drafter are those that were pushed, in one commit that holds no target's weight; it
+    decodes to plain text, and AutoModel pulls it too."""
+    target = tiny_target()
+    drafter = tiny_drafter(target, draft_token_ids=torch.arange(0, 90, 2)).set_calibration(calibration())
     drafter.push_to_hub(REPO, private=True, licence="apache-2.0")
     assert commits(hub) == 2  # the repository's first, and ours
     assert hub.repositories[REPO].private
@@ -71,26 +73,11 @@ def test_pushed_drafter_comes_back_bit_for_bit(hub, tmp_path) -> None:
     stored.write_bytes(hub.repositories[REPO].files()["model.safetensors"])
     with safe_open(stored, "pt") as file:
         assert not [name for name in file.keys() if "embed_tokens" in name or "lm_head" in name]  # noqa: SIM118
-
-
-def test_pulled_drafter_drafts_for_its_target(hub) -> None:
-    """`generate` with a pulled drafter gives plain `generate`'s text."""
-    target = tiny_target()
-    tiny_drafter(target).push_to_hub(REPO)
-    prompt = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-    plain = target.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert torch.equal(
-        plain, target.generate(prompt, max_new_tokens=12, do_sample=False, assistant_model=DSparkDrafter.from_pretrained(REPO))
-    )
-
-
-def test_automodel_pulls_a_drafter_without_remote_code(hub) -> None:
-    """After `import hf_dspark`, AutoModel gives a DSparkDrafter with the pushed weights."""
-    drafter = tiny_drafter(tiny_target())
-    drafter.push_to_hub(REPO)
-    again = AutoModel.from_pretrained(REPO)
-    assert type(again) is DSparkDrafter
-    assert same_weights(drafter, again)
+    prompt, options = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(target.generate(prompt, **options), target.generate(prompt, **options, assistant_model=again))
+    automatic = AutoModel.from_pretrained(REPO)
+    assert type(automatic) is DSparkDrafter
+    assert same_weights(drafter, automatic)
 
 
 def test_sharded_push_is_pulled_whole(hub) -> None:
@@ -133,11 +120,9 @@ def test_pull_from_a_subfolder(hub, tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------------------------- cards
 
 
-def test_card_tells_what_lies_beside_it(hub, tmp_path) -> None:
-    """The embedded drafter's results become a table, model-index metadata and a reliability diagram in the pushed repository."""
-    from hf_dspark.hub.bundled import embedded_drafter_path
-
-    source = embedded_drafter_path()
+def test_card_tells_what_lies_beside_it(hub) -> None:
+    """The bundled drafter's results become a table and model-index metadata, and its card fits two screens."""
+    source = bundled_drafter_path()
     DSparkDrafter.from_pretrained(source).push_to_hub(REPO, licence="apache-2.0", tags=["smollm2"])
     files = hub.repositories[REPO].files()
     card, front = files["README.md"].decode(), front_matter(files["README.md"])
@@ -155,20 +140,16 @@ def test_card_tells_what_lies_beside_it(hub, tmp_path) -> None:
             assert results[name, "tau", f"tokens a round ({key.replace('=', ' = ')})"] == pytest.approx(tau, abs=1e-4)
     assert any(kind == "ece" for _, kind, _ in results)
     assert f"{decoded['T=0']['by_source']['gsm8k']:.2f}" in card
-    assert "reliability.png" in card
-    assert files["reliability.png"].startswith(b"\x89PNG")
-    assert "thinking mode of the data" in card
-    for server in ("vllm serve", "sglang.launch_server", "llama-server", f"hf-dspark convert {REPO}"):
-        assert server in card
-    assert f'load_drafter("{REPO}")' in card
+    body = card.split("---\n", 2)[2]
+    for words in (f'load_drafter("{REPO}")', "[recipe.json](recipe.json)", "results/reliability.png", "thinking mode off"):
+        assert words in body
+    assert len(body.splitlines()) < 100
     assert "results/decoded.json" in files
 
 
 def test_results_are_not_pushed_with_other_weights(hub, tmp_path, caplog) -> None:
     """A drafter that was changed after loading leaves its folder's results and recipe behind, and says so."""
-    from hf_dspark.hub.bundled import embedded_drafter_path
-
-    drafter = DSparkDrafter.from_pretrained(embedded_drafter_path())
+    drafter = DSparkDrafter.from_pretrained(bundled_drafter_path())
     with torch.no_grad():
         drafter.fc.weight[0, 0] += 1
     drafter.push_to_hub(REPO)
@@ -178,9 +159,7 @@ def test_results_are_not_pushed_with_other_weights(hub, tmp_path, caplog) -> Non
 
 def test_pull_calibrate_push_keeps_what_is_still_true(hub) -> None:
     """Pushed back with the same weights and new temperatures, a repository keeps its recipe and results, and its card still tells them."""
-    from hf_dspark.hub.bundled import embedded_drafter_path
-
-    DSparkDrafter.from_pretrained(embedded_drafter_path()).push_to_hub(REPO)
+    DSparkDrafter.from_pretrained(bundled_drafter_path()).push_to_hub(REPO)
     before = set(hub.repositories[REPO].files())
     pulled = DSparkDrafter.from_pretrained(REPO)
     pulled.set_calibration(calibration(7))
@@ -242,25 +221,18 @@ def test_second_push_without_calibration_takes_the_first_ones_away(hub) -> None:
     assert DSparkDrafter.from_pretrained(REPO).config.confidence_temperatures is None
 
 
-def test_calibration_alone_goes_into_a_drafters_repository(hub) -> None:
-    """The weights' object is untouched, config and calibration.json say the same temperatures, and pulling gives them."""
+def test_calibration_is_pushed_alone_and_pulled_on_top(hub) -> None:
+    """In a drafter's repository it changes config and calibration.json only; from one of its own, `calibration=` puts it on top."""
     tiny_drafter(tiny_target()).push_to_hub(REPO)
     before = hub.repositories[REPO].files()["model.safetensors"]
     hf_dspark.push_calibration(calibration(), REPO)
     assert hub.repositories[REPO].files()["model.safetensors"] == before
     assert DSparkDrafter.from_pretrained(REPO).config.confidence_temperatures == calibration()["temperatures"]
-
-
-def test_calibration_of_ones_own_is_pulled_on_top_of_anothers_drafter(hub) -> None:
-    """`calibration="user/temps"` wins over what the drafter's repository says, and the drafter's repository stays as it was."""
-    tiny_drafter(tiny_target()).set_calibration(calibration()).push_to_hub(REPO)
     mine = calibration(temperatures=[2.0, 1.9, 1.8, 1.7, 1.6])
-    before = commits(hub)
     hf_dspark.push_calibration(mine, "user/temps")
-    again = DSparkDrafter.from_pretrained(REPO, calibration="user/temps")
-    assert again.config.confidence_temperatures == mine["temperatures"]
-    assert DSparkDrafter.from_pretrained(REPO, calibration=mine).config.confidence_temperatures == mine["temperatures"]
-    assert commits(hub) == before
+    for source in ("user/temps", mine):
+        assert DSparkDrafter.from_pretrained(REPO, calibration=source).config.confidence_temperatures == mine["temperatures"]
+    assert commits(hub) == 3
 
 
 def test_calibration_fitted_to_other_weights_is_refused(hub, tmp_path) -> None:
@@ -381,26 +353,22 @@ def test_missing_and_hidden_repositories_are_refused_on_pull(hub, monkeypatch) -
         DSparkDrafter.from_pretrained(REPO)
 
 
-def test_interrupted_upload_is_tried_again(hub, monkeypatch) -> None:
-    """Storage that answers 503 twice, and a commit that does once, end in one whole commit."""
+def test_interrupted_upload_ends_whole_or_not_at_all(hub, monkeypatch) -> None:
+    """Storage that answers 503 twice is asked again; a commit that fails leaves the first drafter whole, and pushing again sends no
+    weights twice."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    hub.faults.update(upload=2, commit=1)
-    drafter = tiny_drafter(tiny_target())
-    drafter.push_to_hub(REPO)
-    assert commits(hub) == 2
-    assert sum(request.startswith("PUT /lfs/") for request in hub.requests) == 3
-    assert same_weights(drafter, DSparkDrafter.from_pretrained(REPO))
-
-
-def test_upload_that_never_works_leaves_the_repository_as_it_was(hub, monkeypatch) -> None:
-    """A commit that keeps failing raises HubError; main still holds the first drafter whole."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    first = tiny_drafter(tiny_target())
+    first, second = tiny_drafter(tiny_target()), tiny_drafter(tiny_target(), seed=2)
+    hub.faults.update(upload=2)
     first.push_to_hub(REPO)
-    hub.faults.update(commit=100)
+    assert commits(hub) == 2
+    hub.faults.update(commit=1)
     with pytest.raises(HubError, match="nothing half-written"):
-        tiny_drafter(tiny_target(), seed=2).push_to_hub(REPO)
+        second.push_to_hub(REPO)
     assert same_weights(first, DSparkDrafter.from_pretrained(REPO))
+    hub.requests.clear()
+    second.push_to_hub(REPO)
+    assert not [request for request in hub.requests if request.startswith("PUT /lfs/")]
+    assert same_weights(second, DSparkDrafter.from_pretrained(REPO))
 
 
 @pytest.mark.parametrize("fault", ["truncate", "flip"])
@@ -453,11 +421,3 @@ def test_warm_cache_serves_offline(hub, monkeypatch) -> None:
     assert not hub.requests
     with pytest.raises(CheckpointError, match=r"user/none.*offline"):
         DSparkDrafter.from_pretrained("user/none")
-
-
-def test_local_folders_need_no_hub(hub, tmp_path) -> None:
-    """Saving and loading a folder sends no request."""
-    drafter = tiny_drafter(tiny_target())
-    drafter.save_pretrained(tmp_path / "saved")
-    assert same_weights(drafter, DSparkDrafter.from_pretrained(Path(tmp_path / "saved")))
-    assert not hub.requests

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.cache.kv_cache import RowCache
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.checkpoints.convert import convert
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from tests.tiny import HIDDEN, tiny_drafter, tiny_target
@@ -36,15 +37,13 @@ def theirs(folder: Path, target: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize(("head", "reduced"), [("vanilla", True), ("gated", False), ("rnn", True)])
 def test_speculators_own_classes_give_our_logits(tmp_path, head: str, reduced: bool) -> None:
     """Hidden states, logits with the head's bias and confidences of one block: the exported folder in its classes gives ours."""
     target = tiny_target("qwen3")
     ids = torch.arange(1, 97, 2) if reduced else None
     drafter = tiny_drafter(target, head, draft_token_ids=ids)
-    drafter.save_pretrained(tmp_path / "own")
-    folder = convert(str(tmp_path / "own"), tmp_path / "made", "speculators", target=target)
+    folder = convert(drafter, tmp_path / "made", "speculators", target=target)
     judge = theirs(folder, target)
     length, taps_width = 20, len(drafter.config.target_layer_ids) * HIDDEN
     generator = torch.Generator().manual_seed(3)
@@ -83,8 +82,7 @@ def test_export_holds_what_speculators_saves_and_no_more(tmp_path) -> None:
     """Its own save_pretrained of the loaded export writes the tensor names that the export has; loading its file gives our weights back."""
     target = tiny_target("qwen3")
     drafter = tiny_drafter(target, draft_token_ids=torch.arange(1, 97, 2))
-    drafter.save_pretrained(tmp_path / "own")
-    folder = convert(str(tmp_path / "own"), tmp_path / "made", "speculators", target=target)
+    folder = convert(drafter, tmp_path / "made", "speculators", target=target)
     theirs(folder, target).save_pretrained(tmp_path / "again")
     exported, again = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert set(again) == set(exported)

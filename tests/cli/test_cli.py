@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +12,6 @@ import pytest
 
 from hf_dspark.cli import run
 from hf_dspark.version import __version__
-
-SOURCE = Path(__file__).parents[2] / "src"
 
 
 def fails(capsys, *arguments: str) -> str:
@@ -28,37 +26,17 @@ def fails(capsys, *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["--version"], *([command, "--help"] for command in ("demo", "generate", "eval", "bench"))]
-)
-def test_help_does_not_import_torch(arguments):
-    """Help and version answer without torch and transformers."""
+def test_help_and_bad_usage_do_not_import_torch():
+    """Help, version and a mistyped option answer without torch and transformers, which take seconds to load."""
     script = (
-        "import sys; sys.argv[0] = 'hf-dspark'; from hf_dspark.cli import run; code = run(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers'} & sys.modules.keys(); "
-        "sys.exit(f'imported {sorted(heavy)}' if heavy else code)"
+        "import sys; from hf_dspark.cli import run; from hf_dspark.cli.app import COMMANDS\n"
+        "good = [[], ['--help'], ['--version'], *([name, '--help'] for name in COMMANDS)]\n"
+        "codes = [run(words) for words in [*good, ['eval', '--promts', 'x']]]\n"
+        "assert codes == [0] * (len(codes) - 1) + [2], codes\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout
-
-
-def test_bad_usage_does_not_import_torch():
-    """A mistyped option is refused at once, on one line of stderr, with exit code 2."""
-    script = (
-        "import sys; sys.argv[0] = 'hf-dspark'; from hf_dspark.cli import run; code = run(sys.argv[1:]); "
-        "sys.exit(3 if 'torch' in sys.modules else code)"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", script, "eval", "--promts", "x"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 
@@ -97,31 +75,26 @@ def test_bad_options_are_one_line(capsys, arguments, expected):
     assert expected in fails(capsys, *arguments)
 
 
-@pytest.mark.parametrize("budget", ["half", "static", "static:-1", "static:x", "threshold:2", "threshold:nan", ""])
-def test_a_bad_budget_is_one_line(capsys, budget):
-    """Unknown names and impossible parameters are refused before any model is loaded."""
-    assert "udget" in fails(capsys, "generate", "--prompt", "x", "--budget", budget)
-    assert "udget" in fails(capsys, "demo", "--budget", budget)
-
-
-def test_a_bad_dtype_or_device_is_one_line(capsys):
-    """The line says what is allowed."""
-    assert "bf16" in fails(capsys, "generate", "--prompt", "x", "--dtype", "int3")
-    assert "cpu" in fails(capsys, "generate", "--prompt", "x", "--device", "toaster")
-    assert "cpu" in fails(capsys, "demo", "--device", "cuda:99")
-
-
-def test_a_nucleus_without_a_temperature_is_refused(capsys):
-    """--top-p would silently do nothing under greedy decoding."""
-    assert "top_p" in fails(capsys, "generate", "--prompt", "x", "--top-p", "0.5")
-
-
-@pytest.mark.parametrize("command", ["generate", "eval"])
-def test_a_bad_row_is_named_by_file_and_line(capsys, tmp_path, command):
-    """The one line holds the file's name and the row's number."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "fine"}\n{"turns": []}\n', encoding="utf-8")
-    assert f"{path}, line 2" in fails(capsys, command, "--prompts", str(path))
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate", "--prompt", "x", "--budget", "half"], "Unknown budget"),
+        (["demo", "--budget", "static:-1"], "whole number"),
+        (["bench", "--prompts", __file__, "--budgets", "quick"], "Unknown budget"),
+        (["bench", "--prompts", __file__, "--concurrency", "0"], "whole numbers of 1 or more"),
+        (["generate", "--prompt", "x", "--dtype", "int3"], "bf16"),
+        (["generate", "--prompt", "x", "--device", "toaster"], "cpu"),
+        (["demo", "--device", "cuda:99"], "cpu"),
+        (["generate", "--prompt", "x", "--top-p", "0.5"], "top_p"),
+        (["generate", "--prompt", "x", "--drafter", "./no/such/folder"], "Hub id"),
+        (["generate", "--prompt", "x", "--drafter", "smollm2"], "smollm2-dspark"),
+        (["eval", "--prompts", __file__], "test_cli.py, line 1"),
+        (["calibrate", "--prompts", __file__], "--output FOLDER is needed"),
+    ],
+)
+def test_bad_values_are_one_line(capsys, arguments, expected):
+    """What only the package can judge is refused before any model is loaded; the line says what is allowed."""
+    assert expected in fails(capsys, *arguments)
 
 
 def test_two_files_of_one_name_are_refused(capsys, tmp_path):
@@ -133,15 +106,9 @@ def test_two_files_of_one_name_are_refused(capsys, tmp_path):
     assert "same" in fails(capsys, "eval", "--prompts", files[0], "--prompts", files[1])
 
 
-def test_a_folder_without_a_model_is_one_line(capsys, tmp_path):
-    """A drafter's name that is no embedded name, no model folder and no Hub id is refused."""
+def test_the_traceback_is_shown_on_request(capsys, monkeypatch, tmp_path):
+    """A folder without a model is one line; HF_DSPARK_TRACEBACK=1 lets the exception through."""
     assert "config.json" in fails(capsys, "generate", "--prompt", "x", "--drafter", str(tmp_path))
-    assert "Hub id" in fails(capsys, "generate", "--prompt", "x", "--drafter", "./no/such/folder")
-    assert "smollm2-dspark" in fails(capsys, "generate", "--prompt", "x", "--drafter", "smollm2")
-
-
-def test_the_traceback_is_there_for_who_asks(monkeypatch, tmp_path):
-    """HF_DSPARK_TRACEBACK=1 lets the exception through."""
     monkeypatch.setenv("HF_DSPARK_TRACEBACK", "1")
     with pytest.raises(ValueError, match=r"config\.json"):
         run(["generate", "--prompt", "x", "--drafter", str(tmp_path)])
@@ -177,15 +144,16 @@ def last_json(text: str) -> dict:
     return json.loads(text.rstrip("\n").split("\n")[-1])
 
 
-@pytest.mark.parametrize("batch_size", ["1", "2"])
-def test_eval_reports_every_key(capsys, tmp_path, tiny_pair, prompts, batch_size):
+def test_eval_reports_every_key(capsys, tmp_path, tiny_pair, prompts):
     """One JSON object as the last line and in the output file, with overall figures, files, settings and machine."""
     target, drafter = map(str, tiny_pair)
     out = tmp_path / "result.json"
-    arguments = ["--max-new-tokens", "12", "--batch-size", batch_size, "--dtype", "fp32", "--device", "cpu", "--json"]
+    arguments = ["--max-new-tokens", "12", "--batch-size", "2", "--dtype", "fp32", "--device", "cpu", "--json"]
     pair = ["--target", target, "--drafter", drafter, "--prompts", str(prompts), "--output", str(out)]
     assert run(["eval", *pair, *arguments]) == 0
-    record = last_json(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    record = last_json(captured.out)
+    assert "evaluating: 3 of 3" in captured.err
     assert record == json.loads(out.read_text(encoding="utf-8"))
     assert record["tau"] >= 1
     assert len(record["conditional_acceptance"]) >= 1
@@ -237,7 +205,7 @@ def test_a_seed_repeats_the_text(capsys, tiny_pair):
 
 
 def test_demo_ends_with_the_figures(capsys, tiny_pair):
-    """The demo's last line is a JSON object with speed, tau and the verdict of the fp32 leg, which is `identical`."""
+    """The demo's last line is a JSON object with speed, tau and the verdict of the fp32 leg; with --json it is the only one."""
     target, drafter = map(str, tiny_pair)
     assert run(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "8", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -247,17 +215,12 @@ def test_demo_ends_with_the_figures(capsys, tiny_pair):
     assert record["speedup"] == pytest.approx(record["dspark_tokens_per_s"] / record["plain_tokens_per_s"])
     assert record["fp32_partings"] == []
     assert "speed-up" in out
-
-
-def test_demo_with_json_prints_one_line(capsys, tiny_pair):
-    """--json leaves nothing on stdout but the object."""
-    target, drafter = map(str, tiny_pair)
     assert run(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "4", "--device", "cpu", "--json"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_profile_prints_what_it_remembers(capsys, tmp_path, monkeypatch, tiny_pair):
-    """The JSON line is the profile that the cache holds; asked again, nothing is measured anew."""
+    """The JSON line is the profile that the cache holds; a second time nothing is measured."""
     monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
     target, drafter = map(str, tiny_pair)
     arguments = ["profile", "--target", target, "--drafter", drafter, "--rows", "2", "--dtype", "fp32", "--device", "cpu"]
@@ -272,57 +235,32 @@ def test_profile_prints_what_it_remembers(capsys, tmp_path, monkeypatch, tiny_pa
 
 
 def test_bench_writes_cells_and_plots(capsys, tmp_path, monkeypatch, tiny_pair, prompts):
-    """The file has a cell for each concurrency and budget, the folder two plots, stdout a table."""
+    """The file has a cell for each concurrency and budget, the folder two plots, stdout a table, stderr a line a cell."""
     monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
     target, drafter = map(str, tiny_pair)
     out = tmp_path / "out.json"
-    arguments = [
-        "--concurrency",
-        "1,2",
-        "--budgets",
-        "plain,full,load-aware",
-        "--seconds",
-        "0.1",
-        "--repeats",
-        "1",
-        "--max-new-tokens",
-        "8",
-        "--temperature",
-        "1",
-        "--verification",
-        "token",
-    ]
-    where = ["--json", str(out), "--plots", str(tmp_path / "plots"), "--dtype", "fp32", "--device", "cpu"]
-    assert run(["bench", "--target", target, "--drafter", drafter, "--prompts", str(prompts), *arguments, *where]) == 0
+    load = ["--concurrency", "1,2", "--budgets", "plain,full,load-aware", "--seconds", "0.1", "--repeats", "1", "--max-new-tokens", "8"]
+    how = ["--temperature", "1", "--verification", "token", "--dtype", "fp32", "--device", "cpu"]
+    where = ["--json", str(out), "--plots", str(tmp_path / "plots")]
+    assert run(["bench", "--target", target, "--drafter", drafter, "--prompts", str(prompts), *load, *how, *where]) == 0
     record = json.loads(out.read_text(encoding="utf-8"))
-    assert [(c["concurrency"], c["budget"]) for c in record["cells"]] == [
-        (n, name) for n in (1, 2) for name in ("plain", "full", "load-aware")
-    ]
+    cells = [(n, name) for n in (1, 2) for name in ("plain", "full", "load-aware")]
+    assert [(c["concurrency"], c["budget"]) for c in record["cells"]] == cells
     assert {"tokens_per_s", "user_tokens_per_s_median", "user_tokens_per_s_p5", "tau", "verified_tokens_per_request"} <= set(
         record["cells"][0]
     )
     assert (record["settings"]["temperature"], record["settings"]["verification"]) == (1.0, "token")
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["budget.png", "frontier.png"]
-    assert "load-aware" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "load-aware" in captured.out
+    assert [f"{n} in flight, {name}" for n, name in cells] == [
+        line.split(":")[0] for line in captured.err.splitlines() if " in flight, " in line
+    ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--concurrency", "0"], "whole numbers of 1 or more"),
-        (["--concurrency", "a"], "whole numbers"),
-        (["--budgets", "quick"], "Unknown budget"),
-    ],
-)
-def test_bench_refuses_bad_lists(capsys, prompts, arguments, expected):
-    """One line that says what is allowed, before anything is loaded."""
-    assert expected in fails(capsys, "bench", "--prompts", str(prompts), *arguments)
-
-
+@pytest.mark.slow
 def test_calibrate_saves_beside_the_weights_once(capsys, tmp_path, tiny_pair):
-    """The drafter's folder gets calibration.json and temperatures in its config; a second time needs --replace."""
-    import shutil
-
+    """The drafter's folder gets calibration.json and temperatures in its config; a second time needs --replace, and may fit copies too."""
     target, drafter = tiny_pair
     folder = tmp_path / "drafter"
     shutil.copytree(drafter, folder)
@@ -330,30 +268,24 @@ def test_calibrate_saves_beside_the_weights_once(capsys, tmp_path, tiny_pair):
     many.write_text(
         "".join(json.dumps({"prompt": f"w{4 + i % 80} w{5 + i % 61} w{6 + i % 7}"}) + "\n" for i in range(120)), encoding="utf-8"
     )
-    arguments = ["calibrate", "--target", str(target), "--drafter", str(folder), "--prompts", str(many), "--max-new-tokens", "24"]
-    more = ["--dtype", "fp32", "--device", "cpu", "--concurrency", "32", "--plots", str(tmp_path / "plots")]
-    assert run([*arguments, *more, "--json"]) == 0
+    pair = ["--target", str(target), "--drafter", str(folder), "--prompts", str(many), "--dtype", "fp32", "--device", "cpu"]
+    calibrate = ["calibrate", *pair, "--max-new-tokens", "24", "--concurrency", "32", "--plots", str(tmp_path / "plots"), "--json"]
+    assert run(calibrate) == 0
     record = last_json(capsys.readouterr().out)
     assert json.loads((folder / "calibration.json").read_text(encoding="utf-8")) == record
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["confidence_temperatures"] == record["temperatures"]
     assert (tmp_path / "plots" / "reliability.png").stat().st_size > 1000
-    assert "is calibrated already" in fails(capsys, *arguments, *more)
-    assert run([*arguments, *more, "--replace", "--copying", "3", "--json"]) == 0
+    assert "is calibrated already" in fails(capsys, *calibrate)
+    assert run([*calibrate, "--replace", "--copying", "3"]) == 0
     record = last_json(capsys.readouterr().out)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert {"weights": config["copy_weights"], "confidence": config["copy_confidence"]} == record["copying"]
     assert len(config["copy_weights"]) == 3
-    evaluate = ["eval", *arguments[1:5], "--prompts", str(many), "--limit", "1", "--max-new-tokens", "4", *more[:4], "--json"]
-    for option, longest in ((), 3), (("--no-copying",), 0):
-        assert run([*evaluate, *option]) == 0
-        assert last_json(capsys.readouterr().out)["settings"]["copying"] == longest
-    for option, verification in ((), "block"), (("--verification", "token", "--temperature", "1"), "token"):
-        assert run([*evaluate, *option]) == 0
-        assert last_json(capsys.readouterr().out)["settings"]["verification"] == verification
-    assert run([*arguments, *more, "--replace"]) == 0
-    assert json.loads((folder / "calibration.json").read_text(encoding="utf-8"))["copying"]["weights"] == config["copy_weights"]
-
-
-def test_calibrate_needs_somewhere_to_save(capsys, prompts):
-    """An embedded or Hub name is no folder; said before loading."""
-    assert "--output FOLDER is needed" in fails(capsys, "calibrate", "--prompts", str(prompts))
+    evaluate = ["eval", *pair, "--limit", "1", "--max-new-tokens", "4", "--json"]
+    for options, copying, verification in (
+        ([], 3, "block"),
+        (["--no-copying", "--verification", "token", "--temperature", "1"], 0, "token"),
+    ):
+        assert run([*evaluate, *options]) == 0
+        settings = last_json(capsys.readouterr().out)["settings"]
+        assert (settings["copying"], settings["verification"]) == (copying, verification)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from hf_dspark.budgets.budget import FullBudget
-from hf_dspark.decoding.loop import DecodingLoop, prompt_passes
-from hf_dspark.decoding.row_processors import RowProcessors, RowStopping, Sequences
+from hf_dspark.decoding.loop import DecodingLoop, Rules
+from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.prefill import prompt_passes
+from hf_dspark.decoding.row_processors import RowProcessors
+from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.targets.target import Target
 from tests.helpers import bigram_drafter
 from tests.tiny import PAD, VOCAB, tiny_target
@@ -26,31 +30,19 @@ def test_rows_that_join_between_rounds_get_their_plain_text(after: list[int]) ->
         for p in prompts
     ]
     drafter = bigram_drafter(target, [p.tolist() for p in prompts])
-    sequences = Sequences(torch.full((3, 17), PAD), 17 + NEW_TOKENS, 8)
-    for row, prompt in enumerate(prompts):
-        sequences.ids[row, 17 - len(prompt) : 17] = prompt
-    stopping = RowStopping([], 3)
-    stopping.max_length = 17 + NEW_TOKENS
-    stopping.eos_ids = {target.generation_config.eos_token_id}
-    loop = DecodingLoop(
-        Target(target, drafter.config.target_layer_ids),
-        drafter.bind(target),
-        FullBudget(),
-        sequences,
-        RowProcessors([], 3),
-        stopping,
-        sample=False,
-        block_size=drafter.config.block_size,
-    )
+    limits = [len(prompt) + NEW_TOKENS for prompt in prompts]
+    stopping = RowStopping([EosTokenCriteria(target.generation_config.eos_token_id)], 3, limits)
+    options = Options(block_size=drafter.config.block_size)
+    seen = Target(target, drafter.config.target_layer_ids)
+    loop = DecodingLoop(seen, drafter.bind(target), FullBudget(), options, Rules(RowProcessors([], 3), stopping))
     with torch.no_grad(), loop.target.open():
         for turn in range(80):
             for row in (r for r, when in enumerate(after) if when == turn):
                 loop.join([row], [prompts[row]])
-            if loop.live:
+            if loop.state.num_rows:
                 loop.round()
-    for row, prompt in enumerate(prompts):
-        text = sequences.ids[row, 17 - len(prompt) : sequences.lengths[row]]
-        assert text.tolist() == plain[row].tolist()
+    for row in range(3):
+        assert loop.finished[row].ids.tolist() == plain[row].tolist()
     assert 0 < sum(r.accepted for r in loop.stats.rows) < sum(r.verified for r in loop.stats.rows)
 
 

@@ -72,9 +72,8 @@ def fit(budget: Any, prompts: tuple[Tokens, ...], saturated: bool = False, seed:
 @pytest.mark.parametrize("costs", COSTS)
 @pytest.mark.parametrize("kind", [LoadAwareBudget, LaggedLoadAwareBudget])
 def test_load_aware_budgets_keep_the_distribution(kind: type[LoadAwareBudget], costs: str, prompts: tuple[Tokens, ...]) -> None:
-    """Whatever passes cost, with rests and probes, the first three tokens are distributed as the target's."""
-    # On the stepped costs as many calls as the control below needs to be caught.
-    assert fit(kind(COSTS[costs](GAMMA)), prompts, calls=2000 if costs == "jagged" and len(prompts) == 1 else 0) > ALARM
+    """Whatever passes cost, with back-off and probes, the first three tokens are distributed as the target's."""
+    assert fit(kind(COSTS[costs](GAMMA)), prompts) > ALARM
 
 
 @pytest.mark.slow
@@ -106,4 +105,5 @@ def test_a_search_that_peeks_is_caught() -> None:
 
     cliff = made_costs(lambda b: 1.0 + 1.2 * min(b - 1, 1) + 0.05 * b, lambda r, n: 1e-6, GAMMA)
     assert fit(Peeking(cliff, skipping=False), (PROMPT,), calls=2000) < ALARM
-    assert fit(LoadAwareBudget(cliff, skipping=False), (PROMPT,), calls=2000) > ALARM
+    for kind in (LoadAwareBudget, LaggedLoadAwareBudget):
+        assert fit(kind(cliff, skipping=False), (PROMPT,), calls=2000) > ALARM

@@ -73,7 +73,7 @@ def test_fp32_greedy_equals_plain_generate(exact, rows, processors):
 def test_fp32_greedy_equals_plain_generate_under_every_budget(exact, kind, costs):
     """Eight rows of the real target, on machines of every kind: with drafts for all, for some, and hardly ever for any."""
     made = make_budget("full", 20) if kind == "capped" else make_budget(kind)
-    budget = made.start(lambda: costs(exact.drafter.config.block_size))
+    budget = made.start(costs(exact.drafter.config.block_size), learn_costs=False)
     output = hf_dspark.generate(
         exact.target,
         exact.drafter,
@@ -97,7 +97,7 @@ def test_the_prompts_are_what_these_tests_need(exact):
 
 @pytest.mark.parametrize("budget", ["static:3", "threshold:0.4"])
 def test_budgets_do_not_change_the_text(exact, budget):
-    """The explicit door with fewer tokens verified gives the same tokens."""
+    """The API with fewer tokens verified gives the same tokens."""
     output = hf_dspark.generate(exact.target, exact.drafter, **exact.inputs(3), max_new_tokens=NEW_TOKENS, do_sample=False, budget=budget)
     assert torch.equal(output, exact.plain(3, "none"))
 

@@ -14,7 +14,8 @@ from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.calibration.records import check_calibration
 from hf_dspark.configuration_dspark import COPY_FEATURES, COPY_RELATIONS
 from hf_dspark.decoding.draft import draft_block
-from hf_dspark.decoding.ngram_copy import Copied, Copies, Texts, adjusted
+from hf_dspark.decoding.ngram_copy import Copied, Copies, adjusted
+from hf_dspark.decoding.state import State
 from tests.searched import agreed, searched
 from tests.tiny import VOCAB, tiny_drafter, tiny_target
 
@@ -37,24 +38,25 @@ def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once
     for _ in range(60):
         alphabet, longest = dice.randint(1, 5), dice.randint(1, 6)
         rows = [[dice.randrange(alphabet) for _ in range(dice.randint(1, 30))] for _ in range(dice.randint(1, 5))]
-        texts = Texts(torch.device("cpu"))
-        half = len(rows) // 2
+        state = State(torch.device("cpu"))
         given = [dice.randint(1, len(row)) for row in rows]
-        for part in (slice(half), slice(half, None)):
-            if rows[part]:
-                texts.join([torch.tensor(row) for row in rows[part]], given[part])
+        padding = [dice.randint(0, 3) for _ in rows]
+        texts = [torch.tensor([0] * pad + row) for pad, row in zip(padding, rows, strict=True)]
+        masks = [torch.arange(len(text)) >= pad for pad, text in zip(padding, texts, strict=True)]
+        state.add_rows(range(len(rows)), texts, masks)
+        state.prompt_ends = [n + masked for n, masked in zip(given, state.masked, strict=True)]
+        state.anchors = torch.zeros(len(rows), dtype=torch.long)
         for _ in range(3):
             drawn = torch.tensor([[dice.randrange(alphabet) for _ in range(4)] for _ in rows])
             kept = [dice.randint(1, 4) for _ in rows]
-            texts.append(drawn, kept)
+            state.commit(drawn, kept, drawn[:, 0])
             rows = [row + more[:n] for row, more, n in zip(rows, drawn.tolist(), kept, strict=True)]
         if len(rows) > 1:
-            order = dice.sample(range(len(rows)), dice.randint(1, len(rows)))
-            texts.keep(order)
-            rows, given = [rows[old] for old in order], [given[old] for old in order]
+            state.remove_rows(dice.sample(range(len(rows)), dice.randint(0, len(rows) - 1)))
+            rows, given = [rows[old] for old in state.requests], [given[old] for old in state.requests]
         some = None if dice.random() < 0.5 else sorted(dice.sample(range(len(rows)), dice.randint(1, len(rows))))
         weights = [0.5 / (m + 1) for m in range(longest)]
-        copies = Copies(texts, some, weights, 4)
+        copies = Copies.of_rows(state, some, weights, 4)
         chosen = list(range(len(rows))) if some is None else some
         looked_at = [list(rows[row]) for row in chosen]
         for _ in range(4):
@@ -75,10 +77,10 @@ def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once
 
 def drafted(drafter: DSparkDrafter, text: list[int], sample: bool, rows: int = 1, **options: object) -> tuple[object, Copies]:
     """Blocks of a bound drafter whose context is empty, behind a text."""
-    texts, cache = Texts(torch.device("cpu")), RowCache()
+    cache, ids = RowCache(), torch.tensor([text] * rows)
     cache.add_rows(rows)
-    texts.join([torch.tensor(text)] * rows)
-    copies = Copies(texts, None, drafter.config.copy_weights, drafter.config.block_size)
+    ends = torch.full((rows,), len(text))
+    copies = Copies(ids, ends[:, None], ends, drafter.config.copy_weights, drafter.config.block_size)
     anchors = torch.full((rows,), text[-1])
     generator = torch.Generator().manual_seed(0)
     block = draft_block(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hf_dspark.budgets.named import make_budget
 from hf_dspark.checkpoints.convert import convert
 from hf_dspark.decoding import candidate_generator as candidates
 from hf_dspark.decoding.candidate_generator import stock_loop
+from hf_dspark.decoding.options import Options
 from hf_dspark.evaluation.serving import serve
 from tests.helpers import BUDGETS, NEVER, counts, left_padded, make_world, plain, speculate, talking_target
 from tests.searched import agreed, searched
@@ -97,9 +99,9 @@ def test_the_stock_loop_copies_too():
     inputs = left_padded([REPEATING[0]])
     hf_dspark.uninstall()
     try:
-        with stock_loop(target, drafter, "full"):
+        with stock_loop(target, drafter, Options(budget="full")):
             out = speculate(target, drafter, inputs)
-        with stock_loop(target, drafter, "full", copying=False):
+        with stock_loop(target, drafter, Options(budget="full", copying=False)):
             without = speculate(target, drafter, inputs)
     finally:
         hf_dspark.install()
@@ -120,47 +122,47 @@ def test_requests_that_join_and_leave_copy_from_their_own_text():
 
 
 class Rounds:
-    """A listener that keeps what it hears."""
+    """A round callback that keeps what it is told."""
 
     temperatures = None
-    wants_copies = True
+    wants_copy_features = True
 
     def __init__(self):
-        self.heard = []
+        self.finished = []
 
-    def learn(self, finished):
-        self.heard.append(finished)
+    def on_round_end(self, finished):
+        self.finished.append(finished)
 
 
-def test_confidences_hear_where_copies_stand():
+def test_confidences_are_told_where_copies_stand():
     """Served two at a time, of each round's first drafted token: whether its copy stands before the answer, and how often the text went on
     so, are what a search of the request's own prompt and answer finds.
     """
-    target, listener = talking_target(loudness=200.0), Rounds()
+    target, rounds = talking_target(loudness=200.0), Rounds()
     drafter = copying_drafter(target)
     said = [plain(target, left_padded([prompt]), max_new_tokens=16)[0].tolist() for prompt in REPEATING[:3]]
     # What the target will say stands there already, once or in two ways.
     prompts = [*REPEATING, [*said[0], *said[0][:8]], [*said[1], 7, *said[1][4:9], 9, *said[1][:6]]]
     served = serve(
         target, drafter, prompts, concurrency=2, max_new_tokens=[40, 24, 33, 12, 40, 24], budget=make_budget("threshold:0.3"),
-        end_ids=[NEVER], listener=listener,
+        end_ids=[NEVER], round_callback=rounds,
     )  # fmt: skip
     known = dict.fromkeys(range(len(prompts)), 1)  # committed tokens of each answer
     kinds = set()
-    for finished in listener.heard:
+    for finished in rounds.finished:
         for row, (request, accepted) in enumerate(zip(finished.requests, finished.accepted, strict=True)):
             text = [*prompts[request], *served.tokens[request][: known[request]]]
             known[request] += accepted + 1
             length, source = searched(text, len(WEIGHTS))
-            copied = finished.copied
-            assert bool(copied.weights[row, 0]) == bool(length)
+            relation, _, _, odds, _, from_prompt, agreement, *_ = finished.copy_features[row, 0].tolist()
+            assert bool(relation) == bool(length)
             if length:
                 before = source < len(prompts[request])
                 follow = [text[end + 1] for end in range(len(text) - 1) if agreed(text, end) >= min(length, 2)]
-                assert copied.tokens[row, 0] == text[source]
-                assert copied.from_prompt[row, 0] == before
-                assert copied.agreeing[row, 0] == follow.count(text[source])
-                assert copied.disagreeing[row, 0] == len(follow) - follow.count(text[source])
+                agreeing = follow.count(text[source])
+                assert odds == pytest.approx(math.log(WEIGHTS[length - 1] / (1 - WEIGHTS[length - 1])), rel=1e-4)
+                assert from_prompt == before
+                assert agreement == pytest.approx(math.log((agreeing + 0.5) / (len(follow) - agreeing + 0.5)), abs=1e-5)
                 kinds.add((before, len(set(follow)) > 1))
     assert {True, False} == {before for before, _ in kinds} == {differs for _, differs in kinds}
 
@@ -172,13 +174,13 @@ def test_the_stock_loop_knows_where_its_answer_began(monkeypatch):
     draft = candidates.draft_block
 
     def watched(*args, **options):
-        began.append(options["copies"].given.tolist())
+        began.append(options["copies"].prompt_ends.tolist())
         return draft(*args, **options)
 
     monkeypatch.setattr(candidates, "draft_block", watched)
     hf_dspark.uninstall()
     try:
-        with stock_loop(target, drafter, "full"):
+        with stock_loop(target, drafter, Options(budget="full")):
             speculate(target, drafter, left_padded([REPEATING[0]]))
     finally:
         hf_dspark.install()
@@ -197,7 +199,7 @@ def test_copying_goes_with_the_calibration(tmp_path):
     assert loaded.calibration["copying"]["weights"] == WEIGHTS
     loaded.config.copy_weights = [0.1]
     loaded.save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="different things about copying"):
+    with pytest.raises(CheckpointError, match="different things about temperatures or copying"):
         DSparkDrafter.from_pretrained(tmp_path / "other")
     drafter.set_calibration({"format": 1, "temperatures": [1.0] * 5})
     assert drafter.config.copy_weights is None
@@ -211,7 +213,7 @@ def test_other_formats_go_without_copies_and_say_so(tmp_path, caplog):
     target = tiny_target("qwen3")
     tiny_drafter(target).set_calibration(RECORD).save_pretrained(tmp_path / "own")
     with caplog.at_level(logging.WARNING):
-        convert(str(tmp_path / "own"), tmp_path / "deepspec", "deepspec", target=target)
+        convert(DSparkDrafter.from_pretrained(tmp_path / "own"), tmp_path / "deepspec", "deepspec", target=target)
     assert "calibrate --copying 0" in caplog.text
     converted = DSparkDrafter.from_pretrained(tmp_path / "deepspec")
     assert converted.config.copy_weights is None
@@ -228,7 +230,7 @@ def test_a_folder_of_another_format_keeps_copies_in_its_calibration_alone(tmp_pa
 
     target = tiny_target("qwen3")
     tiny_drafter(target).save_pretrained(tmp_path / "own")
-    folder = convert(str(tmp_path / "own"), tmp_path / "deepspec", "deepspec", target=target)
+    folder = convert(DSparkDrafter.from_pretrained(tmp_path / "own"), tmp_path / "deepspec", "deepspec", target=target)
     config = json.loads((folder / "config.json").read_text())
     before = dict(config)
     note_calibration(config, RECORD, foreign=True)
@@ -293,15 +295,17 @@ def test_only_processors_that_go_by_token_forbid_copies():
     """A penalised, suppressed or repeated n-gram's token is ruled out or not by what that processor says of it; top-k is not asked."""
     from transformers.generation import logits_process as lp
 
-    from hf_dspark.decoding.row_processors import RowProcessors, Sequences
+    from hf_dspark.decoding.row_processors import RowProcessors
+    from hf_dspark.decoding.state import State
 
-    sequences = Sequences(torch.tensor([[5, 6, 7, 5, 6], [8, 9, 8, 9, 10]]), 20, 4)
+    state = State(torch.device("cpu"))
+    state.add_rows([0, 1], list(torch.tensor([[5, 6, 7, 5, 6], [8, 9, 8, 9, 10]])))
     rules = [lp.RepetitionPenaltyLogitsProcessor(1.5), lp.NoRepeatNGramLogitsProcessor(3), lp.SuppressTokensLogitsProcessor([11])]
     processors = RowProcessors([*rules, lp.TemperatureLogitsWarper(0.7), lp.TopKLogitsWarper(1)], 2)
     places = [(0, 0), (1, 0)]
 
     def allowed(*tokens):
-        return processors.allowed(torch.tensor(tokens), 16, sequences, places).tolist()
+        return processors.allowed(torch.tensor(tokens), 16, state, places).tolist()
 
     assert allowed(7, 7) == [False, True]
     assert allowed(6, 11) == [True, False]

@@ -620,7 +620,7 @@ def test_an_fp32_drafter_for_a_bf16_target():
 @pytest.mark.parametrize("native", [True, False])
 def test_a_bf16_target_where_bf16_is_slow_is_told_once(monkeypatch, caplog, native):
     """Where the device does not compute in bf16, with what to do; nothing is said elsewhere."""
-    monkeypatch.setattr("hf_dspark.decoding.generate.has_bf16", lambda device: native)
+    monkeypatch.setattr("hf_dspark.decoding.checks.has_bf16", lambda device: native)
     warn_once.cache_clear()
     w = make_world(talking_target())
     for _ in range(2):

@@ -20,12 +20,13 @@ import torch
 
 import hf_dspark
 from hf_dspark.budgets.budget import Budget, Drafts
-from hf_dspark.cache.kv_cache import RowLayout
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding import draft as drafting
 from hf_dspark.decoding import loop as decoding
 from hf_dspark.decoding import verify as verification
 from hf_dspark.decoding.candidate_generator import stock_loop
 from hf_dspark.decoding.ngram_copy import adjusted
+from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.verify import DraftBlock, Verdict
 from tests.exact import (
     EOS,
@@ -38,6 +39,8 @@ from tests.exact import (
     small_drafter,
     small_llama,
 )
+
+pytestmark = pytest.mark.slow
 
 ALARM = 1e-4
 SAMPLES = 2048
@@ -239,7 +242,7 @@ def test_the_stock_loop_keeps_the_distribution(copying: bool) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(13)
             for _ in range(200):
-                with stock_loop(target(), draft, "full"):
+                with stock_loop(target(), draft, Options(budget="full")):
                     out = target().generate(**batch((PROMPT,)), **warping.arguments(), max_new_tokens=GENERATED, assistant_model=draft)
                 drawn += outcomes(out, len(PROMPT), 2)
     finally:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dspark.cache.kv_cache import RowLayout
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding import verify as verification
 from hf_dspark.decoding.ngram_copy import Copied
 from hf_dspark.decoding.verify import DraftBlock, Verdict, accept_greedy, accept_sampled

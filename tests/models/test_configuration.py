@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
-from hf_dspark.configuration_dspark import DSparkConfig, spread_taps
+from hf_dspark.configuration_dspark import DSparkConfig, check_tapped_layers, spread_taps
 from tests.tiny import FAMILIES
 
 SMALL = {
@@ -26,8 +26,8 @@ SMALL = {
         ({"target_layer_ids": []}, "non-empty list"),
         ({"target_layer_ids": [1, 1]}, "strictly increasing"),
         ({"target_layer_ids": [9, 1]}, "strictly increasing"),
-        ({"target_layer_ids": [-2, 1]}, "must lie in -1..34"),
-        ({"target_layer_ids": [1, 36]}, "must lie in -1..34"),
+        ({"target_layer_ids": [-2, 1]}, "must be in -1..34"),
+        ({"target_layer_ids": [1, 36]}, "must be in -1..34"),
         ({"target_layer_ids": [1, 35]}, "must not hold the last layer"),
         ({"mask_token_id": 97}, r"0\.\.96; got 97"),
         ({"mask_token_id": -1}, r"0\.\.96; got -1"),
@@ -44,6 +44,11 @@ SMALL = {
         ({"num_hidden_layers": 1, "layer_types": ["chunked_attention"]}, "full_attention"),
         ({"backbone": "mamba"}, "backbone must be one of"),
         ({"attention_k_eq_v": True}, "attention_k_eq_v is for"),
+        ({"copy_weights": [0.5, 1.0]}, "probabilities below 1"),
+        ({"copy_weights": [0.1] * 65}, "1 to 64"),
+        ({"copy_confidence": [[0.0] * 8] * 4}, "without copy_weights"),
+        ({"copy_weights": [0.1], "copy_confidence": [[0.0] * 8] * 3 + [[0.0] * 4]}, "of 8 finite numbers, or of 4"),
+        ({"copy_weights": [0.1], "copy_confidence": [[float("nan")] * 8] * 4}, "finite"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
     ],
 )
@@ -53,8 +58,8 @@ def test_impossible_values_are_refused(fields: dict, message: str) -> None:
         DSparkConfig(**{**SMALL, **fields})
 
 
-def test_round_trip_through_json_keeps_every_field(tmp_path) -> None:
-    """What save_pretrained writes, from_pretrained reads back unchanged, and AutoConfig knows the type."""
+def test_round_trip_through_json_preserves_every_field(tmp_path) -> None:
+    """What save_pretrained writes, from_pretrained reads back unchanged, and AutoConfig finds the type."""
     config = DSparkConfig(
         **SMALL,
         block_size=3,
@@ -69,7 +74,7 @@ def test_round_trip_through_json_keeps_every_field(tmp_path) -> None:
     assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
 
 
-def test_confidence_feature_follows_the_head_when_not_said() -> None:
+def test_confidence_feature_follows_the_head_by_default() -> None:
     """The Markov feature is on with a sequential head and off without one, or without a confidence head."""
     assert DSparkConfig(**SMALL).confidence_head_with_markov is True
     assert DSparkConfig(**SMALL, markov_rank=0).confidence_head_with_markov is False
@@ -85,12 +90,11 @@ def test_taps_spread_as_in_the_released_checkpoints(layers: int, taps: list[int]
     assert spread_taps(layers, 5) == taps
 
 
-@pytest.mark.parametrize("layers", range(1, 50))
-@pytest.mark.parametrize("taps", [1, 2, 5, 8])
-def test_spread_taps_are_always_valid(layers: int, taps: int) -> None:
-    """For every depth the spread is accepted by the config."""
-    ids = spread_taps(layers, taps)
-    assert DSparkConfig(**SMALL, num_target_layers=layers, target_layer_ids=ids).target_layer_ids == ids
+def test_spread_taps_are_always_valid() -> None:
+    """For every depth the spread is accepted: in range, in order, never the last layer."""
+    for layers in range(1, 50):
+        for taps in (1, 2, 5, 8):
+            check_tapped_layers(spread_taps(layers, taps), layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,12 +110,7 @@ def test_every_family_gives_a_config_of_its_own_shape(family: str) -> None:
 def test_gpt2_names_and_missing_rope_are_understood() -> None:
     """n_embd, n_head, n_inner and activation_function are read, and RoPE is the default one."""
     config = DSparkConfig.from_target_config(GPT2Config(n_embd=48, n_head=4, n_layer=5, n_inner=100))
-    assert (config.hidden_size, config.head_dim, config.num_key_value_heads, config.intermediate_size) == (
-        48,
-        12,
-        4,
-        100,
-    )
+    assert (config.hidden_size, config.head_dim, config.num_key_value_heads, config.intermediate_size) == (48, 12, 4, 100)
     assert (config.hidden_act, config.rms_norm_eps) == ("gelu_new", 1e-5)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -126,7 +125,7 @@ def test_scaled_rope_is_copied_and_length_dependent_rope_is_not() -> None:
 
 
 def test_nested_rope_uses_the_full_attention_entry() -> None:
-    """Gemma3 keeps two RoPE entries; the drafter, which attends to everything, takes the one of full attention."""
+    """Gemma 3 has two RoPE entries; the drafter, which attends to everything, takes the one of full attention."""
     target = Gemma3TextConfig(
         num_hidden_layers=4,
         rope_parameters={
@@ -134,8 +133,4 @@ def test_nested_rope_uses_the_full_attention_entry() -> None:
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     )
-    assert DSparkConfig.from_target_config(target).rope_parameters == {
-        "rope_type": "linear",
-        "factor": 8.0,
-        "rope_theta": 1e6,
-    }
+    assert DSparkConfig.from_target_config(target).rope_parameters == target.rope_parameters["full_attention"]

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.cache.kv_cache import RowCache
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.targets import ragged_attention as ragged
 from hf_dspark.targets.ragged_attention import PREFIX, RaggedPass, active_pass, ragged_attention
@@ -74,16 +75,17 @@ def in_random_pieces(model: Any, rows: list[torch.Tensor], most: int, seed: int,
     """
     rng, store, target = random.Random(seed), RowCache(), Target(model, [])
     store.add_rows(len(rows))
+    read = [0] * len(rows)
     logits: list[list[torch.Tensor]] = [[] for _ in rows]
     with target.open():
-        while any(length < len(row) for length, row in zip(store.lengths, rows, strict=True)):
-            unfinished = [i for i, row in enumerate(rows) if store.lengths[i] < len(row)]
+        while any(length < len(row) for length, row in zip(read, rows, strict=True)):
+            unfinished = [i for i, row in enumerate(rows) if read[i] < len(row)]
             first = last = rng.choice(unfinished)
             while last + 1 in unfinished and rng.random() < 0.8:
                 last += 1
             chosen = range(first, last + 1)
-            starts = [store.lengths[i] for i in chosen]
-            counts = [rng.randint(1, min(most, len(rows[i]) - store.lengths[i])) for i in chosen]
+            starts = [read[i] for i in chosen]
+            counts = [rng.randint(1, min(most, len(rows[i]) - read[i])) for i in chosen]
             layout = RowLayout(starts, counts, first_row=first)
             if wrong and rng.random() < 0.5:
                 target.forward(torch.randint(4, VOCAB, (layout.total,)), layout, store)
@@ -91,7 +93,7 @@ def in_random_pieces(model: Any, rows: list[torch.Tensor], most: int, seed: int,
             out, _ = target.forward(flat, layout, store)
             for i, piece in zip(chosen, out.split(counts), strict=True):
                 logits[i].append(piece)
-                store.lengths[i] += len(piece)
+                read[i] += len(piece)
     return [torch.cat(pieces) for pieces in logits]
 
 
@@ -156,10 +158,8 @@ def test_rows_join_behind_those_that_run() -> None:
     store.add_rows(1)
     with target.open():
         target.forward(rows[0][:7], RowLayout([0], [7]), store)
-        store.lengths[0] = 7
         store.add_rows(2)
         target.forward(torch.cat(rows[1:]), RowLayout([0, 0], [5, 6], first_row=1), store)
-        store.lengths[1:] = [5, 6]
         logits, _ = target.forward(torch.stack([rows[0][7], rows[1][0], rows[2][0]]), RowLayout([7, 5, 6], [1, 1, 1]), store)
     torch.testing.assert_close(logits[0], alone(model, rows[0])[-1], **TIGHT)
     for row, got in zip(rows[1:], logits[1:], strict=True):

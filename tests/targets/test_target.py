@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.cache.kv_cache import RowCache
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.targets.ragged_attention import PREFIX
-from hf_dspark.targets.target import Taps, Target, check_length, check_target, decoder_layers, self_test
+from hf_dspark.targets.taps import Taps, decoder_layers
+from hf_dspark.targets.target import Target, check_length, check_target, self_test
 from tests.tiny import FAMILIES, VOCAB, tiny_llama, tiny_target
 
 IDS = torch.tensor([[5, 9, 4, 60, 33, 7, 8]])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hf_dspark.training import Trainer
-from tests.training.test_trainer import tiny_config, tiny_drafter, tiny_rows, tiny_target
+from hf_dspark.training.trainer import Trainer
+from tests.training.tiny_runs import events, tiny_config, tiny_drafter, tiny_rows, tiny_target
 
 
 def main() -> None:
@@ -28,11 +28,9 @@ def main() -> None:
     config = tiny_config(steps=args.steps, batch_size=4, accumulation=args.accumulation)
     trainer = Trainer(tiny_drafter(target), target, tiny_rows(14), tiny_rows(20)[14:], config, args.output, fsdp=args.fsdp)
     trainer.train(stop_after=args.stop_after)
-    if trainer.accelerator.is_main_process:
-        with (args.output / "log.jsonl").open(encoding="utf-8") as lines:
-            events = [json.loads(line) for line in lines]
-        losses = [event["loss"] for event in events if event["event"] == "step"]
-        print(json.dumps({"losses": losses, "processes": trainer.accelerator.num_processes, "curve": trainer.progress.curve}))
+    if trainer.processes.leads:
+        losses = [event["loss"] for event in events(args.output) if event["event"] == "step"]
+        print(json.dumps({"losses": losses, "processes": trainer.processes.count}))
     trainer.close()
     threads = [file.read_text(encoding="utf-8").strip() for file in Path("/proc/self/task").glob("*/comm")]
     if any("gloo" in thread for thread in threads):

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from hf_dspark.errors import DataError
-from hf_dspark.training.manifest import read_manifest
+from hf_dspark.training.data_folder import ResponseFolder, read_manifest
 from hf_dspark.training.rows import read_records, read_responses
-from hf_dspark.training.shards import ResponseFolder
 
 IDENTITY = {"target": {"name": "tiny", "fingerprint": "a-b"}, "sampling": {"temperatures": [0.0]}, "seed": 0, "held_out": 0.04}
 
@@ -52,8 +51,8 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_folder_goes_on_where_it_was_left(tmp_path):
-    """Rows, skips and counts of before are known; new rows fill the last shard, then the next."""
+def test_a_folder_is_continued_where_it_was_left(tmp_path):
+    """Rows, skips and counts of before are there; new rows fill the last shard, then the next."""
     with folder(tmp_path / "d").open() as first:
         for name in "ab":
             first.append([record(name)])
@@ -88,15 +87,15 @@ def test_a_half_written_last_line_is_cut_off_at_every_length(tmp_path, caplog):
         assert shard.read_bytes() == whole
 
 
-def test_rows_of_one_conversation_are_kept_together(tmp_path, caplog):
+def test_rows_of_one_conversation_stay_together(tmp_path):
     """Where only some rows of a conversation were written, they are cut off, so that it is made again as a whole."""
     with folder(tmp_path / "d").open() as first:
         first.append([record("a")])
         first.append([record("b"), record("b.1"), record("b.2")])
     shard = tmp_path / "d" / "responses-00000.jsonl"
     lines = shard.read_bytes().split(b"\n")
-    for kept, expected in ((4, ["a", "b", "b.1", "b.2"]), (3, ["a"]), (2, ["a"]), (1, ["a"])):
-        shard.write_bytes(b"\n".join(lines[:kept]) + b"\n")
+    for count, expected in ((4, ["a", "b", "b.1", "b.2"]), (3, ["a"]), (2, ["a"]), (1, ["a"])):
+        shard.write_bytes(b"\n".join(lines[:count]) + b"\n")
         with folder(tmp_path / "d").open() as again:
             assert list(again.keys) == expected
         assert ids(tmp_path / "d") == expected
@@ -159,8 +158,8 @@ def test_two_writers_never_share_a_folder(tmp_path):
         pass
 
 
-def test_parquet_holds_the_same_rows_and_is_gone_on_with(tmp_path):
-    """After compaction the rows read alike, further rows come behind them, and ids stay known."""
+def test_parquet_holds_the_same_rows_and_can_be_continued(tmp_path):
+    """After compaction the rows read alike, further rows come behind them, and ids stay."""
     pytest.importorskip("pyarrow")
     with folder(tmp_path / "d").open() as first:
         for name in "abcd":
@@ -187,12 +186,12 @@ def test_an_interrupted_compaction_doubles_nothing(tmp_path):
         again.compact()
     for path, content in jsonl.items():
         path.write_bytes(content)
-    (tmp_path / "d" / "responses-00009.parquet.tmp").write_bytes(b"PAR1")
+    (tmp_path / "d" / ".responses-00009.parquet.0123.tmp").write_bytes(b"PAR1")
     with folder(tmp_path / "d").open() as again:
         assert again.rows == 4
         again.append([record("e")])
     assert ids(tmp_path / "d") == list("abcde")
-    assert not list((tmp_path / "d").glob("*.tmp"))
+    assert not list((tmp_path / "d").glob(".*.tmp"))
 
 
 def test_a_manifest_is_replaced_whole_or_not_at_all(tmp_path):

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.tiny_runs import events, tiny_trainer
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def launch(output: Path, *arguments: str, processes: int = 1) -> dict[str, Any]:
-    """Run the tiny training under torch's launcher, as `accelerate launch` does, and return what its first process printed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def launch(output: Path, *arguments: str) -> dict[str, Any]:
+    """Run the tiny training in two processes under torch's launcher, as `accelerate launch` does; what the first one printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
@@ -43,9 +43,10 @@ def launch(output: Path, *arguments: str, processes: int = 1) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """The same run in one process."""
+    """The same run in this one process."""
     folder = tmp_path_factory.mktemp("alone")
-    return launch(folder), folder
+    tiny_trainer(folder, rows=14, held_out=6, steps=8, batch_size=4).train()
+    return {"losses": [event["loss"] for event in events(folder) if event["event"] == "step"]}, folder
 
 
 def assert_same_run(found: dict[str, Any], folder: Path, expected: dict[str, Any], expected_folder: Path) -> None:
@@ -59,37 +60,16 @@ def assert_same_run(found: dict[str, Any], folder: Path, expected: dict[str, Any
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path, alone: tuple[dict[str, Any], Path]) -> None:
-    """Two processes that share each step's rows take the steps of one process with the same global batch."""
-    found = launch(tmp_path, processes=2)
+@pytest.mark.parametrize("arguments", [("--accumulation", "2"), ("--fsdp",)], ids=["accumulated", "sharded"])
+def test_shared_steps_have_the_loss_curve_of_one_process(tmp_path: Path, alone: tuple[dict[str, Any], Path], arguments) -> None:
+    """Rows shared by two processes and parts, a last batch of an epoch too short for all of them, and weights in shards (FSDP2)."""
+    found = launch(tmp_path, *arguments)
     assert found["processes"] == 2
-    assert_same_run(found, tmp_path, *alone)
-
-
-@pytest.mark.slow
-def test_two_processes_with_accumulation_have_the_loss_curve_of_one(tmp_path: Path, alone: tuple[dict[str, Any], Path]) -> None:
-    """Rows shared by two processes, each in two parts, and a last batch of an epoch too short for all of them."""
-    found = launch(tmp_path, "--accumulation", "2", processes=2)
-    assert_same_run(found, tmp_path, *alone)
-
-
-def test_accumulated_parts_take_the_step_of_the_whole(tmp_path: Path, alone: tuple[dict[str, Any], Path]) -> None:
-    """One process that runs each step in three parts takes the same steps."""
-    found = launch(tmp_path, "--accumulation", "3")
-    assert_same_run(found, tmp_path, *alone)
-
-
-@pytest.mark.slow
-def test_sharded_weights_have_the_loss_curve_of_one(tmp_path: Path, alone: tuple[dict[str, Any], Path]) -> None:
-    """Fully sharded over two processes (FSDP2), weights, gradients and optimizer state in shards, the run is the same."""
-    found = launch(tmp_path, "--fsdp", processes=2)
     assert_same_run(found, tmp_path, *alone)
 
 
 @pytest.mark.slow
 def test_two_processes_resume_what_two_processes_began(tmp_path: Path, alone: tuple[dict[str, Any], Path]) -> None:
     """Stopped after three steps and launched again, two processes end where one uninterrupted process does."""
-    launch(tmp_path, "--stop-after", "3", processes=2)
-    found = launch(tmp_path, processes=2)
-    assert len(found["losses"]) == 8
-    assert_same_run(found, tmp_path, *alone)
+    launch(tmp_path, "--stop-after", "3")
+    assert_same_run(launch(tmp_path), tmp_path, *alone)

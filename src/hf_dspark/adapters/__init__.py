@@ -1,4 +1,4 @@
-"""LoRA adapters for drafters: in memory (`lora`) and as files (`files`)."""
+"""LoRA adapters for drafters, in memory (`lora`) and as files (`files`). Imports: utils, hub."""
 
 from hf_dspark.adapters.lora import (
     BASE,

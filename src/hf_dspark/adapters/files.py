@@ -1,8 +1,7 @@
-"""Adapters as files: peft's two, and a third that says which drafter they were trained on. Knows files, the Hub through transformers,
-and the drafter's tensors; knows no target and no decoding loop.
+"""Adapters as files: PEFT's two, and a third that says which drafter they were trained on.
 
-An adapter on another base shows no error when it is decoded with, only acceptance near zero. So the base is fingerprinted when an
-adapter is saved, and compared when it is loaded.
+An adapter on another base drafts without an error, with acceptance near zero. So the base is fingerprinted when an adapter is saved, and
+compared when it is loaded.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
 from hf_dspark.adapters.lora import (
     active_adapters,
@@ -31,50 +28,37 @@ from hf_dspark.adapters.lora import (
     check_not_merged,
     inject,
     plain_drafter,
+    refuse_wrapper,
     warn_of_calibration,
 )
 from hf_dspark.errors import CheckpointError, UnsupportedOptionError
-from hf_dspark.hub.bundled import DRAFTER_NAME, embedded_drafter_path
-from hf_dspark.hub.files import HUB_ARGUMENTS
+from hf_dspark.hub.bundled import DRAFTER_NAME, bundled_drafter_path
+from hf_dspark.hub.files import cached_path, hub_arguments, read_json
+from hf_dspark.utils.files import follow_umask
 from hf_dspark.version import __version__
-
-if TYPE_CHECKING:
-    from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SIDECAR_FILE = "dspark_adapter.json"
-_PREFIX = "base_model.model."  # peft's, before every tensor's name
+_PREFIX = "base_model.model."  # PEFT's, before every tensor's name
 _LAYOUT = 1
 
 # What gives the tensors their meaning. Not: block_size and temperatures, which may be chosen anew for the same weights, names, dtype.
 _ESSENTIALS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "vocab_size",
-    "draft_vocab_size",
-    "num_target_layers",
-    "target_layer_ids",
-    "mask_token_id",
-    "markov_rank",
-    "markov_head_type",
-    "enable_confidence_head",
-    "confidence_head_with_markov",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("rms_norm_eps", "vocab_size", "draft_vocab_size", "num_target_layers", "target_layer_ids", "mask_token_id", "markov_rank"),
+    *("markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
 )
+
+Drafter = TypeVar("Drafter", bound=PreTrainedModel)
 
 
 # -------------------------------------------------------------------------------------------------------- fingerprint
 
 
-def fingerprint(drafter: Any) -> str:
+def fingerprint(drafter: PreTrainedModel) -> str:
     """SHA-256 of a drafter's own weights and of the config fields that give them their meaning; adapters do not count.
 
     Weights are hashed as bfloat16, so a checkpoint has one fingerprint whether it is loaded in float32 or in bfloat16. In float16 it has
@@ -96,7 +80,7 @@ def fingerprint(drafter: Any) -> str:
         essentials["vocab_size"] = 0  # no weight depends on it, and some formats do not say it
     essentials["rope"] = {name: rope.get(name) for name in ("rope_type", "rope_theta", "factor")}
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
-    own = type(drafter)._expected_tensors(config)
+    own = type(drafter).expected_tensors(config)
     found = {name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor for name, tensor in drafter.state_dict().items()}
     for name in sorted(own):
         tensor = found[name].detach().to("cpu")
@@ -106,7 +90,7 @@ def fingerprint(drafter: Any) -> str:
     return digest.hexdigest()
 
 
-def check_fitted_to(calibration: Mapping[str, Any], drafter: Any, source: str) -> None:
+def check_fitted_to(calibration: Mapping[str, Any], drafter: PreTrainedModel, source: str) -> None:
     """Refuse a calibration that says that it was fitted to other weights. One that does not say passes, and so do weights in float16.
 
     Raises:
@@ -127,15 +111,17 @@ def check_fitted_to(calibration: Mapping[str, Any], drafter: Any, source: str) -
 
 
 def save_adapter(
-    drafter: Any, folder: str | os.PathLike[str], adapter_name: str | None = None, *, state_dict: dict[str, torch.Tensor] | None = None
+    drafter: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write one adapter alone: `adapter_config.json` and `adapter_model.safetensors` as peft reads them, and `dspark_adapter.json`.
-
-    The files are written in full under another name first, then put in their place; other files of the folder stay.
+    """Write one adapter alone: `adapter_config.json` and `adapter_model.safetensors` as PEFT reads them, and `dspark_adapter.json`.
 
     Args:
         drafter (`DSparkDrafter` or a PEFT wrapper of one): holds the adapter.
-        folder (`str` or `Path`): made where it is missing.
+        folder (`str` or `Path`): made where it is missing; other files in it stay.
         adapter_name (`str`, *optional*): by default the active adapter.
         state_dict (`dict[str, torch.Tensor]`, *optional*): stands in for the drafter's own, where that one is sharded.
     Returns:
@@ -145,8 +131,8 @@ def save_adapter(
     """
     from peft import get_peft_model_state_dict
 
-    inner = plain_drafter(drafter)
-    loaded, active = adapter_names(inner), active_adapters(inner)
+    drafter = plain_drafter(drafter)
+    loaded, active = adapter_names(drafter), active_adapters(drafter)
     if adapter_name is None and len(active) != 1:
         raise RuntimeError(
             f"One adapter is saved at a time; active: {', '.join(active) or 'none'}, loaded: {', '.join(loaded) or 'none'}. Name one."
@@ -154,17 +140,16 @@ def save_adapter(
     name = active[0] if adapter_name is None else adapter_name
     if name not in loaded:
         raise UnsupportedOptionError(f"The drafter holds no adapter {name!r}; loaded: {', '.join(loaded) or 'none'}. Name one of these.")
-    tensors = get_peft_model_state_dict(inner, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(drafter, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
     tensors = {_PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    base = _base_name(inner)
-    config = copy.deepcopy(inner.peft_config[name])
+    config = copy.deepcopy(drafter.peft_config[name])
     config.inference_mode = True
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = _base_name(drafter)
     sidecar = {
         "layout": _LAYOUT,
-        "base": base,
-        "base_fingerprint": fingerprint(inner),
-        "target": inner.config.target_name,
+        "base": config.base_model_name_or_path,
+        "base_fingerprint": fingerprint(drafter),
+        "target": drafter.config.target_name,
         "rank": getattr(config, "r", None),
         "alpha": getattr(config, "lora_alpha", None),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
@@ -172,72 +157,48 @@ def save_adapter(
     }
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = Path(tempfile.mkdtemp(prefix=".tmp-adapter-", dir=folder))
-    try:
-        config.save_pretrained(str(waiting))
-        save_file(tensors, waiting / WEIGHTS_FILE, metadata={"format": "pt"})
-        (waiting / SIDECAR_FILE).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=".tmp-adapter-", dir=folder) as made:  # all are whole before the first is in its place
+        config.save_pretrained(made)
+        save_file(tensors, Path(made, WEIGHTS_FILE), metadata={"format": "pt"})
+        Path(made, SIDECAR_FILE).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+        follow_umask(*(Path(made, file) for file in (WEIGHTS_FILE, CONFIG_FILE, SIDECAR_FILE)))
         for file in (WEIGHTS_FILE, CONFIG_FILE, SIDECAR_FILE):
-            os.replace(waiting / file, folder / file)
-    finally:
-        shutil.rmtree(waiting, ignore_errors=True)
+            os.replace(Path(made, file), folder / file)
     return folder
 
 
-def _base_name(drafter: DSparkDrafter) -> str | None:
-    """How another machine finds the base: a Hub id, a folder, or the embedded drafter's name."""
+def _base_name(drafter: PreTrainedModel) -> str | None:
+    """How another machine finds the base: a Hub id, a folder, or the bundled drafter's name."""
     name = drafter.name_or_path or None
     try:
-        embedded = name is not None and Path(name).is_dir() and Path(name).samefile(embedded_drafter_path())
+        bundled = name is not None and Path(name).is_dir() and Path(name).samefile(bundled_drafter_path())
     except CheckpointError:
-        embedded = False
-    return DRAFTER_NAME if embedded else name
+        bundled = False
+    return DRAFTER_NAME if bundled else name
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """What transformers expects of a loaded adapter: sets of keys that did not fit. They are empty, or loading had failed."""
-
-    missing_keys: frozenset[str] = frozenset()
-    unexpected_keys: frozenset[str] = frozenset()
-    mismatched_keys: frozenset[str] = frozenset()
-    error_msgs: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `from_pretrained(..., output_loading_info=True)` gives it."""
-        sets = {field.name: set(getattr(self, field.name)) for field in fields(self) if field.name.endswith("_keys")}
-        return {**sets, "error_msgs": list(self.error_msgs)}
-
-
-def config_of(config: Any) -> Any:
-    """A `peft.PeftConfig`, from one or from its dictionary."""
-    from peft import get_peft_config
-
-    return get_peft_config(config) if isinstance(config, dict) else config
-
-
 def load_adapter(
-    drafter: DSparkDrafter,
+    drafter: Drafter,
     source: str | os.PathLike[str],
     adapter_name: str = "default",
     *,
     trainable: bool = False,
     check_base: bool = True,
-    **hub_arguments: Any,
-) -> DSparkDrafter:
+    **hub: Any,
+) -> Drafter:
     """Load an adapter onto the drafter that it was trained on, and make it the active one.
 
     Args:
         drafter (`DSparkDrafter`): changed in place; may hold other adapters.
-        source (`str` or `Path`): folder or Hub repository, written by `save_adapter` or by peft. What peft wrote carries no fingerprint:
+        source (`str` or `Path`): folder or Hub repository, written by `save_adapter` or by PEFT. What PEFT wrote has no fingerprint:
             it is loaded with a warning.
         adapter_name (`str`): under which it is loaded, whatever it was called before.
         trainable (`bool`): whether its weights get gradients; all others are frozen.
         check_base (`bool`): False loads it onto another base of the same shapes, on purpose.
-        hub_arguments: `revision`, `token`, `cache_dir`, .. as in `from_pretrained`.
+        hub: `revision`, `token`, `cache_dir`, .. as in `from_pretrained`.
     Returns:
         `DSparkDrafter`: the same drafter.
     Raises:
@@ -245,18 +206,16 @@ def load_adapter(
             cannot be read. Nothing has changed.
         ValueError: for a name that is taken or cannot be.
     """
-    if not isinstance(getattr(type(drafter), "is_dspark_drafter", None), bool):
-        raise ValueError(f"load_adapter takes a DSparkDrafter; got {type(drafter).__name__}. Call the wrapper's own load_adapter instead.")
+    refuse_wrapper(drafter, "load_adapter")
     from peft import PeftConfig
 
     check_not_merged(drafter)
-    where = os.fspath(source)
-    hub = {key: value for key, value in hub_arguments.items() if key in HUB_ARGUMENTS and value is not None}
-    config_path, weights_path = _cached(where, CONFIG_FILE, hub), _cached(where, WEIGHTS_FILE, hub)
+    where, hub = os.fspath(source), hub_arguments(hub)
+    config_path, weights_path = cached_path(where, CONFIG_FILE, **hub), cached_path(where, WEIGHTS_FILE, **hub)
     if config_path is None or weights_path is None:
         absent = " and ".join(file for file, path in ((CONFIG_FILE, config_path), (WEIGHTS_FILE, weights_path)) if path is None)
-        raise CheckpointError(f"{where!r} holds no {absent}; an adapter is a folder or repository as save_adapter or peft writes it.")
-    _check_base(drafter, where, _read_sidecar(where, hub), check_base)
+        raise CheckpointError(f"{where!r} holds no {absent}; an adapter is a folder or repository as save_adapter or PEFT writes it.")
+    _check_base(drafter, where, read_json(where, SIDECAR_FILE, **hub), check_base)
     try:
         config = PeftConfig.from_pretrained(str(Path(config_path).parent))
         tensors = load_file(weights_path)
@@ -266,95 +225,84 @@ def load_adapter(
 
 
 def install_adapter(
-    drafter: DSparkDrafter,
+    drafter: Drafter,
     config: Any,
     tensors: dict[str, torch.Tensor],
     adapter_name: str,
     *,
     trainable: bool = False,
     source: str = "adapter_state_dict",
-) -> DSparkDrafter:
+) -> Drafter:
     """Put an adapter that is in memory into a drafter, strictly, and make it the active one.
 
-    Not through transformers' `load_adapter`: that one (seen in 5.24) takes weights of the base and of other adapters for missing where
-    the adapter's name is part of theirs.
+    Not through transformers' `load_adapter`, which (seen in 5.24) takes weights of the base and of other adapters for missing where the
+    adapter's name is part of theirs.
 
     Args:
-        drafter (`DSparkDrafter`): changed in place.
-        config (`peft.PeftConfig`): of the adapter.
-        tensors (`dict[str, torch.Tensor]`): by the names that peft stores.
-        adapter_name (`str`): under which it is loaded.
-        trainable (`bool`): whether its weights get gradients.
-        source (`str`): for messages.
-    Returns:
-        `DSparkDrafter`: the same drafter.
+        config (`peft.PeftConfig` or `dict`): of the adapter.
+        tensors (`dict[str, torch.Tensor]`): by the names that PEFT stores.
     Raises:
         CheckpointError: listing what does not fit; ValueError: for the name. Nothing has changed.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_config, set_peft_model_state_dict
 
     check_adapter_name(drafter, adapter_name)
+    config = get_peft_config(config) if isinstance(config, dict) else copy.deepcopy(config)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     _check_tensors(drafter, source, config, tensors)
-    config = copy.deepcopy(config)
     config.inference_mode = not trainable
     inject(drafter, config, adapter_name)
     result = set_peft_model_state_dict(drafter, tensors, adapter_name)
     if result.unexpected_keys:
         drafter.delete_adapter(adapter_name)
-        raise CheckpointError(f"peft found no place for {sorted(result.unexpected_keys)} of {source!r}; nothing was loaded. Update peft.")
+        raise CheckpointError(f"PEFT found no place for {sorted(result.unexpected_keys)} of {source!r}; nothing was loaded. Update peft.")
     for name, parameter in drafter.named_parameters():
         parameter.requires_grad_(trainable and adapter_name in name.split("."))
     warn_of_calibration(drafter)
     return drafter
 
 
-def adapter_base(source: str, hub_arguments: dict[str, Any]) -> str | None:
-    """The name of the drafter under an adapter; None where `source` is no adapter, or a drafter with one beside it.
+def adapter_base(source: str, hub: dict[str, Any]) -> tuple[bool, str | None]:
+    """Whether a folder or repository holds an adapter, and the name of the drafter under it; None where that lies beside it.
 
-    Args:
-        source (`str`): folder or Hub repository.
-        hub_arguments: as in `from_pretrained`.
     Raises:
-        CheckpointError: if the adapter does not say.
+        CheckpointError: if the adapter does not say which drafter it is for.
     """
-    hub = {key: value for key, value in hub_arguments.items() if key in HUB_ARGUMENTS and value is not None}
-    path = _cached(source, CONFIG_FILE, hub, optional=True)
-    if path is None or _cached(source, "config.json", hub, optional=True) is not None:
-        return None
-    sidecar = _read_sidecar(source, hub) or {}
-    base = sidecar.get("base") or _read_json(path, source).get("base_model_name_or_path")
+    config = read_json(source, CONFIG_FILE, **hub)
+    if config is None or cached_path(source, "config.json", **hub) is not None:
+        return config is not None, None
+    base = (read_json(source, SIDECAR_FILE, **hub) or {}).get("base") or config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError(
             f"{source!r} is an adapter that does not say where its drafter lies. Load the drafter with DSparkDrafter.from_pretrained, then "
             f"call drafter.load_adapter({source!r})."
         )
-    return str(embedded_drafter_path()) if base == DRAFTER_NAME else str(base)
+    return True, str(bundled_drafter_path()) if base == DRAFTER_NAME else str(base)
 
 
-def _check_base(drafter: DSparkDrafter, where: str, sidecar: dict[str, Any] | None, check: bool) -> None:
+def _check_base(drafter: PreTrainedModel, where: str, sidecar: dict[str, Any] | None, check: bool) -> None:
     if sidecar is None:
         logger.warning("%s was not saved by hf_dspark: it does not tell which drafter it was trained on, so that is not checked.", where)
         return
     theirs, own = sidecar.get("base_fingerprint"), fingerprint(drafter)
     if theirs == own:
         return
-    told = (
+    message = (
         f"The adapter {where!r} was trained on the drafter {sidecar.get('base') or '(unnamed)'} with fingerprint {theirs}; this drafter "
         f"({drafter.name_or_path or 'unnamed'}) has {own}."
     )
     if not check:
-        logger.warning("%s Loading it all the same, as asked.", told)
+        logger.warning("%s It is loaded because of check_base=False.", message)
         return
     hint = " Fingerprints are of bfloat16 or float32 weights: load the drafter in one of these, and call drafter.half() afterwards."
     raise CheckpointError(
-        f"{told} On other weights it drafts noise. Load the drafter it was trained on, or train it anew on this one (hf-dspark finetune)."
+        f"{message} On other weights it drafts noise. Load the drafter it was trained on, or train one for this one (hf-dspark finetune)."
         + (hint if drafter.dtype == torch.float16 else "")
     )
 
 
-def _check_tensors(drafter: DSparkDrafter, source: str, config: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Compare an adapter's tensors with those that its configuration asks for on this drafter, without touching the drafter."""
+def _check_tensors(drafter: PreTrainedModel, source: str, config: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Compare an adapter's tensors with those that its configuration needs on this drafter, without touching the drafter."""
     from peft import get_peft_model_state_dict, inject_adapter_in_model
 
     try:
@@ -366,41 +314,11 @@ def _check_tensors(drafter: DSparkDrafter, source: str, config: Any, tensors: di
     expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(twin, save_embedding_layers=False).items()}
     lines = [f"  missing: {name} {expected[name]}" for name in sorted(expected.keys() - found.keys())]
     lines += [f"  unexpected: {name} {found[name]}" for name in sorted(found.keys() - expected.keys())]
-    lines += [
-        f"  mis-shaped: {name} is {found[name]}, expected {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name] != found[name]
-    ]
+    shared = sorted(expected.keys() & found.keys())
+    lines += [f"  mis-shaped: {name} is {found[name]}, expected {expected[name]}" for name in shared if expected[name] != found[name]]
     if lines:
         raise CheckpointError(
             f"The tensors of the adapter {source!r} do not fit its configuration on this drafter. Nothing was loaded.\n"
             + "\n".join(lines)
             + f"\nDownload it again, or check that {CONFIG_FILE} belongs to these weights and that the drafter is the one it was made for."
         )
-
-
-def _cached(source: str, file: str, hub: dict[str, Any], optional: bool = False) -> str | None:
-    # A file that need not be there must not make an offline machine fail.
-    quiet = dict.fromkeys(("_raise_exceptions_for_gated_repo", "_raise_exceptions_for_connection_errors"), False) if optional else {}
-    return cached_file(source, file, **hub, **quiet, _raise_exceptions_for_missing_entries=False)
-
-
-def _read_sidecar(source: str, hub: dict[str, Any]) -> dict[str, Any] | None:
-    path = _cached(source, SIDECAR_FILE, hub, optional=True)
-    return None if path is None else _read_json(path, source)
-
-
-def read_adapter_json(source: str, file: str, hub: dict[str, Any]) -> dict[str, Any] | None:
-    """One of an adapter's JSON files; None where there is none."""
-    path = _cached(source, file, hub)
-    return None if path is None else _read_json(path, source)
-
-
-def _read_json(path: str, source: str) -> dict[str, Any]:
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{Path(path).name} of {source!r} is not JSON ({error}). Save or download it again.") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{Path(path).name} of {source!r} holds a {type(found).__name__}, not an object. Save or download it again.")
-    return found

@@ -1,7 +1,6 @@
-"""LoRA adapters inside a drafter: adding, naming, switching for one call, merging. Knows modules and peft's layers; knows no files (see
-`adapter_files`), no target and no decoding loop.
+"""LoRA adapters inside a drafter: adding, naming, switching for one call, merging.
 
-peft is imported when it is first needed, so that a drafter without adapters does not wait for it.
+PEFT is imported when it is first needed, so that a drafter without adapters does not wait for it.
 """
 
 from __future__ import annotations
@@ -14,31 +13,26 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_dspark.errors import UnsupportedOptionError
 from hf_dspark.utils.logging import warn_once
 
-if TYPE_CHECKING:
-    from hf_dspark.models.modeling_dspark import DSparkDrafter
-
 logger = logging.getLogger(__name__)
+
+Drafter = TypeVar("Drafter", bound=PreTrainedModel)
 
 BASE = "base"
 """In place of an adapter's name: the drafter without any adapter."""
 
 # Regular expressions of module names inside a drafter, whole names: the MLP's gate and the gated head's are both called gate_proj.
 _MODULES = {
-    "q_proj": r"layers\.\d+\.self_attn\.q_proj",
-    "k_proj": r"layers\.\d+\.self_attn\.k_proj",
-    "v_proj": r"layers\.\d+\.self_attn\.v_proj",
-    "o_proj": r"layers\.\d+\.self_attn\.o_proj",
-    "gate_proj": r"layers\.\d+\.mlp\.gate_proj",
-    "up_proj": r"layers\.\d+\.mlp\.up_proj",
-    "down_proj": r"layers\.\d+\.mlp\.down_proj",
+    **{name: rf"layers\.\d+\.self_attn\.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{name: rf"layers\.\d+\.mlp\.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
     "fc": r"fc",
     "markov_w1": r"markov_head\.markov_w1",
     "markov_w2": r"markov_head\.markov_w2",
@@ -60,7 +54,7 @@ DEFAULT_TARGETS = ("attention", "mlp", "fc", "head", "confidence")
 # ------------------------------------------------------------------------------------------------------------ looking
 
 
-def plain_drafter(drafter: Any) -> DSparkDrafter:
+def plain_drafter(drafter: Any) -> Any:
     """The drafter itself, out of a PEFT wrapper or as it is; a budget set on the wrapper becomes the drafter's.
 
     Args:
@@ -71,7 +65,7 @@ def plain_drafter(drafter: Any) -> DSparkDrafter:
         UnsupportedOptionError: for a kind of adapter that works in the wrapper's own forward (prompt learning), which drafting never calls.
     """
     inner = drafter
-    while not isinstance(getattr(type(inner), "is_dspark_drafter", None), bool):
+    while not _is_drafter(inner):
         configs = vars(inner).get("peft_config") or vars(inner).get("_peft_config") or {}
         learned = [name for name, config in configs.items() if getattr(config, "is_prompt_learning", False)]
         if learned:
@@ -89,6 +83,16 @@ def plain_drafter(drafter: Any) -> DSparkDrafter:
     return inner
 
 
+def _is_drafter(model: Any) -> bool:
+    return hasattr(type(model), "is_dspark_drafter")  # of the type: PEFT's wrappers forward attributes of instances
+
+
+def refuse_wrapper(drafter: Any, method: str) -> None:
+    """Refuse everything but a drafter itself, naming the wrapper's own method."""
+    if not _is_drafter(drafter):
+        raise ValueError(f"This function takes a DSparkDrafter; got {type(drafter).__name__}. Call the wrapper's own {method} instead.")
+
+
 def adapter_names(drafter: Any) -> list[str]:
     """Names of the adapters that a drafter holds, in the order in which they came; empty for a plain drafter."""
     return list(getattr(plain_drafter(drafter), "peft_config", None) or {})
@@ -96,44 +100,37 @@ def adapter_names(drafter: Any) -> list[str]:
 
 def active_adapters(drafter: Any) -> tuple[str, ...]:
     """Names of the adapters that draft as things stand; empty for a plain drafter and while adapters are disabled."""
-    layers = _tuner_layers(plain_drafter(drafter))
+    layers, _ = _peft_modules(plain_drafter(drafter))
     if not layers or all(layer.disable_adapters for layer in layers):
         return ()
     return tuple(layers[0].active_adapters)
 
 
-def _tuner_layers(drafter: nn.Module) -> list[Any]:
-    """peft's layers that hold adapters of single modules."""
+def _peft_modules(drafter: nn.Module) -> tuple[list[Any], list[Any]]:
+    """PEFT's layers that hold adapters of single modules, and its copies of whole modules (`modules_to_save`)."""
     if "peft" not in sys.modules:
-        return []
+        return [], []
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in drafter.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _wrapped_modules(drafter: nn.Module) -> list[Any]:
-    """peft's copies of whole modules (`modules_to_save`)."""
-    if "peft" not in sys.modules:
-        return []
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return [module for module in drafter.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    modules = list(drafter.modules())
+    return [m for m in modules if isinstance(m, BaseTunerLayer)], [m for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
-def check_not_merged(drafter: DSparkDrafter) -> None:
+def check_not_merged(drafter: nn.Module) -> None:
     """Refuse a drafter whose adapters are merged in place, with the adapter still there.
 
     Raises:
         RuntimeError: naming the way out.
     """
-    if any(layer.merged for layer in _tuner_layers(drafter)):
+    if any(layer.merged for layer in _peft_modules(drafter)[0]):
         raise RuntimeError(
             "This drafter's base weights hold a merged adapter, which is still loaded too; they must be apart for this. Call "
             "unmerge_adapter() on the PEFT wrapper, or merge for good with hf_dspark.adapters.merge_adapter(drafter)."
         )
 
 
-def check_adapter_name(drafter: DSparkDrafter, name: str) -> None:
+def check_adapter_name(drafter: nn.Module, name: str) -> None:
     """Refuse a name that cannot be an adapter's, or is one's already.
 
     Raises:
@@ -156,13 +153,13 @@ def check_adapter_name(drafter: DSparkDrafter, name: str) -> None:
         )
 
 
-def warn_of_calibration(drafter: DSparkDrafter) -> None:
-    """Say once that the confidence temperatures are those of the drafter without the adapter."""
+def warn_of_calibration(drafter: PreTrainedModel) -> None:
+    """Warn once that the confidence temperatures are those of the drafter without the adapter."""
     if drafter.config.confidence_temperatures is not None:
         warn_once(
             logger,
-            "The drafter's confidence temperatures were measured without an adapter, and are kept. An adapter changes confidences: "
-            "calibrate again, with the adapter active, before using a budget that reads them.",
+            "The drafter's confidence temperatures were measured without an adapter, which changes confidences: calibrate again, with the "
+            "adapter active, before using a budget that reads them.",
         )
 
 
@@ -199,26 +196,26 @@ def target_pattern(drafter: Any, targets: Sequence[str] = DEFAULT_TARGETS) -> st
 
 
 def add_lora(
-    drafter: DSparkDrafter,
+    drafter: Drafter,
     rank: int = 16,
     alpha: float | None = None,
     targets: Sequence[str] = DEFAULT_TARGETS,
     dropout: float = 0.0,
     adapter_name: str = "default",
-) -> DSparkDrafter:
+) -> Drafter:
     """Put a fresh LoRA adapter into a drafter, active and alone trainable; until it is trained, drafts are unchanged.
 
     Each targeted weight W becomes W + (alpha / rank) B A. The drafter stays a `DSparkDrafter`: bind it, train it with `Trainer`, and
     generate with it as before. The confidence head gets an adapter on its weight; its bias stays the base's.
 
-    Source: Hu et al., 2021 (arXiv 2106.09685), through peft.
+    Source: Hu et al., 2021 (arXiv 2106.09685), through PEFT.
 
     Args:
         drafter (`DSparkDrafter`): gets the adapter in place; every weight of its own is frozen.
         rank (`int`): of A and B, 1 or more.
         alpha (`float`, *optional*): scale; `2 * rank` by default.
         targets (`Sequence[str]`): see `target_pattern`.
-        dropout (`float`): in [0, 1), on the adapter's inputs while training; peft does not apply it to an embedding.
+        dropout (`float`): in [0, 1), on the adapter's inputs while training; PEFT does not apply it to an embedding.
         adapter_name (`str`): to switch to it, and to save it.
     Returns:
         `DSparkDrafter`: the same drafter.
@@ -228,7 +225,7 @@ def add_lora(
     """
     from peft import LoraConfig
 
-    _refuse_wrapper(drafter, "add_adapter")
+    refuse_wrapper(drafter, "add_adapter")
     alpha = 2 * rank if alpha is None else alpha
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise ValueError(f"Got rank={rank}, alpha={alpha}, dropout={dropout}; allowed: rank 1 or more, alpha above 0, dropout in [0, 1).")
@@ -240,19 +237,14 @@ def add_lora(
     return drafter
 
 
-def inject(drafter: DSparkDrafter, config: Any, adapter_name: str) -> None:
+def inject(drafter: PreTrainedModel, config: Any, adapter_name: str) -> None:
     """Put an adapter's layers into a drafter and make it the active one; training mode stays as it is."""
     training = drafter.training
     with warnings.catch_warnings():
-        # peft warns of every adapter after the first; several are meant here.
+        # PEFT warns of every adapter after the first; several are meant here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         drafter.add_adapter(config, adapter_name)
     drafter.train(training)
-
-
-def _refuse_wrapper(drafter: Any, method: str) -> None:
-    if not isinstance(getattr(type(drafter), "is_dspark_drafter", None), bool):
-        raise ValueError(f"This function takes a DSparkDrafter; got {type(drafter).__name__}. Call the wrapper's own {method} instead.")
 
 
 # ---------------------------------------------------------------------------------------------------------- switching
@@ -283,11 +275,10 @@ def check_choice(drafter: Any, name: str | None) -> None:
 
 
 @contextmanager
-def adapter_for_call(drafter: DSparkDrafter, name: str | None) -> Iterator[None]:
+def adapter_for_call(drafter: PreTrainedModel, name: str | None) -> Iterator[None]:
     """While open, the drafter drafts with one of its adapters, or with none; afterwards it is as it was, whatever happened.
 
-    Calls with a drafter that holds adapters wait for one another across threads, so that none changes what another drafts with. A
-    drafter without adapters, or with a merged one, waits for nobody.
+    Calls with a drafter that holds adapters wait for one another across threads, so that none changes what another drafts with.
 
     Args:
         drafter (`DSparkDrafter`): not a wrapper.
@@ -296,7 +287,7 @@ def adapter_for_call(drafter: DSparkDrafter, name: str | None) -> Iterator[None]
         UnsupportedOptionError: for an adapter that is not loaded.
     """
     check_choice(drafter, name)
-    layers, wrapped = _tuner_layers(drafter), _wrapped_modules(drafter)
+    layers, wrapped = _peft_modules(drafter)
     if not layers and not wrapped:
         yield
         return
@@ -330,10 +321,10 @@ def _choose(layer: Any, names: list[str], disabled: bool) -> None:
 
 
 @torch.no_grad()
-def merge_adapter(drafter: DSparkDrafter, adapter_name: str | None = None) -> DSparkDrafter:
+def merge_adapter(drafter: Drafter, adapter_name: str | None = None) -> Drafter:
     """Bake an adapter into the weights: W + (alpha / rank) B A, in W's dtype. Other adapters are dropped.
 
-    What is left is a plain drafter, without peft, all of it trainable, whose `save_pretrained` writes an ordinary checkpoint. Its
+    What is left is a plain drafter, without PEFT, all of it trainable, whose `save_pretrained` writes an ordinary checkpoint. Its
     fingerprint is its own: adapters of the base no longer fit it. In float32 it drafts what the unmerged one drafts up to rounding; in
     bfloat16 the sum is rounded once more, which may change a draft. The text is the target's in any case.
 
@@ -346,7 +337,7 @@ def merge_adapter(drafter: DSparkDrafter, adapter_name: str | None = None) -> DS
         ValueError: for a name that is not loaded, a PEFT wrapper, or an adapter with numbers that are not finite; nothing has changed.
         RuntimeError: if no adapter is active.
     """
-    _refuse_wrapper(drafter, "merge_and_unload")
+    refuse_wrapper(drafter, "merge_and_unload")
     check_choice(drafter, adapter_name)
     chosen = active_adapters(drafter) if adapter_name is None else (adapter_name,)
     if not chosen or BASE in chosen:
@@ -373,14 +364,15 @@ def merge_adapter(drafter: DSparkDrafter, adapter_name: str | None = None) -> DS
 
 
 @torch.no_grad()
-def unload(drafter: DSparkDrafter, merged: Sequence[str] = ()) -> None:
-    """Take peft's layers out of a drafter, after adding these adapters to the weights; all of it is trainable then."""
+def unload(drafter: PreTrainedModel, merged: Sequence[str] = ()) -> None:
+    """Take PEFT's layers out of a drafter, after adding these adapters to the weights; all of it is trainable then."""
     names = {module: name for name, module in drafter.named_modules()}
-    for module in _wrapped_modules(drafter):
+    layers, wrapped = _peft_modules(drafter)
+    for module in wrapped:
         _choose(module, list(merged), disabled=False)
         own = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=list(merged))
         drafter.set_submodule(names[module], own)
-    for layer in _tuner_layers(drafter):
+    for layer in layers:
         if merged:
             layer.merge(adapter_names=list(merged))
         drafter.set_submodule(names[layer], layer.get_base_layer())

@@ -1,29 +1,25 @@
-"""Budgets: how many tokens are drafted, and how many of them go to verification. Pure policy over confidences; knows no model and no loop.
-
-A budget may look at c_1..c_k when it decides about token k + 1 or any later one, never at anything that depends on the token it decides
-about: c_{k+1} depends on x_k, so looking ahead of the cut would let x_k decide whether x_k is verified, and bias the output (paper,
-Appendix A). What it knows of rounds that are over cannot leak: their tokens are committed.
-"""
+"""The budget interface, its records, and the budgets that need no costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 
-from hf_dspark.decoding.ngram_copy import Copied
+from hf_dspark.budgets.cost_model import Costs
 
 
 @dataclass(frozen=True)
 class LiveRows:
-    """What is known before a round is drafted.
+    """The live rows before a round is drafted.
 
     Attributes:
-        requests (`tuple[int, ...]`): number of each live row's request; the same all its life, and nobody else's.
-        block_size (`int`): gamma, the most that can be drafted.
-        room (`tuple[int, ...]`): most tokens of each row that can be of use: gamma, or fewer where the row is about to end.
+        requests (`tuple[int, ...]`): number of each row's request, unique and unchanged for the whole call.
+        block_size (`int`): gamma, the most tokens that can be drafted for a row.
+        room (`tuple[int, ...]`): most drafted tokens of each row that can be of use: gamma, or fewer where the row is about to end.
         context_tokens (`int`): tokens that the longest row holds.
     """
 
@@ -39,7 +35,7 @@ class Proposal:
 
     Attributes:
         length (`int`): tokens a row, 0..gamma; 0 drafts nothing.
-        rows (`tuple[int, ...]`, *optional*): which of the live rows, by their place among them, ascending; all where None.
+        rows (`tuple[int, ...]`, *optional*): which of the live rows, by ascending index; all where None.
     """
 
     length: int
@@ -48,12 +44,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Drafts:
-    """A round's drafts as a budget sees them.
+    """A round's drafts.
 
     Attributes:
         limits (`tuple[int, ...]`): most tokens of each live row that can be verified: what was drafted and is of use; 0 for rows
-            that were not drafted.
-        confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host; of no meaning beyond a row's limit.
+            that were not drafted for.
+        confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host; undefined beyond a row's limit.
         live (`LiveRows`, *optional*): the rows.
     """
 
@@ -69,19 +65,20 @@ class Drafts:
 
 @dataclass(frozen=True)
 class FinishedRound:
-    """A round that is over.
+    """A finished round.
 
     Attributes:
         requests (`tuple[int, ...]`): of each row that was live.
-        drafted (`tuple[int, ...]`): tokens drafted for each.
+        drafted (`tuple[int, ...]`): tokens drafted for each row.
         verified (`tuple[int, ...]`): of these, sent to verification.
-        accepted (`tuple[int, ...]`): of these, standing.
-        judged (`tuple[int, ...]`): of the verified ones, those before the row's end: what was decided about later ones is unknown.
-        confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host; given where the budget needs it.
-        confidence_logits (`torch.Tensor` of shape `(R, n)`, *optional*): the same before calibration and sigmoid; where someone listens.
-        copied (`Copied`, *optional*): what the draft was mixed with, on the host; where someone listens.
+        accepted (`tuple[int, ...]`): of these, accepted.
+        judged (`tuple[int, ...]`): of the verified ones, those before the row's end: the verdict on later ones is unknown.
+        confidence (`torch.Tensor` of shape `(R, n)`, *optional*): c_k, calibrated, on the host; present where the budget needs it.
+        confidence_logits (`torch.Tensor` of shape `(R, n)`, *optional*): the same before calibration and sigmoid; for a round callback.
         seconds (`float`, *optional*): that the round took.
-        draft_seconds (`float`, *optional*): of these, the draft's; None where the device does not tell while it works.
+        draft_seconds (`float`, *optional*): of these, the draft's; None where the device cannot tell without a wait.
+        copy_features (`torch.Tensor` of shape `(R, n, 9)`, *optional*): the features of n-gram copies, on the host; for a round callback
+            with `wants_copy_features`.
         waited_seconds (`float`): between the end of the round before and the beginning of this one.
     """
 
@@ -94,38 +91,88 @@ class FinishedRound:
     confidence_logits: torch.Tensor | None = None
     seconds: float | None = None
     draft_seconds: float | None = None
-    copied: Copied | None = None
+    copy_features: torch.Tensor | None = None
     waited_seconds: float = 0.0
+
+
+class RoundCallback(Protocol):
+    """Called after every finished round; may set the temperatures of the next.
+
+    Attributes:
+        temperatures (`Sequence[float]`, *optional*): T_1..T_gamma of the confidences; the checkpoint's where None.
+        wants_copy_features (`bool`): whether `FinishedRound.copy_features` is to be filled in.
+    """
+
+    wants_copy_features: bool
+
+    @property
+    def temperatures(self) -> Sequence[float] | None: ...
+
+    def on_round_end(self, finished: FinishedRound) -> None: ...
 
 
 class Budget:
     """Decides, once a round, what is drafted and how much of it is verified. Subclass it for a policy of your own.
 
-    `needs_confidence` says whether `plan` reads confidences; where it does not, they are not computed. `longest` is the most tokens that
-    `propose` ever asks for, None for gamma; 0 never drafts at all, and the drafter is left alone.
+    A round calls `propose` before the draft, `plan` after it and `learn` when it is over; `plan` is left out where nothing was drafted.
+    A call of `generate` uses the copy that `start` gives, so a budget may keep state in its attributes.
+
+    To stay exact, `plan` must not let anything that depends on a drafted token decide whether that token is verified: c_{k+1} depends on
+    x_k (Source: paper, Appendix A). Whatever `learn` is given may be used, because its tokens are committed.
+
+    Attributes:
+        needs_confidence (`bool`): whether `plan` reads confidences; where it does not, they are not computed.
+        longest (`int`, *optional*): most tokens that `propose` ever returns, gamma where None; 0 leaves the drafter out altogether.
     """
 
     needs_confidence: bool = False
     longest: int | None = None
 
-    def start(self, costs: Callable[[], Any]) -> Budget:
-        """The budget of one call, with no memory of others.
+    def start(self, costs: Costs, *, learn_costs: bool) -> Budget:
+        """The budget of one call of `generate`: a copy, so that no state passes from call to call or between threads.
 
         Args:
-            costs (`Callable`): gives the machine's `Costs`; measuring them takes time, so only who needs them asks.
+            costs (`Costs`): what rounds cost, from a stored profile or from `prior_costs`.
+            learn_costs (`bool`): whether finished rounds may correct them. What is drafted and verified then depends on the clock, so it is
+                False for sampled calls, whose draws repeat by their seed.
+        Returns:
+            `Budget`: started.
         """
-        return self
+        return copy.deepcopy(self)
 
     def propose(self, live: LiveRows) -> Proposal:
-        """What to draft, before anything is drafted: all rows, the whole block."""
+        """Decides what is drafted; called before each round's draft. The base class proposes the whole block for all rows.
+
+        May read `live`, and everything that `learn` was given before. Reads no confidence: there is none yet.
+
+        Args:
+            live (`LiveRows`): the R live rows.
+        Returns:
+            `Proposal`: with a length of 0..gamma tokens; anything else is a ValueError of the round.
+        """
         return Proposal(live.block_size if self.longest is None else min(self.longest, live.block_size))
 
     def plan(self, drafts: Drafts) -> list[int]:
-        """Verified lengths l_r, one a row, each 0..limit."""
+        """Decides how many drafted tokens of each row are verified; called between draft and verification.
+
+        Whether token k of a row is verified may depend on c_1..c_k of that row, on confidences of other rows as long as these are ranked
+        by survival (see `LoadAwareBudget`), and on finished rounds; never on c_{k+1} or any later one of the row.
+
+        Args:
+            drafts (`Drafts`): limits of the R live rows, and confidences `(R, n)` where `needs_confidence` is True.
+        Returns:
+            `list[int]`: l_r of each row, 0..n; the round cuts it to the row's limit.
+        Raises:
+            ValueError: where `needs_confidence` is True and the drafter has no confidence head.
+        """
         raise NotImplementedError
 
     def learn(self, finished: FinishedRound) -> None:
-        """Hear of a round that is over."""
+        """Takes in a finished round; called once after each, before the next `propose`.
+
+        Args:
+            finished (`FinishedRound`): counts of tokens by row, confidences where `needs_confidence` is True, and seconds.
+        """
 
 
 class FullBudget(Budget):
@@ -175,8 +222,8 @@ class ThresholdBudget(Budget):
 class CappedBudget(Budget):
     """Another budget, with at most `max_verify_tokens` tokens in a verification pass, each row's anchor included.
 
-    Tokens are admitted position by position, and within a position row by row, until the pass is full: who is cut never depends on the
-    token that is cut. Anchors always go, so with more rows than tokens nothing is drafted.
+    Tokens are admitted position by position, and within a position row by row, until the pass is full: whether a token is cut never
+    depends on the token itself. Anchors always go, so with more rows than tokens nothing is drafted.
 
     Args:
         budget (`Budget`): what to cap.
@@ -190,8 +237,8 @@ class CappedBudget(Budget):
         self.needs_confidence = budget.needs_confidence
         self.longest = budget.longest
 
-    def start(self, costs: Callable[[], Any]) -> Budget:
-        return CappedBudget(self.budget.start(costs), self.max_verify_tokens)
+    def start(self, costs: Costs, *, learn_costs: bool) -> Budget:
+        return CappedBudget(self.budget.start(costs, learn_costs=learn_costs), self.max_verify_tokens)
 
     def propose(self, live: LiveRows) -> Proposal:
         proposal = self.budget.propose(live)
@@ -216,20 +263,20 @@ def capped(lengths: Sequence[int], tokens: int) -> list[int]:
     Returns:
         `list[int]`: never longer, with the sum `min(sum(lengths), tokens)`.
     """
-    kept = [0] * len(lengths)
+    admitted = [0] * len(lengths)
     left = min(tokens, sum(lengths))
     position = 0
     while left:
         for row, length in enumerate(lengths):
             if length > position and left:
-                kept[row] += 1
+                admitted[row] += 1
                 left -= 1
         position += 1
-    return kept
+    return admitted
 
 
 def check_cap(max_verify_tokens: int | None) -> None:
-    """Refuse a cap that is no positive whole number; None is no cap.
+    """Refuse a cap that is not a positive whole number; None is no cap.
 
     Raises:
         ValueError: with what is allowed.
@@ -241,7 +288,7 @@ def check_cap(max_verify_tokens: int | None) -> None:
 
 
 def require_confidence(budget: Budget, drafts: Drafts) -> torch.Tensor:
-    """The drafts' confidences.
+    """The drafts' confidences, `(R, n)`.
 
     Raises:
         ValueError: if there are none.

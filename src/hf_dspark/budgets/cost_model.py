@@ -278,3 +278,19 @@ def _between(at: float, known: Sequence[int], curves: Sequence[np.ndarray]) -> n
     low, high = known[right - 1], known[right]
     share = max((at - low) / (high - low), 0.0)
     return (1 - share) * curves[right - 1] + share * curves[right]
+
+
+def prior_costs(block_size: int, draft_share: float, device_type: str) -> Costs:
+    """What rounds cost before anything was measured, in passes of one row.
+
+    Args:
+        block_size (`int`): gamma.
+        draft_share (`float`): the drafter's weights over the target's.
+        device_type (`str`): `"cpu"`, `"cuda"`, ..
+    """
+    token = 0.12 if device_type == "cpu" else 0.002
+    rows = {}
+    for r in (1, 2, 4, 8, 16, 32, 64):
+        verify = {128: {n: 1 + token * (r * n - 1) for n in (1, 2, 4, block_size + 1)}}
+        rows[r] = RowCosts(verify, {n: draft_share * verify[128][1] * (1 + token * r * n) for n in (1, block_size)})
+    return Costs(rows, block_size)

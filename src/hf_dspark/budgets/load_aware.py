@@ -90,10 +90,11 @@ class LoadAwareBudget(Budget):
         self._decided: _Decision | None = None
         self._clear = False  # whether drafting was last found to pay well
 
-    def start(self, costs: Callable[[], Costs]) -> LoadAwareBudget:
+    def start(self, costs: Costs, *, learn_costs: bool) -> LoadAwareBudget:
         fresh = copy.copy(self)
-        known = self.costs.table if isinstance(self.costs, FollowedCosts) else self.costs or costs()
-        fresh.costs = FollowedCosts(known) if self.follow_costs else known
+        known = self.costs.table if isinstance(self.costs, FollowedCosts) else self.costs or costs
+        fresh.follow_costs = self.follow_costs or learn_costs
+        fresh.costs = FollowedCosts(known) if fresh.follow_costs else known
         fresh._forget()
         return fresh
 

@@ -1,157 +1,39 @@
-"""Keys and values of the live rows, without padding and without copies. Knows tensors; knows no model and no decoding.
+"""Keys and values of the live rows, without padding and without copies.
 
-A row is one request. Its tokens lie at positions 0, 1, .. of its own stretch of one buffer a layer, so rolling back
-is forgetting a length, and a row that leaves frees its stretch for another. Positions at or beyond a row's length are
-scratch: writing there (a block to be verified, a draft block) commits nothing.
+A row is one request. Its tokens lie at positions 0, 1, .. of its own row of one buffer a layer. The cache holds no lengths: who owns
+the rows says with each pass where it writes and how far it reads, so rolling back is writing again at an earlier position, and
+positions at or beyond a row's committed length are scratch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 
-
-class RowLayout:
-    """Where each token of one flattened pass belongs: tokens of row 0, then of row 1, ..
-
-    Args:
-        starts (`list[int]`): tokens that each row already holds.
-        counts (`list[int]`): tokens that each row adds in this pass, at least one.
-        device (`torch.device`): where the index tensors live.
-        first_row (`int`): number of the first of these rows in the cache; rows that join lie behind those that run
-            already.
-        row_ids (`list[int]`, *optional*): numbers of the rows in the cache, where they do not follow each other.
-    """
-
-    def __init__(
-        self,
-        starts: Sequence[int],
-        counts: Sequence[int],
-        device: torch.device | str = "cpu",
-        first_row: int = 0,
-        row_ids: Sequence[int] | None = None,
-    ) -> None:
-        if len(starts) != len(counts) or not counts or min(counts) < 1:
-            raise ValueError(f"A layout needs one start and one positive count a row; got starts={starts}, counts={counts}.")
-        self.starts = list(starts)
-        self.counts = list(counts)
-        self.device = torch.device(device)
-        if row_ids is not None:
-            first_row = row_ids[0]
-            if list(row_ids) == list(range(first_row, first_row + len(counts))):
-                row_ids = None
-        self.first_row = first_row
-        self.row_ids = None if row_ids is None else list(row_ids)
-        self.total = sum(self.counts)
-        self.max_count = max(self.counts)
-        self.max_end = max(s + c for s, c in zip(starts, counts, strict=True))
-        self.equal_counts = min(self.counts) == self.max_count
-        self._twins: dict[torch.device, RowLayout] = {self.device: self}
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.counts)
-
-    def on(self, device: torch.device) -> RowLayout:
-        """The same layout with its index tensors on `device`; made once, for targets whose layers lie on several devices."""
-        if device not in self._twins:
-            twin = RowLayout(self.starts, self.counts, device, self.first_row, self.row_ids)
-            self._twins[device] = twin
-            twin._twins = self._twins
-        return self._twins[device]
-
-    def _to_device(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self.device.type == "cpu" else values.to(self.device, non_blocking=True)
-
-    @cached_property
-    def _host(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        counts = torch.tensor(self.counts)
-        rows = torch.repeat_interleave(torch.arange(self.num_rows), counts)
-        first = counts.cumsum(0) - counts
-        within = torch.arange(self.total) - first[rows]
-        return rows, within, first
-
-    @cached_property
-    def rows(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(T,)`: row of each token, as numbered in the cache."""
-        rows = self._host[0]
-        return self._to_device(rows + self.first_row if self.row_ids is None else torch.tensor(self.row_ids)[rows])
-
-    @cached_property
-    def row_index(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(R,)`: numbers of the rows in the cache."""
-        numbers = range(self.first_row, self.first_row + self.num_rows) if self.row_ids is None else self.row_ids
-        return self._to_device(torch.tensor(list(numbers)))
-
-    @cached_property
-    def positions(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(T,)`: index of each token inside its row, which is also its position id."""
-        rows, within, _ = self._host
-        return self._to_device(within + torch.tensor(self.starts)[rows])
-
-    @cached_property
-    def last(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(R,)`: flat index of each row's last token."""
-        return self._to_device(torch.tensor(self.counts).cumsum(0) - 1)
-
-    @cached_property
-    def added(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(R,)`: tokens that each row adds, `counts` on the device."""
-        return self._to_device(torch.tensor(self.counts))
-
-    @cached_property
-    def ends(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(R,)`: tokens that each row holds after the pass."""
-        return self._to_device(torch.tensor(self.starts) + torch.tensor(self.counts))
-
-    @cached_property
-    def padded_index(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(R, max_count)`: flat index of each row's tokens; past a row's count its last
-        token again.
-        """
-        first, counts = self._host[2], torch.tensor(self.counts)
-        return self._to_device(first[:, None] + torch.minimum(torch.arange(self.max_count), counts[:, None] - 1))
-
-    @cached_property
-    def flat_index(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(T,)`: place of each token in a padded `(R * max_count)` arrangement."""
-        rows, within, _ = self._host
-        return self._to_device(rows * self.max_count + within)
-
-    def causal_mask(self, window: int | None = None) -> torch.Tensor:
-        """`torch.BoolTensor` of shape `(R, max_count, max_end)`: true where a padded query may look.
-
-        A query at position p of its row sees positions 0..p of the same row, or the last `window` of them.
-        """
-        queries = self.positions[self.padded_index][:, :, None]
-        keys = torch.arange(self.max_end, device=self.device)
-        allowed = keys <= queries
-        return allowed if window is None else allowed & (keys > queries - window)
+from hf_dspark.cache.layout import RowLayout
 
 
 class RowCache:
     """One buffer of keys and one of values a layer, of shape `(rows, heads, capacity, head_dim)`, grown by doubling up to `limit`.
 
-    Rows are numbered 0..R-1 without holes. `lengths` says how many tokens of each row are committed; the owner sets it.
+    Rows are numbered 0..R-1 without holes.
+
+    Args:
+        limit (`int`, *optional*): most tokens a row; growing stops there.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self.lengths: list[int] = []
+        self.num_rows = 0
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self._row_capacity = 0
         self._capacity = 0
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.lengths)
-
     def add_rows(self, count: int) -> None:
         """Append `count` empty rows."""
-        self.lengths.extend([0] * count)
+        self.num_rows += count
         self._row_capacity = max(self._row_capacity, self.num_rows)
 
     def reserve(self, length: int) -> None:
@@ -161,7 +43,7 @@ class RowCache:
             self._capacity = max(length, doubled if self.limit is None else min(doubled, self.limit))
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, layout: RowLayout) -> None:
-        """Store the tokens of one flattened pass at their places. Commits nothing: `lengths` stays.
+        """Store the tokens of one flattened pass at their positions.
 
         Args:
             layer (`int`): layer index.
@@ -187,33 +69,51 @@ class RowCache:
         return new
 
     def view(self, layer: int, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the layout's rows up to its longest end, of shape `(R, heads, max_end, head_dim)`: views, and copies only
-        where the rows do not follow each other.
+        """Keys and values of the layout's rows up to its longest end.
+
+        Returns:
+            two `torch.Tensor` of shape `(R, heads, max_end, head_dim)`: views; copies only where the rows do not follow each other.
         """
         if layout.row_ids is not None:
             return self.keys[layer][layout.row_index, :, : layout.max_end], self.values[layer][layout.row_index, :, : layout.max_end]
         rows = slice(layout.first_row, layout.first_row + layout.num_rows)
         return self.keys[layer][rows, :, : layout.max_end], self.values[layer][rows, :, : layout.max_end]
 
-    def remove_rows(self, gone: Sequence[int]) -> list[int]:
-        """Free rows. The last rows move into the holes, so that few tokens are copied.
+    def keep_rows(self, order: Sequence[int], lengths: Sequence[int]) -> None:
+        """Rows leave: row i becomes what was row `order[i]`.
 
-        Returns:
-            `list[int]`: for each remaining row, in the new order, its number before the call.
+        Args:
+            order (`Sequence[int]`): from `order_without`, so that no row is overwritten before it has moved.
+            lengths (`Sequence[int]`): tokens to move of each old row.
         """
-        leaving = set(gone)
-        order = list(range(self.num_rows))
-        for hole in sorted(leaving):
-            while order and order[-1] in leaving:
-                order.pop()
-            if hole >= len(order):
-                break
-            order[hole] = order.pop()
         for new, old in enumerate(order):
-            length = self.lengths[old]
+            length = lengths[old]
             if new != old and length:  # A row without tokens may lie beyond buffers that have not grown yet.
                 for store in (self.keys, self.values):
                     for buffer in store.values():
                         buffer[new, :, :length] = buffer[old, :, :length]
-        self.lengths = [self.lengths[old] for old in order]
-        return order
+        self.num_rows = len(order)
+
+    def fork(self, limit: int | None = None) -> RowCache:
+        """The same buffers under another owner, without rows yet: what it writes beyond the committed tokens is scratch to this one."""
+        twin = RowCache(limit)
+        twin.keys, twin.values = dict(self.keys), dict(self.values)
+        twin._row_capacity, twin._capacity = self._row_capacity, self._capacity
+        return twin
+
+
+def order_without(num_rows: int, gone: Sequence[int]) -> list[int]:
+    """The rows that stay: the last ones move into the holes, so that few tokens are copied.
+
+    Returns:
+        `list[int]`: for each remaining row, in the new order, its number before.
+    """
+    leaving = set(gone)
+    order = list(range(num_rows))
+    for hole in sorted(leaving):
+        while order and order[-1] in leaving:
+            order.pop()
+        if hole >= len(order):
+            break
+        order[hole] = order.pop()
+    return order

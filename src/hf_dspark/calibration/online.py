@@ -57,6 +57,8 @@ class OnlineCalibration:
         ValueError: for a window that no temperatures can be fitted to.
     """
 
+    wants_copy_features = False
+
     def __init__(self, *, window: int = 2000, every: int = 250, tolerance: float = 0.01, alarm: float = 3.0, adapt: bool = True) -> None:
         if window < FEWEST_ROUNDS or every < 1:
             raise ValueError(f"The window holds at least {FEWEST_ROUNDS} rounds, and checks are 1 or more apart; got {window} and {every}.")
@@ -113,7 +115,7 @@ class OnlineCalibration:
             hold = config.confidence_temperatures is not None and (copying or config.copy_weights is None)
             self.temperatures = list(config.confidence_temperatures) if hold else [1.0] * self._block_size
 
-    def learn(self, finished: FinishedRound) -> None:
+    def on_round_end(self, finished: FinishedRound) -> None:
         """Take in a finished round, and check the window when it is time."""
         if finished.confidence_logits is None:
             return

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_dspark.calibration.temperature_scaling import FORMAT
-from hf_dspark.configuration_dspark import check_copying, check_temperatures
+from hf_dspark.configuration_dspark import check_ngram_copying, check_temperatures
 from hf_dspark.errors import CheckpointError
 from hf_dspark.hub.files import cached_path
+from hf_dspark.utils.files import atomic_write_json
 
 FILE_NAME = "calibration.json"
 
@@ -54,7 +55,7 @@ def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
     if not isinstance(copying, Mapping):
         raise ValueError(f"`copying` must be an object with `weights` and `confidence`; got {copying!r}")
     weights, table = copying.get("weights"), copying.get("confidence")
-    check_copying(weights, table)
+    check_ngram_copying(weights, table)
     weights = None if weights is None else [float(weight) for weight in weights]
     return weights, None if table is None else [[float(number) for number in row] for row in table]
 
@@ -134,10 +135,7 @@ def find_calibration(source: str, **hub_arguments: Any) -> dict[str, Any]:
 def write_calibration(folder: str | Path, record: Mapping[str, Any]) -> Path:
     """Write `calibration.json` into a folder, whole or not at all."""
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(dict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    atomic_write_json(path, dict(record), allow_nan=False)
     return path
 
 

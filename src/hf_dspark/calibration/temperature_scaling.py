@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 BINS = 10
 # Of the record that is kept of a calibration.
@@ -231,3 +232,17 @@ def fit_temperatures(rounds: Rounds, grid: Sequence[float] | None = None) -> lis
         temperatures.append(chosen)
         before = before * _sigmoid(rounds.logits[:, k] / chosen)
     return temperatures
+
+
+def calibrated(logits: torch.Tensor, temperatures: Sequence[float] | None) -> torch.Tensor:
+    """c_k = sigmoid(logit_k / T_k).
+
+    Source: paper section 3.2.1.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., n)`): of the first n block positions, float32.
+        temperatures (`list[float]`, *optional*): T_1..T_gamma, n or more; ones where None.
+    """
+    if temperatures is not None:
+        logits = logits / torch.tensor(temperatures[: logits.shape[-1]], device=logits.device)
+    return logits.sigmoid()

@@ -1,6 +1,6 @@
-"""Pushing drafters, adapters and calibrations to the Hub, each as one commit. Knows files and huggingface_hub; knows no decoding.
+"""Pushes drafters, adapters and calibrations to the Hub, each as one commit.
 
-What is pushed is put together in a temporary folder first, so that a repository never holds half of it.
+What is pushed is put together in a temporary folder first. Not with `HfApi.upload_folder`: it may spread a folder over several commits.
 """
 
 from __future__ import annotations
@@ -12,39 +12,34 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from transformers import PreTrainedModel
 
-from hf_dspark.adapters.files import CONFIG_FILE as ADAPTER_CONFIG
-from hf_dspark.adapters.files import SIDECAR_FILE
+from hf_dspark.adapters.files import SIDECAR_FILE, WEIGHTS_FILE
 from hf_dspark.adapters.lora import adapter_names
 from hf_dspark.calibration.records import check_calibration, find_calibration, note_calibration, write_calibration
-from hf_dspark.checkpoints.card import MARKER, render_card
-from hf_dspark.checkpoints.formats.own import own_config
-from hf_dspark.checkpoints.formats.reading import foreign_config, recognise_format
+from hf_dspark.checkpoints.card import DECODED, MARKER, render_card
+from hf_dspark.checkpoints.formats import parse_config
 from hf_dspark.checkpoints.tensor_files import list_tensors, tensors_of
 from hf_dspark.errors import CheckpointError, HubError
 from hf_dspark.hub.files import TransportError
+from hf_dspark.utils.files import atomic_write_json
 from hf_dspark.utils.hashing import file_sha256
-
-if TYPE_CHECKING:
-    from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 3
 # Files of an earlier push, in the repository's root, that say something else than the new one where that does not bring them.
 _STALE = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|calibration\.json)")
 _STALE_RESULTS = re.compile(r"(recipe\w*\.json|training_curve\.png|reliability\.png|results/[^/]+\.(json|csv|png))")
-_RESULTS = ("recipe.json", "results")
-_DRAFTER, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
+_REFUSALS = (HfHubHTTPError, TransportError, ConnectionError, ValueError)
 
 
 def push_drafter(
-    drafter: DSparkDrafter,
+    drafter: PreTrainedModel,
     repo_id: str,
     *,
     commit_message: str | None = None,
@@ -68,29 +63,31 @@ def push_drafter(
         commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in
             `PreTrainedModel.push_to_hub`; a `revision` that is missing is made as a branch.
         licence (`str`, *optional*): the Hub's name of a licence, for the card.
-    Returns:
-        `huggingface_hub.CommitInfo`.
     Raises:
         CheckpointError: for an adapter whose drafter is a folder on this machine.
         HubError: if the Hub refuses, or cannot be reached, or the repository holds the other kind.
     """
     adapter = bool(adapter_names(drafter))
-    message = commit_message or ("Upload DSpark adapter" if adapter else "Upload DSpark drafter")
     with tempfile.TemporaryDirectory(prefix="hf_dspark-push-") as made:
         folder = Path(made)
         drafter.save_pretrained(folder, max_shard_size=max_shard_size)
         if adapter:
             _check_base(folder)
-        hub = _Hub(repo_id, token, revision, create_pr)
-        hub.prepare(private)
-        hub.check_kind(adapter)
-        _take_results_along(drafter, folder)
-        unchanged = hub.same_weights(folder)
+        repository = _Repository(repo_id, token, revision, create_pr)
+        repository.open(private)
+        repository.check_kind(adapter)
+        _copy_results(drafter, folder, adapter)
+        weights = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
+        unchanged = weights.items() <= repository.files.items()
         if unchanged:
-            hub.bring_results(folder)
-        card = render_card(folder, name=hub.repo_id, licence=licence, tags=tags)
-        _keep_authors_text(card, hub.read("README.md")).save(folder / "README.md")
-        return hub.upload(folder, message, commit_description, keep_results=unchanged)
+            for name in ("recipe.json", DECODED):  # the card tells what the repository says of these very weights
+                if name in repository.files and not (folder / name).exists():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_text(repository.read(name) or "", encoding="utf-8")
+        card = render_card(folder, name=repository.repo_id, licence=licence, tags=tags)
+        _with_authors_text(card, repository.read("README.md")).save(folder / "README.md")
+        message = commit_message or ("Upload DSpark adapter" if adapter else "Upload DSpark drafter")
+        return repository.commit(folder, message, commit_description, stale=(_STALE,) if unchanged else (_STALE, _STALE_RESULTS))
 
 
 def push_calibration(
@@ -112,54 +109,51 @@ def push_calibration(
         calibration (`dict`, or `str` or `Path` of a folder with a `calibration.json`): what `hf-dspark calibrate` wrote.
         repo_id (`str`): made where it is missing.
         commit_message, commit_description, private, token, revision, create_pr: as in `push_drafter`.
-    Returns:
-        `huggingface_hub.CommitInfo`.
     Raises:
         CheckpointError: if there is no calibration, or it does not fit the drafter in that repository.
         HubError: if the Hub refuses, or cannot be reached.
     """
     record = dict(calibration) if isinstance(calibration, Mapping) else find_calibration(str(calibration))
     record = check_calibration(record, None, repo_id)
-    hub = _Hub(repo_id, token, revision, create_pr)
-    hub.prepare(private)
+    repository = _Repository(repo_id, token, revision, create_pr)
+    repository.open(private)
     with tempfile.TemporaryDirectory(prefix="hf_dspark-push-") as made:
         folder = Path(made)
         write_calibration(folder, record)
-        stored = hub.read("config.json")
+        stored = repository.read("config.json")
         if stored is not None:
             config = json.loads(stored)
-            form = recognise_format(config, repo_id)
-            stated = own_config(config, repo_id) if form is None else foreign_config(form, config, repo_id)
+            form, stated = parse_config(config, repo_id)
             check_calibration(record, stated.block_size, repo_id)
             note_calibration(config, record, foreign=form is not None)
-            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
-        return hub.commit(operations, commit_message, commit_description)
+            atomic_write_json(folder / "config.json", config, sort_keys=True)
+        return repository.commit(folder, commit_message, commit_description)
 
 
-class _Hub:
-    """One repository and the branch that is written to."""
+class _Repository:
+    """A repository on the Hub and the branch that is written to; `files` are names with the SHA-256 of large ones."""
 
     def __init__(self, repo_id: str, token: bool | str | None, revision: str | None, create_pr: bool) -> None:
         self.repo_id, self.token, self.revision, self.create_pr = repo_id, token, revision, create_pr
         self.api = HfApi(token=token)
+        self.files: dict[str, str | None] = {}
 
-    def prepare(self, private: bool | None) -> None:
+    def open(self, private: bool | None) -> None:
         """Make repository and branch where they are missing, and see what is there; refuses before anything is uploaded."""
         try:
             self.repo_id = self.api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
             if self.revision and not self.revision.startswith("refs/") and self.revision != "main":
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             found = self.api.model_info(self.repo_id, revision=None if self.create_pr else self.revision, files_metadata=True)
-        except (HfHubHTTPError, TransportError, ConnectionError, ValueError) as error:
+        except _REFUSALS as error:
             raise self._refused(error) from error
         self.commit_sha = found.sha
         self.files = {one.rfilename: one.lfs.sha256 if one.lfs else None for one in found.siblings or []}
 
     def check_kind(self, adapter: bool) -> None:
         """Refuse to put an adapter into a drafter's repository, or the other way round: one would take the other's files for its own."""
-        theirs = (_ADAPTER,) if not adapter else (_DRAFTER, f"{_DRAFTER}.index.json")
-        found = next((name for name in theirs if name in self.files), None)
+        others = ("model.safetensors", "model.safetensors.index.json") if adapter else (WEIGHTS_FILE,)
+        found = next((name for name in others if name in self.files), None)
         if found is not None:
             pushed, held = ("an adapter", "a drafter") if adapter else ("a drafter", "an adapter")
             raise HubError(f"{self.repo_id!r} holds {held} ({found}); what is pushed is {pushed}. Name another repository.")
@@ -170,58 +164,26 @@ class _Hub:
             return None
         try:
             path = hf_hub_download(self.repo_id, file, revision=self.commit_sha, token=self.token)
-        except (HfHubHTTPError, TransportError, ConnectionError, OSError) as error:
+        except (*_REFUSALS, OSError) as error:
             raise self._refused(error) from error
         return Path(path).read_text(encoding="utf-8")
 
-    def same_weights(self, folder: Path) -> bool:
-        """Whether the repository holds these very weight files."""
-        ours = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
-        return bool(ours) and all(self.files.get(name) == digest for name, digest in ours.items())
-
-    def bring_results(self, folder: Path) -> None:
-        """Copy the repository's recipe and decoded results into a folder that has none, for its card to tell them."""
-        for name in ("recipe.json", "results/decoded.json"):
-            if name in self.files and not (folder / name).exists():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text(self.read(name) or "", encoding="utf-8")
-
-    def upload(self, folder: Path, message: str, description: str | None, *, keep_results: bool) -> CommitInfo:
-        """Commit a folder, and take away what an earlier push left that it does not hold: one commit, never a part of it."""
+    def commit(self, folder: Path, message: str, description: str | None, stale: tuple[re.Pattern[str], ...] = ()) -> CommitInfo:
+        """Commit a folder, and delete stale files that it does not hold, on top of the commit that was seen by `open`."""
         ours = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        stale = [name for name in self.files if name not in ours and _STALE.fullmatch(name)]
-        if not keep_results:
-            stale += [name for name in self.files if name not in ours and _STALE_RESULTS.fullmatch(name)]
-        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in ours.items()]
-        return self.commit([*operations, *(CommitOperationDelete(name) for name in stale)], message, description)
-
-    def commit(self, operations: list[Any], message: str, description: str | None) -> CommitInfo:
-        return self._try(
-            lambda: self.api.create_commit(
+        gone = [name for name in self.files if name not in ours and any(pattern.fullmatch(name) for pattern in stale)]
+        try:
+            return self.api.create_commit(
                 self.repo_id,
-                operations,
+                [*(CommitOperationAdd(name, path) for name, path in ours.items()), *(CommitOperationDelete(name) for name in gone)],
                 commit_message=message,
                 commit_description=description or "",
                 revision=self.revision,
                 create_pr=self.create_pr,
                 parent_commit=self.commit_sha,
             )
-        )
-
-    def _try(self, upload: Any) -> CommitInfo:
-        """Again after what may pass: files that have arrived are not sent twice. A pull request is opened once only."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                return upload()
-            except ValueError as error:  # the card's metadata, which the Hub checks
-                raise self._refused(error) from error
-            except (HfHubHTTPError, TransportError, ConnectionError) as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                passing = status is None or status >= 500 or status == 429
-                if not passing or self.create_pr or attempt == _ATTEMPTS:
-                    raise self._refused(error) from error
-                logger.warning("Upload to %s broke off (%s); trying again.", self.repo_id, _first_line(error))
-        raise AssertionError("unreachable")
+        except _REFUSALS as error:
+            raise self._refused(error) from error
 
     def _refused(self, error: Exception) -> HubError:
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -232,16 +194,12 @@ class _Hub:
         elif status in (401, 403):
             step = "Log in with `hf auth login`, or give a token that may write there."
         else:
-            step = "Check the network and try again; nothing half-written is in the repository."
-        return HubError(f"The Hub did not take {self.repo_id!r}: {_first_line(error)} {step}")
+            step = "Check the network and push again; nothing half-written is in the repository."
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return HubError(f"The Hub did not take {self.repo_id!r}: {reason.rstrip('.')}. {step}")
 
 
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith((".", "!")) else text + "."
-
-
-def _keep_authors_text(new: ModelCard, stored: str | None) -> ModelCard:
+def _with_authors_text(new: ModelCard, stored: str | None) -> ModelCard:
     """The new card, or the stored one with the new metadata where its text is its author's own."""
     if stored is None or MARKER in stored:
         return new
@@ -266,38 +224,26 @@ def _check_base(folder: Path) -> None:
         )
 
 
-def _take_results_along(drafter: DSparkDrafter, folder: Path) -> None:
+def _copy_results(drafter: PreTrainedModel, folder: Path, adapter: bool) -> None:
     """Copy recipe and results from the folder that drafter or adapter was loaded from, if these are still its weights."""
-    adapter = (folder / ADAPTER_CONFIG).is_file()
-    name = drafter.__dict__.get("_adapter_folder") if adapter else drafter.name_or_path
-    source = Path(name or "")
-    if not name or not source.is_dir():
-        return
-    found = [source / one for one in _RESULTS if (source / one).exists()]
+    source = Path((drafter._adapter_folder if adapter else drafter.name_or_path) or "")
+    found = [source / name for name in ("recipe.json", "results") if (source / name).exists()] if source.name and source.is_dir() else []
     if not found:
         return
-    if not _same_weights(source, folder, _ADAPTER if adapter else None):
+    if not _same_weights(source, folder, adapter):
         logger.warning("The weights have changed since they were loaded from %s, whose results are therefore not pushed.", source)
         return
     for path in found:
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copy(path, folder / path.name)
+        shutil.copytree(path, folder / path.name) if path.is_dir() else shutil.copy(path, folder)
 
 
-def _same_weights(one: Path, other: Path, file: str | None = None) -> bool:
-    """Whether two folders hold the same tensors, to bfloat16; of an adapter's file where it is named."""
+def _same_weights(one: Path, other: Path, adapter: bool) -> bool:
+    """Whether two folders hold the same tensors, to bfloat16."""
     try:
-        a, b = (list_tensors(str(folder)) if file is None else tensors_of(folder / file) for folder in (one, other))
+        a, b = (tensors_of(str(folder), WEIGHTS_FILE) if adapter else list_tensors(str(folder)) for folder in (one, other))
     except CheckpointError:
         return False
-    if {name: record.shape for name, record in a.items()} != {name: record.shape for name, record in b.items()}:
+    if a is None or b is None or {n: record.shape for n, record in a.items()} != {n: record.shape for n, record in b.items()}:
         return False
-    for name, record in a.items():
-        left, right = record.read(), b[name].read()
-        if left.is_floating_point():
-            left, right = left.to(torch.bfloat16), right.to(torch.bfloat16)
-        if not torch.equal(left, right):
-            return False
-    return True
+    pairs = ((record.read(), b[name].read()) for name, record in a.items())
+    return all(torch.equal(x.bfloat16(), y.bfloat16()) if x.is_floating_point() else torch.equal(x, y) for x, y in pairs)

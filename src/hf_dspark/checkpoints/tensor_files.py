@@ -1,13 +1,12 @@
-"""Reads drafter checkpoints as files: which format, tensors, config. Knows safetensors and JSON; knows no modules.
+"""Tensors of checkpoints as files: their headers, all checked before any tensor is read, and their values.
 
-Nothing here unpickles. A partial or foreign checkpoint shows no error when it is decoded with, only acceptance near
-zero, so everything that does not fit is refused, all of it at once.
+Nothing here unpickles. A partial or foreign checkpoint drafts without an error, with acceptance near zero, so everything that does not fit
+is refused, all of it at once.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.hub.files import _in_cache, cached_path
-
-logger = logging.getLogger(__name__)
-
+from hf_dspark.hub.files import cached_path, in_cache
 
 EMBEDDING_KEY = "embed_tokens.weight"
 LM_HEAD_KEY = "lm_head.weight"
-
-
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 _INTEGER = {"I64", "I32", "I16", "I8", "U8"}
 
@@ -60,94 +54,75 @@ class TensorRecord:
                 yield first, stored[first : first + rows_at_once]
 
 
-def list_tensors(name_or_path: str, variant: str | None = None, **hub_arguments: Any) -> dict[str, TensorRecord]:
+def list_tensors(source: str, variant: str | None = None, *, headers_only: bool = False, **hub: Any) -> dict[str, TensorRecord]:
     """Read the headers of a checkpoint's safetensors files, single or sharded.
 
     Args:
-        name_or_path (`str`): folder or Hub repository.
+        source (`str`): folder or Hub repository.
         variant (`str`, *optional*): as in `from_pretrained`.
-        hub_arguments: as in `from_pretrained`.
+        headers_only (`bool`): fetch no more than the headers from the Hub; such records cannot be read.
+        hub: `HUB_ARGUMENTS`.
     Returns:
         `dict[str, TensorRecord]`: by tensor name.
     Raises:
-        CheckpointError: if there are no safetensors files, a shard is missing or damaged, or the index names absent
-        tensors.
+        CheckpointError: if there are no safetensors files, a shard is missing or damaged, or the index names absent tensors.
     """
     single, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    path = cached_path(name_or_path, single, **hub_arguments)
-    if path is not None:
-        return dict(_read_header(path, name_or_path))
-    index_path = cached_path(name_or_path, index, **hub_arguments)
+    found = tensors_of(source, single, headers_only, **hub)
+    if found is not None:
+        return found
+    index_path = cached_path(source, index, **hub)
     if index_path is None:
-        pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if cached_path(name_or_path, name, **hub_arguments)]
+        pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if cached_path(source, name, **hub)]
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it to safetensors." if pickled else ""
-        raise CheckpointError(f"{name_or_path!r} holds neither {single} nor {index}.{hint}")
+        raise CheckpointError(f"{source!r} holds neither {single} nor {index}.{hint}")
     try:
         weight_map: dict[str, str] = json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"]
         strays = sorted({shard for shard in weight_map.values() if Path(shard).name != shard or not shard.endswith(".safetensors")})
-        if strays:
-            raise CheckpointError(
-                f"{index} of {name_or_path!r} names files outside its own folder, or that are no safetensors: {', '.join(strays)[:200]}. "
-                "Nothing was read."
-            )
-    except CheckpointError:
-        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} of {name_or_path!r} is not a safetensors index ({error!r}). Download it again.") from error
-    found: dict[str, TensorRecord] = {}
-    absent_shards = []
-    for shard in sorted(set(weight_map.values())):
-        shard_path = cached_path(name_or_path, shard, **hub_arguments)
-        if shard_path is None:
-            absent_shards.append(shard)
-        else:
-            found.update(_read_header(shard_path, name_or_path))
+        raise CheckpointError(f"{index} of {source!r} is not a safetensors index ({error!r}). Download it again.") from error
+    if strays:
+        raise CheckpointError(
+            f"{index} of {source!r} names files outside its own folder, or that are no safetensors: {', '.join(strays)[:200]}. "
+            "Nothing was read."
+        )
+    shards = {shard: tensors_of(source, shard, headers_only, **hub) for shard in sorted(set(weight_map.values()))}
+    found = {name: record for tensors in shards.values() for name, record in (tensors or {}).items()}
     absent = sorted(name for name in weight_map if name not in found)
     if absent:
-        shards = f" Missing files: {', '.join(absent_shards)}." if absent_shards else ""
+        missing = [shard for shard, tensors in shards.items() if tensors is None]
+        hint = f" Missing files: {', '.join(missing)}." if missing else ""
         raise CheckpointError(
-            f"{name_or_path!r} is incomplete: its index names {len(absent)} tensors that its files do not "
-            f"hold.{shards}\n" + "\n".join(f"  missing: {name}" for name in absent)
+            f"{source!r} is incomplete: its index names {len(absent)} tensors that its files do not hold.{hint}\n"
+            + "\n".join(f"  missing: {name}" for name in absent)
         )
     return found
 
 
-def tensors_of(path: Path) -> dict[str, TensorRecord]:
-    """The tensors of one file.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
-    return dict(_read_header(str(path), str(path.parent)))
-
-
-def tensor_shapes(name_or_path: str, **hub_arguments: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and safetensors dtype of every tensor; from the Hub only the headers of the files are fetched.
-
-    Raises:
-        CheckpointError: if there are no safetensors files, or one is damaged.
-    """
-    here = isinstance(_in_cache(name_or_path, SAFE_WEIGHTS_NAME, hub_arguments), str)
-    if Path(name_or_path).is_dir() or here or is_offline_mode():
-        return {name: (record.shape, record.dtype) for name, record in list_tensors(name_or_path, **hub_arguments).items()}
-    api, revision, folder = HfApi(token=hub_arguments.get("token")), hub_arguments.get("revision"), hub_arguments.get("subfolder")
-    if folder:
-        file = f"{folder}/{SAFE_WEIGHTS_NAME}"
-        if not api.file_exists(name_or_path, file, revision=revision):
-            return {name: (record.shape, record.dtype) for name, record in list_tensors(name_or_path, **hub_arguments).items()}
+def tensors_of(source: str, file: str, headers_only: bool = False, **hub: Any) -> dict[str, TensorRecord] | None:
+    """The tensors of one file; None where the checkpoint has no such file."""
+    if headers_only and not (Path(source).is_dir() or isinstance(in_cache(source, file, **hub), str) or is_offline_mode()):
+        within = f"{hub['subfolder']}/{file}" if hub.get("subfolder") else file
         try:
-            tensors = api.parse_safetensors_file_metadata(name_or_path, file, revision=revision).tensors
+            remote = HfApi(token=hub.get("token")).parse_safetensors_file_metadata(source, within, revision=hub.get("revision")).tensors
+        except EntryNotFoundError:
+            return None
         except SafetensorsParsingError as error:
-            raise CheckpointError(f"{file} of {name_or_path!r} is no readable safetensors file ({error}).") from error
-        return {name: (tuple(info.shape), str(info.dtype)) for name, info in tensors.items()}
+            raise CheckpointError(f"{file} of {source!r} is no readable safetensors file ({error}).") from error
+        return {name: TensorRecord("", name, tuple(info.shape), str(info.dtype)) for name, info in remote.items()}
+    path = cached_path(source, file, **hub)
+    if path is None:
+        return None
     try:
-        metadata = api.get_safetensors_metadata(name_or_path, revision=revision)
-    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise CheckpointError(f"{name_or_path!r} holds no readable safetensors files ({error}).") from error
-    found = {}
-    for one in metadata.files_metadata.values():
-        found.update({name: (tuple(info.shape), str(info.dtype)) for name, info in one.tensors.items()})
-    return found
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return {name: TensorRecord(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} of {source!r} is damaged ({error}). Download it again.") from error
+
+
+def _with_variant(filename: str, variant: str | None) -> str:
+    return filename if variant is None else filename.replace("safetensors", f"{variant}.safetensors", 1)
 
 
 def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, TensorRecord], source: str) -> None:
@@ -155,8 +130,6 @@ def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, Tens
 
     Args:
         expected (`Mapping[str, torch.Tensor]`): by name; only shape and kind of dtype count, so meta tensors will do.
-        found (`Mapping[str, TensorRecord]`): by name.
-        source (`str`): path or repository, for the message.
     Raises:
         CheckpointError: one error that lists every missing, unexpected, mis-shaped and mis-typed tensor.
     """
@@ -179,7 +152,7 @@ def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, Tens
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse weights that hold NaN or infinity: drafts from them would be noise, and nobody would be told.
+    """Refuse weights that hold NaN or infinity: they would draft noise without an error.
 
     Raises:
         CheckpointError: listing every such tensor.
@@ -194,14 +167,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
 
 
 def same_weights(stored: TensorRecord, weight: torch.Tensor) -> bool:
-    """Compare a stored matrix with one in memory, within one rounding step of the coarser of the two dtypes.
-
-    Args:
-        stored (`TensorRecord`): the stored matrix.
-        weight (`torch.Tensor` of shape `(rows, columns)`): the one in memory, any floating dtype and device.
-    Returns:
-        `bool`.
-    """
+    """Compare a stored matrix with one in memory `(rows, columns)`, within one rounding step of the coarser of the two dtypes."""
     if stored.shape != tuple(weight.shape):
         return False
     for first, rows in stored.read_rows():
@@ -214,21 +180,3 @@ def same_weights(stored: TensorRecord, weight: torch.Tensor) -> bool:
         if not torch.allclose(own.float(), rows.float(), rtol=step, atol=1e-6):
             return False
     return True
-
-
-def _with_variant(filename: str, variant: str | None) -> str:
-    stem, _, rest = filename.partition(".")
-    return f"{stem}.{rest}" if variant is None else f"{stem}.{rest.replace('safetensors', f'{variant}.safetensors', 1)}"
-
-
-def _read_header(path: str, source: str) -> list[tuple[str, TensorRecord]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names: list[str] = list(file.keys())
-            slices = [file.get_slice(name) for name in names]
-            return [
-                (name, TensorRecord(path, name, tuple(part.get_shape()), part.get_dtype()))
-                for name, part in zip(names, slices, strict=True)
-            ]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{Path(path).name} of {source!r} is damaged ({error}). Download it again.") from error

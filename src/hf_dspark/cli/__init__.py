@@ -1,7 +1,6 @@
-"""The command `hf-dspark`: turns every expected failure into one line and exit code 2. Knows the commands, not what
-they do.
+"""The command `hf-dspark`: one function a command, one module a topic. Every expected failure is one line and exit code 2.
 
-`hf-dspark --help` and a mistyped option answer at once: nothing here imports torch before a command runs.
+Imports: all. Nothing imports torch before a command runs.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ TRACEBACK_VARIABLE = "HF_DSPARK_TRACEBACK"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 a check failed, 2 bad input (one line `error: ..` on stderr), 130
-    interrupted.
+    """Runs the command line and exits: 0 done, 1 a check failed, 2 bad input (one line `error: ..` on stderr), 130 interrupted.
 
     With `HF_DSPARK_TRACEBACK=1` in the environment the whole traceback is shown instead of the line.
 
@@ -33,6 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     from typer.main import get_command
 
     from hf_dspark.cli.app import app
+    from hf_dspark.errors import DSparkError
 
     try:
         result = get_command(app).main(list(arguments) or ["--help"], prog_name="hf-dspark", standalone_mode=False)
@@ -44,16 +43,11 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say, not even at shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        if os.environ.get(TRACEBACK_VARIABLE) or not _expected(error):
+    except (ValueError, DSparkError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
             raise
         return _bad_input(str(error))
     return result if isinstance(result, int) else 0
-
-
-def _expected(error: Exception) -> bool:
-    errors = sys.modules.get("hf_dspark.errors")  # not imported yet: then nothing of it can have been raised
-    return isinstance(error, ValueError) or (errors is not None and isinstance(error, errors.DSparkError))
 
 
 def _bad_input(message: str) -> int:

@@ -1,4 +1,4 @@
-"""Options that several commands share. Knows what a user may type; imports nothing heavy."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ Budget = Annotated[
     ),
 ]
 Copying = Annotated[
-    bool, typer.Option("--copying/--no-copying", help="Draft what the text repeats too, where the drafter has weights for that.")
+    bool, typer.Option("--copying/--no-copying", help="N-gram copying: draft what the text repeats, where the drafter has weights for it.")
 ]
 Verification = Annotated[
     Literal["block", "token"],
-    typer.Option(help="How drafted tokens are judged where tokens are drawn: over the block, which keeps more, or token by token."),
+    typer.Option(help="How drawn tokens are verified: over the whole block, which accepts more of them, or token by token."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]

@@ -1,37 +1,36 @@
-"""The drafter as a `CandidateGenerator`, for transformers' own assisted loop at batch size 1. Knows that loop's
-protocol; the target is run, cached and verified by transformers.
+"""The drafter as a `CandidateGenerator`, for transformers' own assisted loop at batch size 1: the target is run, cached and verified by
+transformers.
 
-This door serves targets that ragged verification refuses but whose cache rolls back, and shows that the drafter is an
-ordinary candidate generator. The loop of this package is faster and takes any batch.
+It serves targets that ragged verification refuses but whose cache rolls back. The loop of this package is faster and takes any batch.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from transformers import LogitsProcessor, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from hf_dspark.budgets.budget import Budget, Drafts, FinishedRound, LiveRows
+from hf_dspark.budgets.budget import Drafts, FinishedRound, LiveRows
 from hf_dspark.budgets.named import make_budget
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.cache.layout import RowLayout
+from hf_dspark.configuration_dspark import check_block_size
 from hf_dspark.decoding.draft import draft_block
-from hf_dspark.decoding.ngram_copy import Copies, Texts, weights_in_force
-from hf_dspark.decoding.profiler import CostProfile
-from hf_dspark.decoding.row_processors import RowProcessors, Sequences
-from hf_dspark.errors import UnsupportedTargetError
-from hf_dspark.targets.target import Taps
-from hf_dspark.utils.logging import warn_once
-
-logger = logging.getLogger(__name__)
+from hf_dspark.decoding.ngram_copy import Copies, copy_weights_of
+from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.profiler import costs_at_hand
+from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
+from hf_dspark.decoding.state import State
+from hf_dspark.models.modeling_dspark import DSparkDrafter
+from hf_dspark.targets.taps import Taps
 
 
 class DSparkCandidateGenerator(CandidateGenerator):
@@ -44,123 +43,98 @@ class DSparkCandidateGenerator(CandidateGenerator):
         logits_processor (`LogitsProcessorList`, *optional*): applied to the draft too, so that p_d resembles p_t.
         do_sample (`bool`): draw the draft; arg-max otherwise.
         max_length (`int`): longest sequence, prompt included.
-        budget (`str` or `Budget`, *optional*): `drafter.budget` where None.
-        block_size (`int`, *optional*): gamma, the drafter's where None.
-        max_verify_tokens (`int`, *optional*): most tokens of one pass, the anchor included.
-        copying (`bool`): draft what the text repeats too, where the checkpoint has weights for that.
+        options (`Options`, *optional*): budget, block size, cap and n-gram copying; the rest is the loop's own.
     Raises:
         ValueError: for more than one row.
     """
 
     requires_model_outputs = True
-    # Read by the loop, which adds them to the target's inputs. Taps are caught by hooks, so nothing is asked for.
+    # Read by the loop, which adds them to the target's inputs. Taps are caught by hooks, so no output is requested.
     model_kwargs_overrides: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
-        target: Any,
-        drafter: Any,
+        target: PreTrainedModel,
+        drafter: DSparkDrafter,
         input_ids: torch.Tensor,
         *,
-        logits_processor: Any = (),
+        logits_processor: Sequence[LogitsProcessor] = (),
         do_sample: bool = False,
         max_length: int,
-        budget: str | Budget | None = None,
-        block_size: int | None = None,
-        max_verify_tokens: int | None = None,
-        copying: bool = True,
+        options: Options | None = None,
     ) -> None:
         if input_ids.shape[0] != 1:
             raise ValueError(f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches.")
+        options = options or Options()
         self.drafter = drafter.bind(target)
         self.do_sample = do_sample
         self.max_length = max_length
-        chosen = make_budget(budget if budget is not None else drafter.budget, max_verify_tokens)
-        self.budget = self._started(chosen, target, do_sample, max_verify_tokens)
+        budget = make_budget(drafter.budget if options.budget is None else options.budget, options.max_verify_tokens)
+        self.budget = budget.start(costs_at_hand(target, drafter, do_sample), learn_costs=not do_sample)
         self.processors = RowProcessors(logits_processor, 1)
         self.taps = Taps(target, drafter.config.target_layer_ids)
-        self.block_size = drafter.config.block_size if block_size is None else block_size
-        self.copy_weights = weights_in_force(drafter.config, copying)
-        self.given = input_ids.shape[1]
+        self.block_size = check_block_size(options.block_size, drafter.config.block_size)
+        self.copy_weights = copy_weights_of(drafter.config, options.copying)
         self.target_vocab_size = target.config.get_text_config(decoder=True).vocab_size
-        self.cache = RowCache()
-        self.cache.add_rows(1)
+        self.state = State(input_ids.device)
+        self.state.add_rows([0], list(input_ids))
+        self._known = 0  # tokens in the drafter's cache
         self._round: FinishedRound | None = None
         self._began = 0.0
 
-    def _started(self, budget: Budget, target: Any, sample: bool, cap: int | None) -> Budget:
-        try:
-            return budget.start(lambda: CostProfile.cached(target, self.drafter, rows=1, sample=sample).costs(sample))
-        except UnsupportedTargetError as refused:
-            warn_once(logger, f"Budget {budget!r} cannot measure rounds of this target, so whole blocks are verified ({refused})")
-            return make_budget("full", cap)
-
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Drafted continuation of `input_ids`, `(1, n + l)`, and its processed logits `(1, l, V)`; nothing before the
-        first target pass."""
+        """Propose a continuation.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(1, n)`): the text so far.
+            kwargs: `is_first_iteration`, before the target's first pass, when nothing is proposed.
+        Returns:
+            ids `(1, n + l)`, and log p_d of the l new ones `(1, l, V)` where they were drawn.
+        """
         self._began, self._round = time.perf_counter(), None
-        committed = input_ids.shape[1] - 1
         room = self.max_length - input_ids.shape[1] - 1
         if kwargs.get("is_first_iteration") or room < 1:
             return input_ids, None
-        known = self.cache.lengths[0]
-        if committed > known:
-            # The loop keeps what it accepted; later tokens of its last pass were rejected, and their taps with them.
-            taps = self.taps.take()[0, : committed - known]
-            self.drafter.extend_context(taps, RowLayout([known], [committed - known], input_ids.device), self.cache)
-            self.cache.lengths[0] = committed
-        live = LiveRows((0,), self.block_size, (min(room, self.block_size),), committed)
+        self._follow(input_ids)
+        live = LiveRows((0,), self.block_size, (min(room, self.block_size),), self._known)
         proposal = self.budget.propose(live)
         if proposal.length == 0:
             self._round = FinishedRound((0,), (0,), (0,), (0,), (0,))
             return input_ids, None
-        config = self.drafter.config
-        sequences = Sequences(input_ids, self.max_length, self.block_size + 1)
-        kept: list[torch.Tensor] = []
-
-        def process(logits: torch.Tensor, k: int, tokens: list[torch.Tensor]) -> torch.Tensor:
-            wide = self.drafter.widen(logits, fill=float("-inf")) if config.draft_vocab_size else logits.clone()
-            if k:
-                sequences.pencil_in(0, tokens[-1], k - 1)
-            processed = self.processors(wide, sequences, [(0, k)])
-            narrow = processed[:, self.drafter.draft_token_ids] if config.draft_vocab_size else processed
-            if not torch.isfinite(narrow).any():
-                processed, narrow = wide, logits
-            # Only draft ids can be drawn, so only they may carry probability.
-            kept.append(self.drafter.widen(narrow, fill=float("-inf")) if config.draft_vocab_size else narrow)
-            return narrow
-
-        def allow(tokens: torch.Tensor, k: int) -> torch.Tensor:
-            return self.processors.allowed(tokens, self.target_vocab_size, sequences, [(0, k)])
-
+        processors = DraftProcessors(self.processors, self.state, [0], self.drafter, self.target_vocab_size) if self.processors else None
         block = draft_block(
             self.drafter,
             input_ids[:, -1],
-            [committed],
-            self.cache,
+            [self._known],
+            self.state.drafter_cache,
             length=proposal.length,
             sample=self.do_sample,
-            process=process,
+            processors=processors,
             with_confidence=self.budget.needs_confidence,
-            copies=self._copies(input_ids, proposal.length),
-            allow=allow if self.processors and not self.processors.any_vocabulary else None,
+            copies=None if self.copy_weights is None else Copies.of_rows(self.state, None, self.copy_weights, proposal.length),
         )
         confidence = None if block.confidence is None else block.confidence.cpu()
         length = min(self.budget.plan(Drafts((min(proposal.length, room),), confidence, live))[0], room)
         self._round = FinishedRound((0,), (proposal.length,), (length,), (0,), (length,), confidence)
         if length == 0:
             return input_ids, None
-        logits = torch.stack(kept[:length], dim=1)
-        if block.copied is not None and self.do_sample:
-            logits = block.copied.until(length).mixture(logits.softmax(-1)).log()
-        return torch.cat([input_ids, block.tokens[:, :length]], dim=1), logits
+        block = block.truncate(length)
+        ids = torch.cat([input_ids, block.tokens], dim=1)
+        if block.probs is None:
+            return ids, None
+        p_d = self.drafter.widen(block.probs)
+        return ids, (p_d if block.copied is None else block.copied.mixture(p_d)).log()
 
-    def _copies(self, input_ids: torch.Tensor, length: int) -> Copies | None:
-        if self.copy_weights is None:
-            return None
-        texts = Texts(input_ids.device)
-        texts.join([input_ids[0]], [self.given])
-        return Copies(texts, None, self.copy_weights, length)
+    def _follow(self, input_ids: torch.Tensor) -> None:
+        """Take in what the loop has committed since; later tokens of its last pass were rejected, and their hidden states with them."""
+        committed, state = input_ids.shape[1] - 1, self.state
+        new = input_ids[:, state.lengths[0] :]
+        state.commit(new, [new.shape[1]], input_ids[:, -1])
+        if committed > self._known:
+            hidden = self.taps.take()[0, : committed - self._known]
+            layout = RowLayout([self._known], [committed - self._known], input_ids.device)
+            self.drafter.extend_context(hidden, layout, state.drafter_cache)
+            self._known = committed
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Tell the budget how the round ended."""
@@ -176,24 +150,14 @@ _REPLACED: dict[Any, tuple[bool, Any]] = {}
 
 
 @contextmanager
-def stock_loop(
-    target: Any,
-    drafter: Any,
-    budget: str | Budget | None = None,
-    block_size: int | None = None,
-    max_verify_tokens: int | None = None,
-    copying: bool = True,
-) -> Iterator[None]:
-    """While open, `target._get_candidate_generator` proposes this drafter's blocks in this thread, and their taps are
-    caught.
+def stock_loop(target: PreTrainedModel, drafter: DSparkDrafter, options: Options | None = None) -> Iterator[None]:
+    """While open, `target._get_candidate_generator` proposes this drafter's blocks in this thread, and their taps are caught.
 
-    Call transformers' original `_assisted_decoding` inside; the target is as it was afterwards. May be entered from
-    several threads.
+    Call transformers' original `_assisted_decoding` inside; the target is as it was afterwards. May be entered from several threads.
     """
     taps = Taps(target, drafter.config.target_layer_ids)
 
     def candidates(generation_config: Any, input_ids: torch.LongTensor, logits_processor: Any = (), **_: Any) -> DSparkCandidateGenerator:
-        """What transformers asks for its candidates, with what `generate` has prepared."""
         made = DSparkCandidateGenerator(
             target,
             drafter,
@@ -201,10 +165,7 @@ def stock_loop(
             logits_processor=logits_processor,
             do_sample=generation_config.do_sample,
             max_length=generation_config.max_length,
-            budget=budget,
-            block_size=block_size,
-            max_verify_tokens=max_verify_tokens,
-            copying=copying,
+            options=options,
         )
         made.taps = taps
         return made

@@ -1,10 +1,8 @@
-"""Copying: what followed the last earlier occurrence of the last few tokens, as a second opinion on every drafted token. Knows ids and
-probabilities; knows no drafter, no target and no loop.
+"""N-gram copying: what followed the last earlier occurrence of the last few tokens is mixed into every drafted token.
 
 The drafted token is drawn from (1 - lambda_m) p_d + lambda_m [x = copy], where m is how many of the last tokens the earlier occurrence
-agrees with, and lambda_m how often a copy of that length is right where p_d is not. Verification is told that distribution, so nothing
-else changes. Names, numbers and repeated phrases, which a small drafter has no room to know, come from the text itself; the more so tokens
-outside a reduced draft vocabulary.
+agrees with, and lambda_m how often a copy of that length is right where p_d is not. Verification gets that distribution, so the output
+stays exact. Names, numbers and repeated phrases come from the text itself, tokens outside a reduced draft vocabulary too.
 
 Source: pointer-generator mixtures (See et al. 2017, arXiv 1704.04368) over the matches of prompt lookup. Not in the DSpark paper.
 """
@@ -13,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from hf_dspark.configuration_dspark import COPY_RELATIONS, check_copying
+from hf_dspark.configuration_dspark import COPY_RELATIONS, DSparkConfig, check_ngram_copying
+from hf_dspark.decoding.state import State
 
 _NONE, _AGREES, _WINS, _LOSES = range(len(COPY_RELATIONS))
 # Earlier occurrences of so many of the last tokens say how much the text agrees with itself about what follows.
@@ -26,60 +24,17 @@ _AGREEMENT_LENGTH = 2
 _LEAST_DRAFTED = 1e-3
 
 
-def weights_in_force(config: Any, copying: bool) -> list[float] | None:
-    """lambda_1..lambda_M of a drafter's config, checked once more, since a config can be changed after it was made; None for no copies.
+def copy_weights_of(config: DSparkConfig, copying: bool) -> list[float] | None:
+    """lambda_1..lambda_M of a drafter's config; None without n-gram copying. Checked again, since a config can be changed after it was
+    made.
 
     Raises:
         ValueError: for weights that no probability could be; sampling from them would not be exact.
     """
     if not copying or config.copy_weights is None:
         return None
-    check_copying(config.copy_weights, config.copy_confidence)
+    check_ngram_copying(config.copy_weights, config.copy_confidence)
     return list(config.copy_weights)
-
-
-class Texts:
-    """Committed ids of the live rows, each from its own beginning, with room for what is drafted.
-
-    Args:
-        device (`torch.device`): where they lie.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.ids = torch.zeros(0, 0, dtype=torch.long, device=device)
-        self.lengths: list[int] = []
-        self.given: list[int] = []
-
-    def join(self, prompts: Sequence[torch.Tensor], given: Sequence[int] | None = None) -> None:
-        """Add a row for each prompt, ids of shape `(n_r,)`, of which the first `given[r]` stood before the answer began; all where None."""
-        first, lengths = len(self.lengths), [len(prompt) for prompt in prompts]
-        self.lengths += lengths
-        self.given += lengths if given is None else given
-        self._grow(len(self.lengths), max(self.lengths))
-        for row, prompt in enumerate(prompts, first):
-            self.ids[row, : len(prompt)] = prompt
-
-    def append(self, tokens: torch.Tensor, kept: Sequence[int]) -> None:
-        """Commit the first `kept[r]` of `tokens[r]`, ids of shape `(R, n)`, to each row."""
-        places = torch.tensor(self.lengths).to(self.ids.device, non_blocking=True)[:, None] + torch.arange(
-            tokens.shape[1], device=self.ids.device
-        )
-        self._grow(len(self.lengths), max(self.lengths) + tokens.shape[1])
-        self.ids[: len(self.lengths)].scatter_(1, places, tokens)  # What lies beyond the kept ones is overwritten later.
-        self.lengths = [length + more for length, more in zip(self.lengths, kept, strict=True)]
-
-    def keep(self, order: Sequence[int]) -> None:
-        """Rows leave: place i is what was at `order[i]`."""
-        self.ids = self.ids[torch.tensor(order, dtype=torch.long, device=self.ids.device)]
-        self.lengths = [self.lengths[old] for old in order]
-        self.given = [self.given[old] for old in order]
-
-    def _grow(self, rows: int, width: int) -> None:
-        have_rows, have = self.ids.shape
-        if rows > have_rows or width > have:
-            ids = self.ids.new_zeros(max(rows, have_rows), have if width <= have else width + width // 2 + 64)
-            ids[:have_rows, :have] = self.ids
-            self.ids = ids
 
 
 class Copies:
@@ -88,24 +43,35 @@ class Copies:
     Of the earlier occurrences of the longest suffix, the last counts; suffixes of up to M tokens are told apart.
 
     Args:
-        texts (`Texts`): of the live rows, the anchor the last token of each.
-        rows (`list[int]`, *optional*): the ones to draft for, by place; all where None.
+        ids (`torch.LongTensor` of shape `(R, W)`): committed ids of the rows, the anchor the last of each; negative at masked tokens.
+        lengths (`torch.LongTensor` of shape `(R, 1)`): committed tokens of each row.
+        prompt_ends (`torch.LongTensor` of shape `(R,)`): where each row's answer begins.
         weights (`list[float]`): lambda_1..lambda_M.
         drafted (`int`): tokens that will follow.
     """
 
-    def __init__(self, texts: Texts, rows: Sequence[int] | None, weights: Sequence[float], drafted: int) -> None:
-        lengths = texts.lengths if rows is None else [texts.lengths[row] for row in rows]
-        device, width = texts.ids.device, max(lengths)
-        ids = texts.ids[: len(lengths)] if rows is None else texts.ids[torch.tensor(rows).to(device, non_blocking=True)]
-        self.ids = torch.nn.functional.pad(ids[:, :width], (0, drafted), value=-1)
-        self.ends = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
-        self.given = torch.tensor(texts.given if rows is None else [texts.given[row] for row in rows]).to(device, non_blocking=True)
-        self.weights = torch.tensor([0.0, *weights], dtype=torch.float32).to(device, non_blocking=True)
+    def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, prompt_ends: torch.Tensor, weights: Sequence[float], drafted: int) -> None:
+        self.ids = torch.nn.functional.pad(ids, (0, drafted), value=-1)
+        self.ends = lengths
+        self.prompt_ends = prompt_ends
+        self.weights = torch.tensor([0.0, *weights], dtype=torch.float32).to(ids.device, non_blocking=True)
         self.longest = len(weights)
-        self.places = torch.arange(self.ids.shape[1], device=device)[None]
+        self.places = torch.arange(self.ids.shape[1], device=ids.device)[None]
         self.runs = self._suffixes()
         self._look()
+
+    @classmethod
+    def of_rows(cls, state: State, places: Sequence[int] | None, weights: Sequence[float], drafted: int) -> Copies:
+        """For the live rows at these places; for all where None."""
+        lengths = state.lengths if places is None else [state.lengths[place] for place in places]
+        ends = state.prompt_ends if places is None else [state.prompt_ends[place] for place in places]
+        device, width = state.device, max(lengths)
+        index = slice(len(lengths)) if places is None else torch.tensor(places).to(device, non_blocking=True)
+        ids = state.ids[index, :width]
+        if state.hidden is not None:
+            ids = ids.masked_fill(state.hidden[index, :width], -1)
+        lengths_, ends_ = (torch.tensor(values).to(device, non_blocking=True) for values in (lengths, ends))
+        return cls(ids, lengths_[:, None], ends_, weights, drafted)
 
     def _suffixes(self) -> torch.Tensor:
         """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M; any number where no earlier match ends."""
@@ -114,7 +80,8 @@ class Copies:
     def _suffixes_at_once(self) -> torch.Tensor:
         """In R W M bytes: no host has to hear whether a match is left."""
         back = torch.arange(self.longest, device=self.ids.device)
-        last = torch.where(back < self.ends, self.ids.gather(1, (self.ends - 1 - back).clamp(min=0)), -2)
+        last = self.ids.gather(1, (self.ends - 1 - back).clamp(min=0))
+        last = torch.where((back < self.ends) & (last >= 0), last, -2)
         before = torch.nn.functional.pad(self.ids, (self.longest - 1, 0), value=-3).unfold(1, self.longest, 1).flip(-1)
         differ = torch.nn.functional.pad(before != last[:, None], (0, 1), value=True)
         return differ.view(torch.uint8).argmax(-1)
@@ -125,7 +92,7 @@ class Copies:
         agree = self.places < self.ends - 1
         for back in range(min(self.longest, width)):
             last = self.ids.gather(1, (self.ends - 1 - back).clamp(min=0))
-            same = (self.ids == last) & (self.ends > back)
+            same = (self.ids == last) & (last >= 0) & (self.ends > back)
             agree = agree & torch.nn.functional.pad(same[:, : width - back], (back, 0))
             if not agree.any():
                 break
@@ -139,7 +106,7 @@ class Copies:
         self.tokens = self.ids.gather(1, (found + 1).clamp(max=self.ids.shape[1] - 1))[:, 0].clamp(min=0)
         self.lengths = length[:, 0]
         self.weight = self.weights[self.lengths]
-        self.from_prompt = found[:, 0] + 1 < self.given
+        self.from_prompt = found[:, 0] + 1 < self.prompt_ends
         self.earlier = earlier
 
     def agreement(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,4 @@
-"""Measures what a round costs on this machine, and remembers it between runs. Knows target, drafter and the decoding loop; knows no
-command and no benchmark.
+"""Measures what a round costs on this machine, and stores it between runs. Whoever wants a profile calls it; `generate` never does.
 
 Whole rounds of the real loop are timed, over rows whose keys and values are zeros: time does not depend on what they hold.
 """
@@ -9,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +17,20 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from hf_dspark.budgets.budget import Budget, Drafts
-from hf_dspark.budgets.cost_model import Costs, RowCosts
-from hf_dspark.cache.kv_cache import RowCache
-from hf_dspark.decoding.loop import Context, DecodingLoop
-from hf_dspark.decoding.row_processors import RowProcessors, RowStopping, Sequences
+from hf_dspark.budgets.cost_model import Costs, RowCosts, prior_costs
+from hf_dspark.decoding.loop import DecodingLoop, Rules
+from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.row_processors import RowProcessors
+from hf_dspark.decoding.row_stopping import RowStopping
+from hf_dspark.decoding.state import State
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.hub.bundled import cache_dir
+from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target
+from hf_dspark.utils.files import atomic_write_json
 from hf_dspark.utils.hardware import device_name
 from hf_dspark.version import __version__
 
@@ -66,8 +69,8 @@ class CostProfile:
     @classmethod
     def measure(
         cls,
-        target: Any,
-        drafter: Any,
+        target: PreTrainedModel,
+        drafter: DSparkDrafter,
         *,
         rows: int = 32,
         sample: bool = False,
@@ -91,28 +94,51 @@ class CostProfile:
         return profile
 
     @classmethod
+    def stored(cls, target: PreTrainedModel, drafter: DSparkDrafter, folder: Path | None = None) -> CostProfile | None:
+        """The profile that was stored for these models on this machine; None where there is none. Measures nothing.
+
+        Args:
+            target, drafter: as in `measure`.
+            folder (`Path`, *optional*): where profiles are stored; `profiles` in the user's cache by default.
+        """
+        key = profile_key(target, drafter)
+        path = profile_path(key, folder)
+        if path not in _LOADED and (found := cls._read(path, key)) is not None:
+            _LOADED[path] = found
+        return _LOADED.get(path)
+
+    @classmethod
     def cached(
-        cls, target: Any, drafter: Any, *, rows: int = 32, sample: bool = False, folder: Path | None = None, refresh: bool = False
+        cls,
+        target: PreTrainedModel,
+        drafter: DSparkDrafter,
+        *,
+        rows: int = 32,
+        sample: bool = False,
+        folder: Path | None = None,
+        refresh: bool = False,
     ) -> CostProfile:
-        """The remembered profile, with what is missing in it measured now and remembered too.
+        """The stored profile, with what is missing in it measured now and stored too. Takes up to a minute.
 
         Args:
             target, drafter, rows, sample: as in `measure`.
-            folder (`Path`, *optional*): where profiles are kept; `profiles` in the user's cache by default.
-            refresh (`bool`): forget what is remembered.
+            folder (`Path`, *optional*): where profiles are stored; `profiles` in the user's cache by default.
+            refresh (`bool`): measure everything again.
         Returns:
             `CostProfile`: with times for every number of rows up to `rows`.
         """
         key = profile_key(target, drafter)
         path = profile_path(key, folder)
-        profile = None if refresh else _KNOWN.get(path) or cls._read(path, key)
-        profile = profile or cls(key, drafter.config.block_size)
+        profile = (None if refresh else cls.stored(target, drafter, folder)) or cls(key, drafter.config.block_size)
         missing = [r for r in row_grid(rows) if r not in profile.tables.get(_MODES[sample], {})]
         if missing:
-            logger.info("Measuring the cost of rounds with %s rows (%s); remembered in %s.", missing, _MODES[sample], path)
+            logger.info("Measuring the cost of rounds with %s rows (%s); stored in %s.", missing, _MODES[sample], path)
             profile.add(target, drafter, missing, sample=sample)
-            profile._write(path)
-        _KNOWN[path] = profile
+            try:
+                atomic_write_json(path, profile.to_json(), indent=1)
+            except OSError as error:
+                logger.warning("The profile cannot be stored in %s (%s); it will be measured again next time.", path, error)
+        _LOADED[path] = profile
         return profile
 
     def costs(self, sample: bool = False) -> Costs:
@@ -128,8 +154,8 @@ class CostProfile:
 
     def add(
         self,
-        target: Any,
-        drafter: Any,
+        target: PreTrainedModel,
+        drafter: DSparkDrafter,
         rows: Sequence[int],
         *,
         sample: bool,
@@ -171,7 +197,7 @@ class CostProfile:
 
     @classmethod
     def _read(cls, path: Path, key: dict[str, Any]) -> CostProfile | None:
-        """A remembered profile; None, with a line in the log, where the file is of no use."""
+        """A stored profile; None, with a line in the log, where the file is of no use."""
         try:
             profile = cls.from_json(json.loads(path.read_text(encoding="utf-8")))
             if profile.key != key:
@@ -179,24 +205,29 @@ class CostProfile:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            logger.warning("The profile %s cannot be used (%s); measuring again.", path, error)
+            logger.warning("The profile %s cannot be used (%s); run hf-dspark profile again.", path, error)
             return None
         return profile
 
-    def _write(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}.tmp")
-            draft.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            logger.warning("The profile cannot be kept in %s (%s); it will be measured again next time.", path, error)
+
+_LOADED: dict[Path, CostProfile] = {}
 
 
-_KNOWN: dict[Path, CostProfile] = {}
+def costs_at_hand(target: PreTrainedModel, drafter: DSparkDrafter, sample: bool) -> Costs:
+    """What rounds cost, without measuring anything: by the stored profile, else guessed from the models' sizes.
+
+    Args:
+        target (`PreTrainedModel`), drafter (`DSparkDrafter`): as in `CostProfile.measure`.
+        sample (`bool`): rounds that draw tokens.
+    """
+    profile = CostProfile.stored(target, drafter)
+    if profile is not None and profile.tables.get(_MODES[sample]):
+        return profile.costs(sample)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (drafter, target)]
+    return prior_costs(drafter.config.block_size, sizes[0] / max(sizes[1], 1), target.device.type)
 
 
-def profile_key(target: Any, drafter: Any) -> dict[str, Any]:
+def profile_key(target: PreTrainedModel, drafter: DSparkDrafter) -> dict[str, Any]:
     """All that the times depend on, ready for JSON."""
     config = target.config.get_text_config(decoder=True)
     own = drafter.config
@@ -225,7 +256,7 @@ def profile_key(target: Any, drafter: Any) -> dict[str, Any]:
 
 
 def profile_path(key: Mapping[str, Any], folder: Path | None = None) -> Path:
-    """Where the profile of a key is kept."""
+    """Where the profile of a key is stored."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return (folder or cache_dir() / "profiles") / f"{digest}.json"
 
@@ -246,17 +277,19 @@ class _Shape(Budget):
 
 
 class _Rounds:
-    """The real loop over rows that hold `context` tokens of nothing, ready to go round; one for each shape of a round."""
+    """The real loop over rows that hold `context` tokens of nothing; one loop for each shape of a round."""
 
-    def __init__(self, target: Target, drafter: Any, rows: int, context: int, sample: bool) -> None:
-        self.target, self.drafter, self.rows, self.sample = target, drafter, rows, sample
-        self.context = Context(RowCache(), RowCache())
-        self.context.add_rows(rows)
+    def __init__(self, target: Target, drafter: DSparkDrafter, rows: int, context: int, sample: bool) -> None:
+        self.target, self.drafter, self.sample = target, drafter, sample
         # A round commits at most a block and a token more: its rows begin behind so many, which the drafter then has to read.
-        self.held = [context + drafter.config.block_size + 1] * rows
-        vocab = target.model.config.get_text_config(decoder=True).vocab_size
-        self.anchors = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(rows)).to(target.device)
+        length = context + drafter.config.block_size + 2
+        random = torch.Generator().manual_seed(rows)
+        texts = torch.randint(target.vocab_size, (rows, length), generator=random).to(target.device)
+        self.state = State(target.device)
+        self.state.add_rows(range(rows), list(texts))
+        self.anchors, self.lengths = texts[:, -1], list(self.state.lengths)
         self.loops: dict[tuple[int, ...], DecodingLoop] = {}
+        self.pending: dict[tuple[int, ...], list[list[torch.Tensor]]] = {}  # hidden states that a shape's last round has committed
 
     def time(self, shapes: Sequence[tuple[int, ...]], repeats: int) -> list[tuple[float, float]]:
         """Median seconds of rounds that verify so many drafted tokens of each row: without their draft, and of their draft.
@@ -275,35 +308,28 @@ class _Rounds:
         loop = self.loops.get(shape)
         if loop is None:
             loop = self.loops[shape] = self._loop(shape)
-        loop.live, loop.anchors = list(range(self.rows)), self.anchors
-        loop.texts.lengths = [held + 1 for held in self.held]
-        self.context.target.lengths, self.context.drafter.lengths = list(self.held), list(self.held)
+        state = self.state
+        state.anchors, state.lengths = self.anchors, list(self.lengths)
+        state.pending = self.pending.get(shape) or [[] for _ in self.lengths]
         before = loop.watch.read().get("draft", 0.0)
         begin = time.perf_counter()
         loop.round()
+        self.pending[shape] = state.pending
         draft = loop.watch.read().get("draft", 0.0) - before
         return time.perf_counter() - begin - draft, draft
 
     def _loop(self, shape: Sequence[int]) -> DecodingLoop:
-        loop = DecodingLoop(
-            self.target,
-            self.drafter,
-            _Shape(shape, self.drafter.confidence_head is not None),
-            Sequences(self.anchors.new_zeros(self.rows, 1), 512, self.drafter.config.block_size + 1),
-            RowProcessors([], self.rows),
-            RowStopping([], self.rows),
-            sample=self.sample,
+        budget = _Shape(shape, self.drafter.confidence_head is not None)
+        options = Options(
             block_size=self.drafter.config.block_size,
+            sample=self.sample,
             generator=torch.Generator(device=self.target.device).manual_seed(0),
-            context=self.context,
         )
-        if loop.copy_weights is not None:
-            vocab, seeded = self.target.model.config.get_text_config(decoder=True).vocab_size, torch.Generator().manual_seed(0)
-            loop.texts.join([torch.randint(vocab, (held + 1,), generator=seeded).to(self.target.device) for held in self.held])
-        return loop
+        rows = self.state.num_rows
+        return DecodingLoop(self.target, self.drafter, budget, options, Rules(RowProcessors([], rows), RowStopping([], rows)), self.state)
 
 
-def _measure_rows(target: Target, drafter: Any, rows: int, contexts: Sequence[int], sample: bool) -> RowCosts:
+def _measure_rows(target: Target, drafter: DSparkDrafter, rows: int, contexts: Sequence[int], sample: bool) -> RowCosts:
     gamma = drafter.config.block_size
     verify: dict[int, dict[int, float]] = {}
     draft: dict[int, float] = {}

@@ -1,18 +1,18 @@
-"""The user's logits processors and stopping criteria, applied row by row and token by token, exactly as a plain call
-would.
+"""The user's logits processors and stopping criteria, applied row by row and token by token, exactly as a plain call would.
 
-transformers writes both for a batch whose rows grow in step. Here rows grow by different amounts, so every rule is
-asked about one row at one length. Knows transformers' processors and criteria; knows no model, no drafter and no cache.
+transformers writes both for a batch whose rows grow in step. Here rows grow by different amounts, so every rule is applied to one row
+at one length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.generation import logits_process as lp
-from transformers.generation import stopping_criteria as sc
 
+from hf_dspark.decoding.state import State
 from hf_dspark.errors import UnsupportedOptionError
 
 # Look at one distribution alone, whatever its vocabulary: also fit for a reduced draft vocabulary.
@@ -49,52 +49,11 @@ _REFUSED = {
 }
 
 
-class Sequences:
-    """Token ids of all rows as the caller sees them: left padding, prompt, generated tokens, room for more.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(B, n)`): prompts, left-padded.
-        max_length (`int`): longest sequence, prompt included.
-        scratch (`int`): room behind it for drafted tokens.
-    """
-
-    def __init__(self, input_ids: torch.Tensor, max_length: int, scratch: int) -> None:
-        batch, prompt = input_ids.shape
-        self.prompt_length = prompt
-        self.ids = input_ids.new_zeros(batch, min(max_length, prompt + 512) + scratch)
-        self.ids[:, :prompt] = input_ids
-        self.lengths = [prompt] * batch
-
-    def append(self, row: int, tokens: torch.Tensor) -> None:
-        """Commit `tokens` (`(k,)`) to `row`."""
-        end = self.lengths[row] + len(tokens)
-        self._grow(end)
-        self.ids[row, self.lengths[row] : end] = tokens
-        self.lengths[row] = end
-
-    def pencil_in(self, row: int, tokens: torch.Tensor, offset: int = 0) -> None:
-        """Write `tokens` (`(k,)`) behind the committed ones, `offset` further on, without committing them."""
-        begin = self.lengths[row] + offset
-        self._grow(begin + len(tokens))
-        self.ids[row, begin : begin + len(tokens)] = tokens
-
-    def _grow(self, length: int) -> None:
-        if length > self.ids.shape[1]:
-            wider = self.ids.new_zeros(self.ids.shape[0], 2 * length)
-            wider[:, : self.ids.shape[1]] = self.ids
-            self.ids = wider
-
-    def prefix(self, row: int, extra: int = 0) -> torch.Tensor:
-        """Ids of `row` up to `extra` tokens past the committed ones, shape `(1, length)`; a view."""
-        return self.ids[row : row + 1, : self.lengths[row] + extra]
-
-
 class RowProcessors:
-    """A `LogitsProcessorList` that can be asked about one row at one length.
+    """A `LogitsProcessorList` that applies to any row at any length.
 
     Args:
-        processors (`LogitsProcessorList`): the prepared list that `generate` hands over, temperature and top-p among
-            them.
+        processors (`LogitsProcessorList`): the prepared list that `generate` hands over, temperature and top-p among them.
         batch_size (`int`): rows of the caller's batch, for processors that are bound to a row.
     Raises:
         UnsupportedOptionError: for processors that cannot be honoured exactly.
@@ -117,46 +76,44 @@ class RowProcessors:
     def __bool__(self) -> bool:
         return bool(self._processors)
 
-    def __call__(self, scores: torch.Tensor, sequences: Sequences, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, state: State, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Process N distributions.
 
         Args:
             scores (`torch.Tensor` of shape `(N, V)`): float32; may be overwritten.
-            sequences (`Sequences`): ids of all rows, drafted tokens pencilled in.
-            places (`list[tuple[int, int]]`): for each distribution its row in the caller's batch and how many tokens
-                past the committed ones it stands; only read where a processor looks at ids.
+            state (`State`): ids of the live rows, drafted tokens written.
+            places (`list[tuple[int, int]]`): for each distribution its row's place and how many tokens past the committed ones it
+                stands; only read where a processor looks at ids.
         Returns:
             `torch.Tensor` of shape `(N, V)`.
         """
         for processor in self._processors:
-            scores = self._apply(processor, scores, sequences, places)
+            scores = self._apply(processor, scores, state, places)
         return scores
 
-    def allowed(self, tokens: torch.Tensor, vocab_size: int, sequences: Sequences, places: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Which of N tokens the processors that go by token id do not rule out; what top-k and the like would leave is not asked.
+    def allowed(self, tokens: torch.Tensor, vocab_size: int, state: State, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Which of N tokens the processors that go by token id do not rule out; top-k and the like are left out.
 
         Args:
             tokens (`torch.LongTensor` of shape `(N,)`): one for each place.
             vocab_size (`int`): V of the target.
-            sequences (`Sequences`), places (`list[tuple[int, int]]`): as in a call.
+            state (`State`), places (`list[tuple[int, int]]`): as in a call.
         Returns:
             `torch.BoolTensor` of shape `(N,)`.
         """
         scores = torch.zeros(len(places), vocab_size, dtype=torch.float32, device=tokens.device)
         for processor in self._processors:
             if type(processor) not in _ANY_VOCABULARY:
-                scores = self._apply(processor, scores, sequences, places)
+                scores = self._apply(processor, scores, state, places)
         return scores.gather(1, tokens[:, None])[:, 0] > float("-inf")
 
-    def _apply(
-        self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, places: Sequence[tuple[int, int]]
-    ) -> torch.Tensor:
+    def _apply(self, processor: lp.LogitsProcessor, scores: torch.Tensor, state: State, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         if type(processor) in _NO_IDS:
             return processor(None, scores)
-        return torch.cat([self._one(processor, scores[i : i + 1], sequences, *place) for i, place in enumerate(places)])
+        return torch.cat([self._one(processor, scores[i : i + 1], state, *place) for i, place in enumerate(places)])
 
-    def _one(self, processor: lp.LogitsProcessor, scores: torch.Tensor, sequences: Sequences, row: int, extra: int) -> torch.Tensor:
-        ids = sequences.prefix(row, extra)
+    def _one(self, processor: lp.LogitsProcessor, scores: torch.Tensor, state: State, place: int, extra: int) -> torch.Tensor:
+        ids, row = state.prefix(place, extra), state.requests[place]
         if self._batch_size == 1 or type(processor) in _ANY_ROW:
             return processor(ids, scores)
         if type(processor) is lp.RepetitionPenaltyLogitsProcessor:
@@ -176,72 +133,39 @@ class RowProcessors:
         return self._penalties[key]
 
 
-class RowStopping:
-    """Stopping criteria that can be asked about one row after each of its tokens.
+class DraftProcessors:
+    """The same processors on the drafter's logits of one round, so that p_d resembles p_t.
+
+    Losslessness does not depend on it: any p_d serves, as long as tokens are drawn from it.
 
     Args:
-        criteria (`StoppingCriteriaList`): the prepared list that `generate` hands over.
-        batch_size (`int`): rows of the caller's batch.
-        limits (`list[int]`, *optional*): longest sequence of each row, where rows differ; on top of the criteria.
+        processors (`RowProcessors`): the user's.
+        state (`State`): drafted tokens are written into it as they are drawn.
+        places (`Sequence[int]`): the rows that are drafted for.
+        drafter (`DSparkDrafter`): for its vocabulary.
+        vocab_size (`int`): V of the target.
     """
 
-    def __init__(self, criteria: Sequence[sc.StoppingCriteria], batch_size: int, limits: Sequence[int] | None = None) -> None:
-        self._batch_size = batch_size
-        self._limits = limits
-        self.eos_ids: set[int] = set()
-        self.max_length: int | None = None
-        self._others: list[sc.StoppingCriteria] = []
-        for criterion in criteria:
-            if type(criterion) is sc.EosTokenCriteria:
-                self.eos_ids.update(criterion.eos_token_id.flatten().tolist())
-            elif type(criterion) is sc.MaxLengthCriteria:
-                self.max_length = min(criterion.max_length, self.max_length or criterion.max_length)
-            else:
-                self._others.append(criterion)
+    def __init__(self, processors: RowProcessors, state: State, places: Sequence[int], drafter: Any, vocab_size: int) -> None:
+        self._processors, self._state, self._drafter, self._vocab_size = processors, state, drafter, vocab_size
+        self._places = list(places)
+        self._index = torch.tensor(self._places).to(state.device, non_blocking=True) if processors.needs_ids else None
 
-    def limit(self, row: int) -> int | None:
-        """Longest sequence of `row`, prompt and padding included; None where there is no end to it."""
-        own = None if self._limits is None else self._limits[row]
-        return self.max_length if own is None else own if self.max_length is None else min(own, self.max_length)
+    def process(self, logits: torch.Tensor, k: int, drawn: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits `(R, V_draft)` at block position k (0-based) after the processors, given the tokens `(R,)` drawn before it."""
+        if self._index is not None and k:
+            self._state.write_draft(drawn[-1][:, None], self._index, k - 1)
+        positions = [(place, k) for place in self._places]
+        narrow = self._drafter.draft_token_ids
+        if self._processors.any_vocabulary or narrow is None:
+            processed = self._processors(logits.clone(), self._state, positions)
+        else:
+            processed = self._processors(self._drafter.widen(logits, fill=float("-inf")), self._state, positions)[:, narrow]
+        # Processors may leave the drafter no token (a forced one outside its vocabulary): then its own distribution stands.
+        return torch.where(torch.isfinite(processed).any(-1, keepdim=True), processed, logits)
 
-    @property
-    def asks_others(self) -> bool:
-        """Whether there are criteria beyond lengths and end-of-text ids, which read the row's ids and scores."""
-        return bool(self._others)
-
-    def kept(self, tokens: list[int], sequences: Sequences, row: int, scores: Sequence[torch.Tensor] | None) -> tuple[int, bool]:
-        """How many of the new `tokens` of `row` remain, and whether the row ends with them.
-
-        Where `asks_others`, the tokens must be pencilled in. A criterion sees the ids with left padding and one more token each time, as in
-        a plain call.
-
-        Args:
-            tokens (`list[int]`): new tokens of the row.
-            sequences (`Sequences`): ids of all rows.
-            row (`int`): number in the caller's batch.
-            scores (`list[torch.Tensor]` of shape `(V,)`, *optional*): the distribution behind each generated token of
-                the row, the new ones' last; given where the caller asked for scores.
-        """
-        limit = self.limit(row)
-        for index, token in enumerate(tokens):
-            length = sequences.lengths[row] + index + 1
-            ended = token in self.eos_ids or (limit is not None and length >= limit)
-            # Every criterion is asked at every token: some keep count.
-            if self._others:
-                ids = sequences.prefix(row, index + 1)
-                seen = None if scores is None else tuple(s[None] for s in scores[: len(scores) - len(tokens) + index + 1])
-                for criterion in self._others:
-                    ended |= self._asks(criterion, ids, row, seen)
-            if ended:
-                return index + 1, True
-        return len(tokens), False
-
-    def _asks(self, criterion: sc.StoppingCriteria, ids: torch.Tensor, row: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
-        if self._batch_size == 1 or type(criterion) in (sc.StopStringCriteria, sc.MaxTimeCriteria):
-            answer = criterion(ids, scores)
-            return bool(answer.reshape(-1)[0]) if isinstance(answer, torch.Tensor) else bool(answer)
-        answer = criterion(
-            ids.expand(self._batch_size, -1),
-            None if scores is None else tuple(s.expand(self._batch_size, -1) for s in scores),
-        )
-        return bool(answer[row]) if isinstance(answer, torch.Tensor) and answer.dim() else bool(answer)
+    def allow(self, tokens: torch.Tensor, k: int) -> torch.Tensor | None:
+        """Which copied tokens `(R,)` at block position k the processors do not rule out, bool `(R,)`; None where they rule out none."""
+        if self._processors.any_vocabulary:
+            return None
+        return self._processors.allowed(tokens, self._vocab_size, self._state, [(place, k) for place in self._places])

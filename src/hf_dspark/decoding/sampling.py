@@ -1,6 +1,4 @@
-"""Drawing tokens: softmax, greedy choice, exact sampling by an exponential race. Pure maths; knows no model and no
-loop.
-"""
+"""Drawing tokens: exact sampling by an exponential race."""
 
 from __future__ import annotations
 

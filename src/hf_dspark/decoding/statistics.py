@@ -1,4 +1,4 @@
-"""What a generation did and where its time went, row by row. Knows numbers; knows no tensors' meaning and no loop.
+"""What a generation did and where its time went, row by row.
 
 tau counts the target's own bonus token, as the paper does: tokens a round, at least 1.
 """
@@ -6,16 +6,24 @@ tau counts the target's own bonus token, as the paper does: tokens a round, at l
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
 
-@dataclass
+def _at_least(counts: Sequence[int]) -> list[int]:
+    """From how often each length came up, 0..gamma, how often it was at least 1, 2, .. gamma."""
+    return list(accumulate(reversed(counts)))[-2::-1]
+
+
 class RowStats:
-    """One row's counts. Position k of a list is block position k + 1.
+    """One row's counts.
+
+    Args:
+        block_size (`int`): gamma.
 
     Attributes:
         rounds (`int`): draft-and-verify rounds.
@@ -23,23 +31,26 @@ class RowStats:
         verified (`int`): drafted tokens sent to verification.
         accepted (`int`): drafted tokens that stand.
         generated (`int`): tokens generated, the first one (from the prompt's own pass) included.
-        verified_at (`list[int]`): rounds in which position k was verified.
-        reached_at (`list[int]`): rounds in which position k was judged: verified, with positions 1..k-1 standing.
-        accepted_at (`list[int]`): rounds in which positions 1..k all stood.
     """
 
-    rounds: int = 0
-    drafted: int = 0
-    verified: int = 0
-    accepted: int = 0
-    generated: int = 0
-    verified_at: list[int] = field(default_factory=list)
-    reached_at: list[int] = field(default_factory=list)
-    accepted_at: list[int] = field(default_factory=list)
+    def __init__(self, block_size: int) -> None:
+        self.rounds = self.drafted = self.verified = self.accepted = self.generated = 0
+        self._verified, self._reached, self._accepted = ([0] * (block_size + 1) for _ in range(3))
 
-    @classmethod
-    def for_block(cls, block_size: int) -> RowStats:
-        return cls(verified_at=[0] * block_size, reached_at=[0] * block_size, accepted_at=[0] * block_size)
+    @property
+    def verified_at(self) -> list[int]:
+        """For each block position, the rounds in which it was verified."""
+        return _at_least(self._verified)
+
+    @property
+    def reached_at(self) -> list[int]:
+        """For each block position, the rounds in which it was judged: verified, with all positions before it standing."""
+        return _at_least(self._reached)
+
+    @property
+    def accepted_at(self) -> list[int]:
+        """For each block position, the rounds in which it and all positions before it stood."""
+        return _at_least(self._accepted)
 
     @property
     def tau(self) -> float:
@@ -51,21 +62,17 @@ class RowStats:
 
         Args:
             drafted, verified, accepted (`int`): drafted tokens, those sent to the target, those that it let stand.
-            kept (`int`): tokens that remained, the target's own included; fewer than accepted + 1 where the row ended in the block. What
-                lies behind its end was neither reached nor accepted.
+            kept (`int`): tokens that remained, the target's own included; fewer than accepted + 1 where the row ended in the block.
+                What lies behind its end was neither reached nor accepted.
         """
-        reached = min(verified, accepted + 1, kept)
+        self._verified[verified] += 1
+        self._reached[min(verified, accepted + 1, kept)] += 1
         accepted = min(accepted, kept)
+        self._accepted[accepted] += 1
         self.rounds += 1
         self.drafted += drafted
         self.verified += verified
         self.accepted += accepted
-        for k in range(reached):
-            self.reached_at[k] += 1
-        for k in range(verified):
-            self.verified_at[k] += 1
-        for k in range(accepted):
-            self.accepted_at[k] += 1
 
 
 @dataclass
@@ -73,20 +80,26 @@ class DecodingStats:
     """One call of generate. Times are wall-clock seconds; on an accelerator they are its own, measured by events.
 
     Attributes:
-        rows (`list[RowStats]`): in the order of the caller's batch.
+        block_size (`int`): gamma.
+        by_request (`dict[int, RowStats]`): of each request that was live.
         rounds (`int`): rounds of the loop, each over all live rows.
         t_prefill_s, t_draft_s, t_verify_s (`float`): in prompt passes; in drafting (backbone, sequential head with its draws and
             processors, confidence, context); in the target's verification passes.
         t_total_s (`float`): the whole call.
     """
 
-    rows: list[RowStats]
     block_size: int
+    by_request: dict[int, RowStats] = field(default_factory=dict)
     rounds: int = 0
     t_prefill_s: float = 0.0
     t_draft_s: float = 0.0
     t_verify_s: float = 0.0
     t_total_s: float = 0.0
+
+    @property
+    def rows(self) -> list[RowStats]:
+        """Counts of each row, by request number: in the order of the caller's batch."""
+        return [self.by_request[request] for request in sorted(self.by_request)]
 
     @property
     def t_rest_s(self) -> float:
@@ -104,6 +117,23 @@ class DecodingStats:
         """Share of the rounds' time (prompt passes left out) that is spent outside the target's and drafter's forward passes."""
         rounds_s = self.t_total_s - self.t_prefill_s
         return self.t_rest_s / rounds_s if rounds_s > 0 else 0.0
+
+    def of(self, request: int) -> RowStats:
+        """Counts of a request; new ones where it has none."""
+        return self.by_request.setdefault(request, RowStats(self.block_size))
+
+    def count_round(
+        self, requests: Sequence[int], drafted: Sequence[int], verified: Sequence[int], accepted: Sequence[int], kept: Sequence[int]
+    ) -> None:
+        """Count one round of all live rows; see `RowStats.count_round`."""
+        self.rounds += 1
+        for request, *counts in zip(requests, drafted, verified, accepted, kept, strict=True):
+            self.of(request).count_round(*counts)
+
+    def set_times(self, seconds: Mapping[str, float]) -> None:
+        """Take in what a `Stopwatch` has read."""
+        for name, value in seconds.items():
+            setattr(self, f"t_{name}_s", value)
 
 
 class Stopwatch:

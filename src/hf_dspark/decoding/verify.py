@@ -1,8 +1,8 @@
-"""Which drafted tokens stand, and what follows them. Pure maths on one round; knows no model, no cache, no user
-options.
+"""Which drafted tokens stand, and what follows them.
 
-Source: paper section 2 and DSPARK.md step 7; the acceptance rules of Leviathan et al. 2023 (arXiv 2211.17192), token by token, and of Sun
-et al. 2024 (arXiv 2403.10444), over the block. What a budget leaves out of a row is the end of its block to both: neither looks past it.
+Source: paper section 2; the acceptance rules of Leviathan et al. 2023 (arXiv 2211.17192), token by token, and of Sun et al. 2024 (arXiv
+    2403.10444), block
+verification. What a budget leaves out of a row is the end of its block to both: neither looks past it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_dspark.cache.kv_cache import RowLayout
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.ngram_copy import Copied
 from hf_dspark.decoding.sampling import draw
 
@@ -28,7 +28,7 @@ def check_verification(verification: str) -> None:
         ValueError: naming what is allowed.
     """
     if verification not in VERIFICATIONS:
-        raise ValueError(f"verification must be 'block' (over the drafted block) or 'token' (token by token); got {verification!r}.")
+        raise ValueError(f"verification must be 'block' (block verification) or 'token' (token by token); got {verification!r}.")
 
 
 @dataclass(frozen=True)

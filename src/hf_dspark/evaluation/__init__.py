@@ -1,1 +1,4 @@
-"""Measurement: prompt files in, acceptance and speed out, as records that carry machine, versions and seed."""
+"""What a user measures: acceptance and speed over prompts, throughput under load, calibration, and the plots of them.
+
+Imports: decoding, calibration, training (the reader of prompt files) and what lies below them.
+"""

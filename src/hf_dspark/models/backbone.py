@@ -1,8 +1,7 @@
-"""The drafter's backbone: attention, rotary embedding, layer, and what a block's queries look at. Pure modules and tensors;
-knows no target, no embedding, no head, no cache and no checkpoint.
+"""The drafter's backbone: layers, rotary embedding, and the attention of a block when drafting and when training.
 
-Symbols: B sequences, A anchors a sequence, S context tokens, R rows, gamma block size, d width, H query heads, Hkv key
-and value heads, D head size.
+Symbols: B sequences, A anchors a sequence, S context tokens, R rows, gamma block size, d width, H query heads, Hkv key and value heads, D
+head size.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class DSparkAttention(Qwen3Attention):
-    """Qwen3's projections and norms; what the queries look at is the caller's business.
+    """Qwen3's projections and norms; the caller computes the attention itself.
 
-    Source: paper Eq. 3: the same key and value weights serve the block and the injected context.
+    Source: paper Eq. 3: the block and the injected context share key and value weights.
     """
 
     def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -47,10 +46,7 @@ class DSparkAttention(Qwen3Attention):
 
 
 class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):
-    """Qwen3's, with frequencies that stay float32 when the drafter is cast.
-
-    In bfloat16 the angles would be off by whole turns at long contexts.
-    """
+    """Qwen3's, with frequencies that stay float32 when the drafter is cast: bfloat16 angles are off by whole turns at long contexts."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DSparkRotaryEmbedding:
         super()._apply(fn, recurse)
@@ -83,8 +79,8 @@ def cached_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     Args:
         q (`torch.Tensor` of shape `(R, gamma, H, D)`): queries.
         keys, values (`torch.Tensor` of shape `(R, Hkv, S, D)`): a view of the cache.
-        mask (`torch.BoolTensor` of shape `(R, 1, 1, S)` or `(R, 1, gamma, S)`, *optional*): true where a row, or each of its
-            queries, may look; `None` for everywhere.
+        mask (`torch.BoolTensor` of shape `(R, 1, 1, S)` or `(R, 1, gamma, S)`, *optional*): true for keys that a row, or each of its
+            queries, sees; `None` for all.
     Returns:
         `torch.Tensor` of shape `(R, gamma, H * D)`.
     """
@@ -115,10 +111,10 @@ def block_attention(
         q (`torch.Tensor` of shape `(B, A * gamma, H, D)`): queries of the blocks, one block after the other.
         k, v (`torch.Tensor` of shape `(B, A * gamma, Hkv, D)`): keys and values of the blocks.
         context_k, context_v (`torch.Tensor` of shape `(B, S, Hkv, D)`): keys and values of the context.
-        hidden_keys (`torch.BoolTensor` of shape `(B, 1, 1, A * gamma, S)`): true where a query must not look.
+        hidden_keys (`torch.BoolTensor` of shape `(B, 1, 1, A * gamma, S)`): true for context keys that a query does not see.
         gamma (`int`): block length.
         dropout (`float`): probability of dropping an attention weight.
-        causal (`bool`): within its block a query does not see what follows it.
+        causal (`bool`): within its block a query does not see later keys.
     Returns:
         `torch.Tensor` of shape `(B, A * gamma, H * D)`.
     """
@@ -149,6 +145,6 @@ def block_attention(
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """`x` of shape `(..., heads, head_dim)` turned by its positions' angles."""
+    """Apply RoPE to `x` of shape `(..., heads, head_dim)`."""
     cos, sin = rope
     return x * cos + rotate_half(x) * sin

@@ -1,6 +1,4 @@
-"""The layers of drafters whose backbone is a Gemma 4 stack: four norms a layer, values that may be keys, one scalar a layer. Pure modules;
-knows what `backbone` knows.
-"""
+"""The layers of a Gemma 4 backbone: four norms a layer, values that may be the keys, one scalar a layer."""
 
 from __future__ import annotations
 
@@ -36,10 +34,10 @@ def _unit(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class Gemma4Attention(nn.Module):
-    """Projections and norms; what the queries look at is the caller's business, as in `DSparkAttention`.
+    """Projections and norms; the caller computes the attention itself, as in `DSparkAttention`.
 
-    Scores are not divided by the root of the head size. Values are normed too; with `attention_k_eq_v` they are the keys before their
-    norm and rotation.
+    Scores are not divided by the root of the head size. Values are normed too; with `attention_k_eq_v` they are the keys before norm and
+    rotation.
 
     Source: layout and arithmetic of deepseek-ai/DeepSpec's Gemma 4 drafter, transformers' Gemma 4.
     """
@@ -58,7 +56,7 @@ class Gemma4Attention(nn.Module):
 
     def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Queries of shape `(..., heads, head_dim)`, normalised and rotated, from `x` of shape `(..., d)`."""
-        # The attention that they meet divides by the root of the head size.
+        # The caller's attention divides by the root of the head size.
         return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), rope) * self.head_dim**0.5
 
     def keys_values(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +85,7 @@ class Gemma4MLP(nn.Module):
 
 
 class Gemma4Layer(GradientCheckpointingLayer):
-    """One layer with a norm before and after both its parts, times a scalar of its own."""
+    """One layer with a norm before and after attention and MLP, and a scalar on its output."""
 
     layer_scalar: torch.Tensor
 

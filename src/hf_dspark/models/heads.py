@@ -1,8 +1,7 @@
-"""Sequential heads and the confidence head of the drafter. Knows tensors; knows no caches and no decoding loops.
+"""Sequential heads and the confidence head of the drafter.
 
-Symbols as in the paper: d is the backbone's width, r the head's rank, V the target's vocabulary, V_draft the drafter's
-(equal to V unless reduced), h_k the backbone's hidden state at block position k, x_{k-1} the token before it, B_k the
-logits added to the backbone's.
+Symbols as in the paper: d is the backbone's width, r the head's rank, V the target's vocabulary, V_draft the drafter's (equal to V unless
+reduced), h_k the backbone's hidden state at block position k, x_{k-1} the token before it, B_k the logits added to the base logits.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from hf_dspark.configuration_dspark import DSparkConfig
 class SequentialHead(nn.Module):
     """Base of the heads that give a block its left-to-right dependence: B_k = W2 latent(x_{k-1}, h_k, state).
 
-    `block` is `step` unrolled over given tokens; both return the latent of size r, so that callers choose when to pay
-    for `project`.
+    `block` is `step` unrolled over given tokens; both return the latent of size r, and `project` makes logits of it.
 
     Source: paper section 3.1.2.
 
@@ -44,29 +42,29 @@ class SequentialHead(nn.Module):
         return self.markov_w1(prev_ids)
 
     def initial_state(self, h: torch.Tensor) -> torch.Tensor | None:
-        """State before the first block position; `None` for heads that keep none.
+        """State before the first block position; `None` for heads without one.
 
         Args:
-            h (`torch.Tensor` of shape `(..., d)`): hidden states that give leading shape, dtype and device.
+            h (`torch.Tensor` of shape `(..., d)`): gives leading shape, dtype and device.
         Returns:
             `torch.Tensor` of shape `(..., r)` or `None`.
         """
         return None
 
     def step(self, prev_ids: torch.Tensor, h_k: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One block position.
+        """Compute one block position.
 
         Args:
             prev_ids (`torch.LongTensor` of shape `(...,)`): x_{k-1}, target ids.
             h_k (`torch.Tensor` of shape `(..., d)`): backbone hidden state at k.
-            state (`torch.Tensor` of shape `(..., r)`, *optional*): what the last step returned.
+            state (`torch.Tensor` of shape `(..., r)`, *optional*): from the last step.
         Returns:
             `(torch.Tensor of shape (..., r), state)`: the latent whose projection is B_k, and the next state.
         """
         raise NotImplementedError
 
     def block(self, prev_ids: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """All block positions with their previous tokens known (teacher forcing).
+        """Compute all block positions with their previous tokens known (teacher forcing).
 
         Args:
             prev_ids (`torch.LongTensor` of shape `(..., gamma)`): x_0..x_{gamma-1}, target ids.
@@ -114,10 +112,10 @@ class GatedMarkovHead(SequentialHead):
 
 
 class RNNHead(SequentialHead):
-    """A recurrent head: position k sees all of x_0..x_{k-1} through s_{k-1}.
+    """A recurrent head: position k depends on all of x_0..x_{k-1} through s_{k-1}.
 
-    One linear of [s_{k-1}; W1[x_{k-1}]; h_k] gives gate, candidate and output;
-    s_k = g s_{k-1} + (1 - g) tanh(candidate); B_k = W2 tanh(output); s_0 = 0.
+    One linear layer of [s_{k-1}; W1[x_{k-1}]; h_k] gives gate g, candidate and output; s_k = g s_{k-1} + (1 - g) tanh(candidate);
+    B_k = W2 tanh(output); s_0 = 0.
 
     Source: paper Eq. 6; order of inputs and outputs from DeepSpec's checkpoints.
     """
@@ -151,7 +149,7 @@ class ConfidenceHead(nn.Module):
     Source: paper Eq. 7, before the sigmoid and before calibration.
 
     Args:
-        input_size (`int`): d, or d + r when W1[x_{k-1}] is part of the features.
+        input_size (`int`): d, or d + r with W1[x_{k-1}] among the features.
     """
 
     def __init__(self, input_size: int) -> None:
@@ -162,7 +160,7 @@ class ConfidenceHead(nn.Module):
         """Score features.
 
         Args:
-            features (`torch.Tensor` of shape `(..., d)` or `(..., d + r)`): h_k, then W1[x_{k-1}] where it is used.
+            features (`torch.Tensor` of shape `(..., d)` or `(..., d + r)`): h_k, then W1[x_{k-1}].
         Returns:
             `torch.Tensor` of shape `(...,)`: logits.
         """
@@ -173,7 +171,7 @@ def build_head(config: DSparkConfig) -> SequentialHead | None:
     """Build the sequential head that a config names.
 
     Args:
-        config (`DSparkConfig`): its `markov_rank` and `markov_head_type` choose.
+        config (`DSparkConfig`): `markov_rank` and `markov_head_type` choose.
     Returns:
         `SequentialHead`, or `None` when `markov_rank` is 0.
     """

@@ -1,6 +1,4 @@
-"""A fresh backbone that starts from the target's last layers. Knows how families name their layers and norms; knows no
-embedding, no head, no vocabulary and no checkpoint.
-"""
+"""Initial weights of a new backbone, copied from the target's last layers."""
 
 from __future__ import annotations
 
@@ -16,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def copy_last_layers(target: PreTrainedModel, drafter: nn.Module) -> list[str]:
-    """Start a backbone from the target's last layers, where shapes agree; what was copied is logged.
+    """Copy the target's last layers into a drafter's, in place, where shapes agree; logs what was copied.
 
     Args:
-        target (`PreTrainedModel` or a PEFT wrapper): whose decoder is read.
-        drafter (`nn.Module`): has `layers` and `norm`, named as in Qwen3; written to in place.
+        target (`PreTrainedModel` or a PEFT wrapper): whose decoder is copied.
+        drafter (`nn.Module`): has `layers` and `norm`, named as in Qwen3.
     Returns:
         `list[str]`: names of the drafter's parameters that were written.
     """
@@ -47,8 +45,7 @@ def copy_last_layers(target: PreTrainedModel, drafter: nn.Module) -> list[str]:
         for name in ("gate_proj", "up_proj", "down_proj"):
             copy_into(f"{prefix}.mlp.{name}.weight", getattr(getattr(mlp, name, None), "weight", None))
         copy_into(f"{prefix}.input_layernorm.weight", _rms_scale(getattr(layer, "input_layernorm", None)))
-        # The norm before the MLP: Gemma calls it otherwise, and uses our name for a norm after the attention, as
-        # OLMo 2 does.
+        # The norm before the MLP has another name in Gemma, where our name is a norm after the attention, as in OLMo 2.
         before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
         if before_mlp is None and not hasattr(layer, "post_feedforward_layernorm"):
             before_mlp = getattr(layer, "post_attention_layernorm", None)

@@ -1,5 +1,4 @@
-"""Turns names into models: embedded name, folder on the disk or Hub repository. Knows files and the Hub, not what the
-models are used for."""
+"""Turns names into models: a bundled name, a folder or a Hub repository."""
 
 from __future__ import annotations
 
@@ -19,17 +18,13 @@ from hf_dspark.utils.logging import warn_once
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 logger = logging.getLogger(__name__)
 
 FAST = "fast"
 DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
+    **dict.fromkeys(("float32", "fp32"), torch.float32),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float16", "fp16"), torch.float16),
 }
 
 
@@ -55,15 +50,14 @@ def load_target(
     revision: str | None = None,
     **model_options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a target and its tokenizer, ready to generate.
+    """Load a target and its tokenizer, ready to generate.
 
     Args:
-        name: embedded name, folder or Hub id (`resolve_target`).
-        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or `fast` for that, but float32 where it is
-            bfloat16 and the device does not compute in it (logged once).
-        device: where the model goes; default: where `from_pretrained` leaves it (give `device_map` in `model_options`
-            to spread it).
-        revision: branch, tag or commit on the Hub.
+        name (`str` or `Path`): bundled name, folder or Hub id.
+        dtype (`str` or `torch.dtype`): a torch dtype, a name such as `bf16`, `auto` for the checkpoint's own, or `fast` for that, but
+            float32 where it is bfloat16 and the device does not compute in it (logged once).
+        device (*optional*): where the model goes; where `from_pretrained` leaves it by default (`device_map` spreads it).
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
         model_options: passed to `AutoModelForCausalLM.from_pretrained`.
     Returns:
         the model in evaluation mode and its tokenizer, which pads on the left and has a pad token (the end-of-text token where it brought
@@ -73,22 +67,16 @@ def load_target(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch_dtype = parse_dtype(dtype)
     source = resolve_target(name)
-    place = _place(device, model_options)
-    hub_options = {"revision": revision} if revision is not None else {}
+    model = _load(AutoModelForCausalLM, "target", name, source, dtype, device, revision, model_options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_stored_dtype(torch_dtype), **hub_options, **model_options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **({} if revision is None else {"revision": revision}))
     except OSError as error:
         raise _unreadable("target", name, revision, error) from error
     tokenizer.padding_side = "left"  # A batch is continued at its right end.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = _affordable(model, torch_dtype, place)
-    if device is not None:
-        model = model.to(device)
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def load_drafter(
@@ -99,37 +87,42 @@ def load_drafter(
     revision: str | None = None,
     **model_options: Any,
 ) -> DSparkDrafter:
-    """Loads a drafter, of this project's own format or a foreign one that `DSparkDrafter.from_pretrained` recognises.
+    """Load a drafter, in any format that `DSparkDrafter.from_pretrained` reads.
 
     Args:
-        name: embedded name, folder or Hub id (`resolve_drafter`).
-        dtype: a torch dtype, a name such as `bf16`, or `auto` for the checkpoint's own, or `fast` for that, but float32 where it is
-            bfloat16 and the device does not compute in it (logged once).
-        device: where the drafter goes; default: where `from_pretrained` leaves it.
-        revision: branch, tag or commit on the Hub.
+        name (`str` or `Path`): bundled name, folder or Hub id.
+        dtype (`str` or `torch.dtype`): as in `load_target`.
+        device (*optional*): where the drafter goes; where `from_pretrained` leaves it by default.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
         model_options: passed to `DSparkDrafter.from_pretrained`.
     Returns:
         the drafter in evaluation mode, not yet bound to a target (`generate` binds it).
     Raises:
         CheckpointError: if there is no such checkpoint, or it is partial, foreign or malformed.
     """
-    torch_dtype = parse_dtype(dtype)
-    source = resolve_drafter(name)
-    place = _place(device, model_options)
-    hub_options = {"revision": revision} if revision is not None else {}
+    return _load(DSparkDrafter, "drafter", name, resolve_drafter(name), dtype, device, revision, model_options)
+
+
+def _load(
+    model_class: Any,
+    role: str,
+    name: str | os.PathLike[str],
+    source: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    revision: str | None,
+    options: dict[str, Any],
+) -> Any:
+    """A model in the chosen dtype, on its device, in evaluation mode."""
+    chosen = parse_dtype(dtype)
+    place = _place(device, options)
+    where = {} if revision is None else {"revision": revision}
     try:
-        drafter = DSparkDrafter.from_pretrained(source, dtype=_stored_dtype(torch_dtype), **hub_options, **model_options)
+        model = model_class.from_pretrained(source, dtype="auto" if chosen == FAST else chosen, **where, **options)
     except OSError as error:
-        raise _unreadable("drafter", name, revision, error) from error
-    drafter = _affordable(drafter, torch_dtype, place)
-    if device is not None:
-        drafter = drafter.to(device)
-    return drafter.eval()
-
-
-def _stored_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """What `from_pretrained` takes for a dtype of ours."""
-    return "auto" if dtype == FAST else dtype
+        raise _unreadable(role, name, revision, error) from error
+    model = _affordable(model, chosen, place)
+    return (model if device is None else model.to(device)).eval()
 
 
 def _place(device: str | torch.device | None, model_options: Mapping[str, Any]) -> torch.device | None:

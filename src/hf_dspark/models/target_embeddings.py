@@ -1,6 +1,4 @@
-"""The target's embedding and head, borrowed: finding them, checking that they fit, holding them outside the module tree.
-Knows the target's modules and the drafter's config; knows no backbone and no decoding.
-"""
+"""The embedding and head of a drafter's target: finding them, checking that they fit, using them outside the module tree."""
 
 from __future__ import annotations
 
@@ -16,28 +14,34 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_dspark.checkpoints.tensor_files import EMBEDDING_KEY, LM_HEAD_KEY, TensorRecord, same_weights
-from hf_dspark.configuration_dspark import DSparkConfig, check_tap_ids
+from hf_dspark.configuration_dspark import DSparkConfig, check_tapped_layers
 from hf_dspark.errors import BindingError, CheckpointError
 
 logger = logging.getLogger(__name__)
 
 
-class Borrowed:
-    """The target's embedding and head, outside the module tree: not saved, moved, cast or copied with the drafter."""
+class TargetEmbeddings:
+    """The target's embedding and head, by reference: not saved, moved, cast or copied with the drafter.
 
-    def __init__(self, target: PreTrainedModel, embedding: nn.Module, head: nn.Module, softcap: float | None, raw: bool = False) -> None:
+    Args:
+        target (`PreTrainedModel` or a PEFT wrapper): whose they are; held weakly.
+        embedding, head (`nn.Module`): from `input_output_embeddings`.
+        raw (`bool`): leave out the target's embedding scale and logit soft-cap.
+    """
+
+    def __init__(self, target: PreTrainedModel, embedding: nn.Module, head: nn.Module, *, raw: bool) -> None:
         self.target = weakref.ref(target)
         self.embedding = embedding
         self.head = head
-        self.softcap = None if raw else softcap
         self.raw = raw
+        self.softcap = None if raw else getattr(target.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         self._reduced: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Borrowed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TargetEmbeddings:
         return self
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # A pickled drafter comes back unbound.
+        return type(None), ()  # a pickled drafter comes back unbound
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of `ids` `(...)`: `(..., d)`, scaled as the target scales them unless they are raw."""
@@ -51,18 +55,18 @@ class Borrowed:
             return self.embedding(ids)
 
     def logits(self, h: torch.Tensor, draft_ids: torch.Tensor | None) -> torch.Tensor:
-        """The head's logits of `h` `(..., d)`, at the draft ids only where they are given, soft-capped: `(..., V_draft)`."""
+        """Soft-capped logits of `h` `(..., d)`, at the draft ids or, without them, at all: `(..., V_draft)`."""
         head: Any = self.head
         plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks and not hasattr(head, "_hf_hook")
         if plain:
             weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
             if draft_ids is not None:
                 weight, bias = self._rows(weight, bias, draft_ids)
-            # As a plain matrix: a batch of one with odd strides would be multiplied by a copy of the whole head.
+            # As a 2-D matrix: for a batch of one with odd strides, matmul would copy the whole head.
             rows = h.to(weight.device, weight.dtype).reshape(-1, h.shape[-1])
             logits = F.linear(rows, weight, bias).reshape(*h.shape[:-1], weight.shape[0])
         else:
-            # Quantized heads and heads behind hooks take what the target's own layers would hand them.
+            # Quantized heads and heads with hooks get the dtype that the target's own layers give them.
             target = self.target()
             h = h if target is None else h.to(target.dtype)
             weight = getattr(head, "weight", None)
@@ -74,7 +78,7 @@ class Borrowed:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _rows(self, weight: torch.Tensor, bias: torch.Tensor | None, draft_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Copied once, not every round; again when the target's head moved or was written to.
+        # Copied once, not every round; again if the target's head moved or was written to.
         version = -1 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device, draft_ids.data_ptr(), len(draft_ids))
         if self._reduced is None or self._reduced[0] != key:
@@ -84,12 +88,16 @@ class Borrowed:
 
 
 def input_output_embeddings(target: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """The target's embedding and head modules, found through transformers' accessors, which PEFT wrappers forward."""
+    """The target's embedding and head modules, through transformers' accessors, which PEFT wrappers forward.
+
+    Raises:
+        BindingError: if the target has no embedding or no head.
+    """
     try:
         embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
     except (AttributeError, NotImplementedError) as error:
         raise BindingError(
-            f"{type(target).__name__} does not tell its input and output embeddings ({error}). A target is a transformers causal LM."
+            f"{type(target).__name__} has no accessor for its input and output embeddings ({error}). Pass a transformers causal LM."
         ) from error
     if embedding is None or head is None:
         lacks = "input embedding" if embedding is None else "language-model head"
@@ -98,7 +106,7 @@ def input_output_embeddings(target: PreTrainedModel) -> tuple[nn.Module, nn.Modu
 
 
 def check_fit(config: DSparkConfig, draft_token_ids: torch.Tensor | None, target: PreTrainedModel, embedding: nn.Module) -> None:
-    """Check that a target is one that a drafter with this config was made for.
+    """Refuse a target that a drafter with this config was not made for.
 
     Args:
         config (`DSparkConfig`): the drafter's.
@@ -120,7 +128,7 @@ def check_fit(config: DSparkConfig, draft_token_ids: torch.Tensor | None, target
     ]
     if config.num_target_layers is None:
         try:
-            check_tap_ids(config.target_layer_ids, text.num_hidden_layers)
+            check_tapped_layers(config.target_layer_ids, text.num_hidden_layers)
         except ValueError as error:
             wrong.append(f"taps: {error}")
     weight = getattr(embedding, "weight", None)
@@ -140,8 +148,7 @@ def check_fit(config: DSparkConfig, draft_token_ids: torch.Tensor | None, target
         raise BindingError(
             f"This drafter{made_for} does not fit the target {type(target).__name__}:\n"
             + "\n".join(f"  {line}" for line in wrong)
-            + "\nUse the target that it was trained for, or make a new one with "
-            "DSparkDrafter.from_target(target, ...)."
+            + "\nUse the target that it was trained for, or create a drafter with DSparkDrafter.from_target(target, ...)."
         )
     if config.target_model_type not in (None, text.model_type):
         logger.warning(
@@ -158,13 +165,13 @@ def check_carried(
     head: nn.Module,
     draft_token_ids: torch.Tensor | None = None,
 ) -> None:
-    """Compare the copies of embedding and head that a foreign file carried with the target's own.
+    """Compare the copies of embedding and head that a foreign checkpoint carries with the target's own.
 
     Args:
         carried (`Mapping[str, TensorRecord]`): the copies, by tensor name; may be empty.
-        draft_token_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): rows of the head that the copy holds; all where None.
         target (`PreTrainedModel` or a PEFT wrapper): the target.
         embedding, head (`nn.Module`): its embedding and head.
+        draft_token_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): rows of the head that the copy holds; all where None.
     Raises:
         BindingError: if one of them differs.
         CheckpointError: if the file is gone.
@@ -176,10 +183,7 @@ def check_carried(
             continue
         weight = getattr(module, "weight", None)
         if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
-            logger.warning(
-                "The target's %s is quantized or offloaded and could not be compared with the checkpoint's copy.",
-                key,
-            )
+            logger.warning("The target's %s is quantized or offloaded and could not be compared with the checkpoint's copy.", key)
             continue
         if not Path(record.path).exists():
             raise CheckpointError(f"{record.path} is gone, but its {key} must be compared with the target's. Load the drafter again.")
@@ -189,8 +193,7 @@ def check_carried(
             differs.append(f"{key}: stored {record.shape}, target's {tuple(weight.shape)}")
     if differs:
         raise BindingError(
-            "The drafter's checkpoint carries copies of the weights of the target that it was trained for, and "
-            f"those of {type(target).__name__} differ:\n"
+            f"The checkpoint carries weights of the target that the drafter was trained for; those of {type(target).__name__} differ:\n"
             + "\n".join(f"  {line}" for line in differs)
             + "\nBind it to the target that its model card names."
         )

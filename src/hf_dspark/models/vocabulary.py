@@ -1,94 +1,94 @@
-"""Token ids that a new drafter is made with: its mask token and the ids that it may propose. Knows tokenizers and configs;
-knows no modules and no drafter.
+"""The draft vocabulary: which target ids a drafter can propose.
+
+V is the target's vocabulary, V_draft the drafter's; a draft id is a column of the drafter's logits.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
-_MASK_NAMES = re.compile(r"mask|reserved|unused|gh_stars", re.IGNORECASE)
+from hf_dspark.configuration_dspark import DSparkConfig
 
 
-def mask_token_for(target: PreTrainedModel, tokenizer: Any = None, mask_token_id: int | None = None) -> int:
-    """The mask token of a new drafter: the given one, checked, or one chosen from the tokenizer.
+class DraftVocabularyMixin:
+    """Maps between draft ids and target ids for a drafter with `config` and, if its vocabulary is reduced, a buffer `d2t`.
 
-    Args:
-        target (`PreTrainedModel` or a PEFT wrapper): the causal LM to draft for.
-        tokenizer (*optional*): its tokenizer.
-        mask_token_id (`int`, *optional*): the id to use.
-    Returns:
-        `int`: the id.
-    Raises:
-        ValueError: if neither is given, none can be chosen, or the given one does not do.
+    Source: target id = draft id + d2t[draft id], as in EAGLE-3 and DeepSpec's checkpoints.
     """
-    vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    in_use = _token_ids_in_use(target)
-    if mask_token_id is not None:
-        _check_mask_token(mask_token_id, vocab_size, in_use, tokenizer)
-        return mask_token_id
-    if tokenizer is None:
-        raise ValueError("from_target needs tokenizer= (to choose a mask token that text does not use) or mask_token_id=; got neither.")
-    return choose_mask_token_id(tokenizer, vocab_size, in_use)
 
+    config: DSparkConfig
+    d2t: torch.Tensor
+    # What d2t was, its target ids `(V_draft,)`, and the draft id of each target id `(V,)`, -1 for none.
+    _draft_vocabulary: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None
 
-def choose_mask_token_id(tokenizer: Any, vocab_size: int, in_use: Iterable[int] = ()) -> int:
-    """Choose a token id for the drafter's mask that text never produces.
+    @property
+    def draft_token_ids(self) -> torch.Tensor | None:
+        """`torch.LongTensor` of shape `(V_draft,)`: target id of each draft id; `None` for the whole vocabulary."""
+        return None if self.config.draft_vocab_size is None else self._draft_maps()[0]
 
-    In this order: the tokenizer's own mask token; the last row of the embedding that no token of the tokenizer reaches;
-    an added token whose name says that it is spare (mask, reserved, unused; StarCoder's `<gh_stars>`, which SmolLM2
-    inherits), the last such one; the last added special token. Tokens in use (bos, eos, pad, unk and the like) and
-    tokens that the chat template writes are left out.
+    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Target ids of draft ids.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        vocab_size (`int`): rows of the target's embedding.
-        in_use (`Iterable[int]`): further ids to leave out.
-    Returns:
-        `int`: the id.
-    Raises:
-        ValueError: if there is no such token.
-    """
-    named = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
-    taken = {*in_use, *(i for name in named if (i := getattr(tokenizer, name, None)) is not None)}
-    own = getattr(tokenizer, "mask_token_id", None)
-    if own is not None and 0 <= own < vocab_size and own not in taken:
-        return own
-    added = tokenizer.added_tokens_decoder
-    highest = max(len(tokenizer) - 1, *added, 0)
-    if vocab_size - 1 > highest and vocab_size - 1 not in taken:
-        return vocab_size - 1
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    spare = [
-        (token_id, str(token))
-        for token_id, token in sorted(added.items())
-        if 0 <= token_id < vocab_size and token_id not in taken and str(token) not in template
-    ]
-    by_name = [token_id for token_id, text in spare if _MASK_NAMES.search(text)]
-    special = [token_id for token_id, _ in spare if getattr(added[token_id], "special", False)]
-    if by_name or special:
-        return (by_name or special)[-1]
-    raise ValueError(
-        "The tokenizer has no spare token that could serve as the drafter's mask: no unused embedding row, no mask, "
-        "reserved or unused token. Pass mask_token_id= with a token that your text never contains."
-    )
+        Args:
+            draft_ids (`torch.LongTensor` of any shape): indices into the last dimension of `base_logits`.
+        Returns:
+            `torch.LongTensor` of the same shape.
+        """
+        return draft_ids if self.config.draft_vocab_size is None else draft_ids + self.d2t[draft_ids]
+
+    def values_at(self, values: torch.Tensor, target_ids: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
+        """Look up values over the draft vocabulary at target ids.
+
+        Args:
+            values (`torch.Tensor` of shape `(..., V_draft)`): p_d, or logits.
+            target_ids (`torch.LongTensor` of shape `(...,)`): one a distribution.
+            outside (`float`): value of tokens that the drafter cannot propose.
+        Returns:
+            `torch.Tensor` of shape `(...,)`.
+        """
+        if self.config.draft_vocab_size is None:
+            return values.gather(-1, target_ids[..., None])[..., 0]
+        draft_ids = self._draft_maps()[1].to(values.device)[target_ids]
+        found = values.gather(-1, draft_ids.clamp(min=0)[..., None])[..., 0]
+        return torch.where(draft_ids >= 0, found, outside)
+
+    def widen(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """Spread values over the draft vocabulary onto the target's.
+
+        Args:
+            values (`torch.Tensor` of shape `(..., V_draft)`): p_d, or logits with `fill=-inf`.
+            fill (`float`): value of tokens that the drafter cannot propose.
+        Returns:
+            `torch.Tensor` of shape `(..., V)`; `values` itself for the whole vocabulary.
+        """
+        ids = self.draft_token_ids
+        if ids is None:
+            return values
+        wide = values.new_full((*values.shape[:-1], self.config.vocab_size), fill)
+        return wide.index_copy_(-1, ids.to(wide.device), values)
+
+    def _draft_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target id of each draft id, and draft id of each target id; computed once a content of `d2t`."""
+        version = -1 if self.d2t.is_inference() else self.d2t._version
+        key = (self.d2t.data_ptr(), version, self.d2t.device)
+        if self._draft_vocabulary is None or self._draft_vocabulary[0] != key:
+            draft_ids = torch.arange(len(self.d2t), device=self.d2t.device)
+            target_ids = self.d2t + draft_ids
+            inverse = torch.full((self.config.vocab_size,), -1, device=self.d2t.device).scatter_(0, target_ids, draft_ids)
+            self._draft_vocabulary = (key, target_ids, inverse)
+        return self._draft_vocabulary[1:]
 
 
 def check_draft_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Draft ids as the drafter keeps them: on the CPU, int64, ascending.
+    """Validate the target ids of a draft vocabulary.
 
     Args:
         ids (`torch.LongTensor` of shape `(V_draft,)`): target ids, in any order.
         vocab_size (`int`): V, the target's vocabulary.
     Returns:
-        `torch.LongTensor` of shape `(V_draft,)`.
+        `torch.LongTensor` of shape `(V_draft,)`: on the CPU, ascending.
     Raises:
         ValueError: if they are not a list of distinct ids of the target.
     """
@@ -101,31 +101,3 @@ def check_draft_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
     if (ids[1:] == ids[:-1]).any():
         raise ValueError(f"draft_token_ids must not repeat; {int((ids[1:] == ids[:-1]).sum())} of {len(ids)} do.")
     return ids
-
-
-def _check_mask_token(mask_token_id: int, vocab_size: int, in_use: set[int], tokenizer: Any) -> None:
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"mask_token_id must be a row of the target's embedding, 0..{vocab_size - 1}; got {mask_token_id}.")
-    named = ("bos_token_id", "eos_token_id", "pad_token_id")
-    if mask_token_id in in_use | {getattr(tokenizer, name, None) for name in named}:
-        raise ValueError(
-            f"mask_token_id {mask_token_id} is the target's bos, eos or pad token; the drafter could not tell it from "
-            "text. Choose a token that the tokenizer does not use, or pass tokenizer= and let one be chosen."
-        )
-    if tokenizer is not None and mask_token_id < len(tokenizer) and mask_token_id not in tokenizer.added_tokens_decoder:
-        logger.warning(
-            "mask_token_id %d (%r) is an ordinary token of the tokenizer.",
-            mask_token_id,
-            tokenizer.decode([mask_token_id]),
-        )
-
-
-def _token_ids_in_use(target: PreTrainedModel) -> set[int]:
-    """bos, eos and pad ids of the target's config and generation config."""
-    found: set[int] = set()
-    text = target.config.get_text_config(decoder=True)
-    for config in (target.config, text, getattr(target, "generation_config", None)):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    return found

@@ -1,9 +1,8 @@
 """Ragged target passes: rows of different length flattened into one sequence, exactly, at the cost of their sum.
 
-Linear layers see `(1, T)` tokens, T = sum of the rows' new tokens; only attention knows that they belong to different rows. It learns so
-from a `RaggedPass` in a context variable, because many models do not hand keyword arguments down. While no pass is active the registered
+Linear layers see `(1, T)` tokens, T = sum of the rows' new tokens; only attention is told that they belong to different rows. It reads
+a `RaggedPass` from a context variable, because many models do not pass keyword arguments down. While no pass is active the registered
 attention and mask functions do what the model's own implementation does, so other threads that use the same target are not disturbed.
-Knows transformers' attention and cache interfaces; knows no drafter and no decoding loop.
 
 Source of the layout: paper section 5.2 (verification of sum(1 + l_r) tokens).
 """
@@ -24,7 +23,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
+from hf_dspark.cache.kv_cache import RowCache
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.utils.compat import CACHE_NAMES
 
@@ -66,7 +66,7 @@ class RaggedCache(Cache):
 
     # The mask builders ask for sizes; the mask is not used in a ragged pass.
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.store.lengths, default=0)
+        return 0 if self.layout is None else max(self.layout.starts)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
@@ -91,7 +91,7 @@ class RaggedCache(Cache):
 
 
 class RaggedPass:
-    """What attention must know during one flattened pass: the layout, and masks shared by all layers."""
+    """What attention reads during one flattened pass: the layout, and masks shared by all layers."""
 
     def __init__(self, layout: RowLayout) -> None:
         self.layout = layout
@@ -253,7 +253,7 @@ def _ragged_attention(
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS and not isinstance(given, bool))
     if unknown:
         raise UnsupportedTargetError(
-            f"{type(module).__name__} passes {unknown} to its attention function, which ragged verification does not know; allowed are "
+            f"{type(module).__name__} passes {unknown} to its attention function, which ragged verification does not support; allowed are "
             "scaling, sliding_window, softcap and s_aux. Decode this target at batch size 1, where transformers' own assisted loop drives "
             "the drafter.",
             one_row_works=True,

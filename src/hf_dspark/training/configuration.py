@@ -1,108 +1,137 @@
-"""Hyper-parameters of a training run and the schedules that follow from them. Does not know models, data or files."""
+"""What a user chooses: hyper-parameters of a run, the shape of a drafter, how responses are made. Loads no torch; the command line is made
+from these fields."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hf_dspark.training.losses import LossWeights
-from hf_dspark.training.optimizer import OPTIMIZERS
+from hf_dspark.errors import DataError
+
+SHORTEST_SELF_PROMPT = 3  # tokens that a self-prompt adds to its opening at least
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that is an option of the command line too.
+
+    Args:
+        default: value where the option is left out.
+        help (`str`): what the option does.
+        flag (`str`, *optional*): the option's name; that of the field where None.
+        least, most (`float`, *optional*): range, ends included.
+        above, below (`float`, *optional*): range, ends excluded.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "least": least, "most": most, "above": above, "below": below})
+
+
+def _check(record: Any, error: type[ValueError] = ValueError) -> None:
+    """Refuse a field that is out of its range or none of its choices."""
+    hints = get_type_hints(type(record))
+    for one in fields(record):
+        value, limits = getattr(record, one.name), one.metadata
+        allowed = []
+        if get_origin(hints[one.name]) is Literal:
+            choices = get_args(hints[one.name])
+            fits = value in choices
+            allowed.append(", ".join(choices))
+        else:
+            fits = True
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            for name, words, holds in (
+                ("least", "at least", lambda v, limit: v >= limit),
+                ("above", "above", lambda v, limit: v > limit),
+                ("most", "at most", lambda v, limit: v <= limit),
+                ("below", "below", lambda v, limit: v < limit),
+            ):
+                limit = limits.get(name)
+                if limit is not None:
+                    fits = fits and all(holds(v, limit) for v in values)
+                    allowed.append(f"{words} {limit}")
+        if not fits:
+            raise error(f"{one.name} is {value!r}; allowed: {' and '.join(allowed)}. Correct this option.")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Coefficients of L = a_ce CE + a_tv sum_k w_k ||p_d - p_t||_1 + a_conf BCE, with w_k = exp(-(k - 1) / decay).
+
+    Source: paper Eqs. 8-12 and the released recipe (0.1, 0.9, 1.0; decay 4.0 at block 7). Differs: `soft_labels` is ours.
+
+    Args:
+        cross_entropy, total_variation, confidence (`float`): a_ce, a_tv, a_conf.
+        decay (`float`): tokens after which a position's weight has fallen to 1/e.
+        soft_labels (`float`): share, in [0, 1], of the cross entropy taken against the target's whole distribution p_t instead of against
+            the one token of the data (the paper's form, 0).
+    """
+
+    cross_entropy: float = 0.1
+    total_variation: float = 0.9
+    confidence: float = 1.0
+    decay: float = 4.0
+    soft_labels: float = 0.0
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Hyper-parameters of one run; exactly one of `steps` and `minutes` sets its length and its schedule.
 
-    Source: paper section 3.2 (warm-up 4%, clip 1.0, loss weights), with the start of the cross entropy raised: its
-    initial value is 15 to 56 nats here and the L1 gradient nearly vanishes there.
+    With `steps` a resumed run repeats the uninterrupted one exactly (same machine, same thread count). With `minutes` the schedule follows
+    the elapsed share of that wall-clock time, evaluation and checkpoints included, over all resumes, and no two runs are the same.
 
-    With `steps` a resumed run repeats the uninterrupted one exactly (same machine, same thread count). With `minutes`
-    the schedule follows the elapsed share of that wall-clock time, and no two runs are the same.
+    Source: paper section 3.2 (warm-up 4%, clip 1.0, loss weights). Differs: the cross entropy starts with weight 1.0, since its initial
+        value is 15 to 56 nats
+    and the gradient of the L1 distance nearly vanishes there.
 
-    Args:
-        steps (`int`, *optional*): optimizer steps of the whole run.
-        minutes (`float`, *optional*): minutes of training, evaluation and checkpoints included, over all resumes.
-        batch_size (`int`): rows a step, over all processes and accumulated parts.
-        accumulation (`int`): parts that each process runs its share of a step's rows in, one after the other; the
-            gradient is that of the whole step.
-        num_anchors (`int`): at most this many blocks a row.
-        learning_rate (`float`): peak, after the warm-up.
-        warmup (`float`): share of the run with a linearly rising learning rate; a cosine to 0 follows.
-        clip (`float`): largest gradient norm.
-        optimizer (`str`): `"adamw"`, or `"muon"`: Muon on the backbone's matrices, AdamW on the rest.
-        weight_decay (`float`): of the optimizer.
-        ce_start, ce_end, ce_anneal (`float`): CE weight falls linearly from start to end over that first share of the
-            run.
-        total_variation, confidence, decay, soft_labels (`float`): see `LossWeights`.
-        chunk_positions (`int`): block positions whose logits exist at one time.
-        states_memory_gib (`float`): memory, in each process, that may hold the target's states of rows for later
-            passes over the data; 0 computes them anew at every step. Nothing is ever written to disk.
-        checkpoint_minutes, evaluation_minutes (`float`): cadence.
-        evaluation_rows (`int`): held-out rows of the evaluations on the way; the last evaluation takes all.
-        evaluation_anchors (`int`): blocks a held-out row.
-        log_every (`int`): steps a log line.
-        seed (`int`): of batches, anchors and evaluation.
     Raises:
         ValueError: naming the field that is out of range.
     """
 
-    steps: int | None = None
-    minutes: float | None = None
-    batch_size: int = 8
-    accumulation: int = 1
-    num_anchors: int = 64
-    learning_rate: float = 1.5e-3
-    warmup: float = 0.04
-    clip: float = 1.0
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    ce_start: float = 1.0
-    ce_end: float = 0.1
-    ce_anneal: float = 0.3
-    total_variation: float = 0.9
-    confidence: float = 1.0
-    decay: float = 4.0
-    soft_labels: float = 0.0
-    chunk_positions: int = 256
-    states_memory_gib: float = 0.0
-    checkpoint_minutes: float = 5.0
-    evaluation_minutes: float = 10.0
-    evaluation_rows: int = 64
+    steps: int | None = option(None, "Length of the run in steps; a resumed run repeats the uninterrupted one.", least=1)
+    minutes: float | None = option(None, "Length of the run by the clock.", above=0)
+    batch_size: int = option(8, "Rows a step, over all processes.", least=1)
+    accumulation: int = option(1, "Parts that a process runs its rows of a step in, to bound memory.", least=1)
+    num_anchors: int = option(64, "Blocks a row at most.", flag="--anchors", least=1)
+    learning_rate: float = option(1.5e-3, "Peak learning rate; warm-up, then cosine to 0.", flag="--lr", above=0, below=math.inf)
+    warmup: float = option(0.04, "Share of the run with a rising rate.", least=0, below=1)
+    clip: float = option(1.0, "Largest gradient norm.", above=0)
+    optimizer: Literal["adamw", "muon"] = option("adamw", "adamw, or muon: Muon on the backbone's matrices, AdamW on the others.")
+    weight_decay: float = option(0.0, "Decoupled.", least=0)
+    ce_start: float = option(1.0, "Weight of the cross entropy at the start ..", least=0)
+    ce_end: float = option(0.1, ".. and at the end of its annealing.", least=0)
+    ce_anneal: float = option(0.3, "Share of the run over which it falls.", least=0, below=1)
+    total_variation: float = option(0.9, "Weight of the L1 distance.", least=0)
+    confidence: float = option(1.0, "Weight of the confidence head's loss.", least=0)
+    decay: float = option(4.0, "Decay of the loss along the block, in tokens.", above=0)
+    soft_labels: float = option(0.0, "Share of the CE taken against the target's distribution.", least=0, most=1)
+    chunk_positions: int = option(256, "Block positions whose logits exist at one time: bounds memory.", flag="--chunk", least=1)
+    states_memory_gib: float = option(
+        0.0,
+        "GiB of memory of each process that may hold the target's states for later passes over the data. Nothing goes to disk.",
+        flag="--states-memory",
+        least=0,
+        below=math.inf,
+    )
+    checkpoint_minutes: float = option(5.0, "Minutes between checkpoints.", above=0)
+    evaluation_minutes: float = option(10.0, "Minutes between evaluations.", above=0)
+    evaluation_rows: int = option(64, "Held-out rows of evaluations on the way; the last takes all.", least=1)
     evaluation_anchors: int = 32
     log_every: int = 10
-    seed: int = 0
+    seed: int = option(0, "The same seed gives the same run.", least=0)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps is {self.steps} and minutes is {self.minutes}; allowed: exactly one of them. Set the other to None.")
-        for name in (
-            "steps",
-            "minutes",
-            "batch_size",
-            "accumulation",
-            "num_anchors",
-            "learning_rate",
-            "clip",
-            "decay",
-            "chunk_positions",
-            "checkpoint_minutes",
-            "evaluation_minutes",
-            "evaluation_rows",
-            "evaluation_anchors",
-            "log_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; allowed: above 0. Correct the training configuration.")
-        for name in ("warmup", "ce_anneal"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 up to, not including, 1. It is a share of the run.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer is {self.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}. Correct the training configuration.")
-        if not 0 <= self.soft_labels <= 1:
-            raise ValueError(f"soft_labels is {self.soft_labels}; allowed: 0 to 1. It is a share of the cross entropy.")
-        if not 0 <= self.states_memory_gib < float("inf"):
-            raise ValueError(f"states_memory_gib is {self.states_memory_gib}; allowed: 0 or more. Leave a few GiB of the machine free.")
+        _check(self)
 
     def learning_rate_at(self, fraction: float) -> float:
         """Learning rate at an elapsed share of the run in [0, 1]: linear warm-up, then cosine to 0."""
@@ -121,3 +150,72 @@ class TrainingConfig:
             decay=self.decay,
             soft_labels=self.soft_labels,
         )
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """What a fresh drafter looks like and where its weights start.
+
+    Raises:
+        ValueError: naming the field that is out of range.
+    """
+
+    layers: int = option(2, "Backbone layers.", least=1)
+    block_size: int = option(7, "Tokens drafted a round; 1 is a one-token drafter in the manner of MTP-1.", least=1)
+    head: Literal["vanilla", "gated", "rnn", "none"] = option("vanilla", "Sequential head: vanilla, gated, rnn, or none (DFlash).")
+    rank: int = option(256, "Rank of the sequential head; for a drafter without one give --head none.", least=1)
+    taps: tuple[int, ...] | None = option(None, "A target layer to read; give it again for more. Default: five, spread.")
+    mask_token: str | None = option(None, "Token or id that text does not use. Default: chosen from the tokenizer.")
+    draft_vocab: int | None = option(None, "Draft only the so many most frequent tokens. Default: all.", least=1)
+    start: Literal["target", "random"] = option("target", "Backbone from the `target`'s last layers, or `random`.")
+    head_start: Literal["target", "random"] = option("target", "Sequential head from the `target`'s own next-token logits, or `random`.")
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How the target is made to write a prompt of its own.
+
+    Args:
+        source (`str`): domain of the prompts that come of it.
+        begin (`str`): the first words of the user's turn, which the target finishes.
+        system (`str`, *optional*): system prompt in front of it; the prompt is later answered without.
+        weight (`float`): how often it is chosen, relative to the others.
+    """
+
+    source: str = "self"
+    begin: str = ""
+    system: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How responses are made. All of it but the counts stays the same for a folder's life.
+
+    Args:
+        openings (`tuple[Opening, ...]`): how self-prompts begin; the other fields are options.
+    Raises:
+        DataError: naming the field that is out of range.
+    """
+
+    temperatures: tuple[float, ...] = option(
+        (0.0,), "Of responses; give several to mix, one a prompt. Default: 0.", flag="--temperature", least=0, below=math.inf
+    )
+    top_p: float = option(1.0, "Nucleus: above 0, at most 1 (all tokens).", above=0, most=1)
+    max_new_tokens: int = option(256, "New tokens a response at most.", least=1)
+    max_prompt_tokens: int = option(768, "Longer prompts are skipped (counted).", least=1)
+    seed: int = option(0, "The same seed gives the same output.", least=0)
+    thinking: bool = option(False, "Let the chat template switch thinking on.", flag="--thinking")
+    held_out: float = option(0.04, "Share of prompts to be held out, recorded for training.", least=0, below=1)
+    self_prompts: int = option(0, "Prompts that the target writes itself (Magpie).", flag="--self-prompt", least=0)
+    self_temperature: float = option(0.8, "Temperature at which it writes prompts.", above=0, below=math.inf)
+    self_tokens: int = option(96, "Tokens of a prompt it writes; longer ones are rejected.", least=SHORTEST_SELF_PROMPT + 1)
+    openings: tuple[Opening, ...] = (Opening(),)
+
+    def __post_init__(self) -> None:
+        _check(self, DataError)
+        if not self.temperatures or not self.openings:
+            raise DataError(f"temperatures is {self.temperatures}, openings is {self.openings}; allowed: one or more. Correct them.")

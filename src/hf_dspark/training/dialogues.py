@@ -1,81 +1,98 @@
-"""What the target is asked, turn by turn, and what becomes of its answers: the rows of one prompt, and prompts of its own. Knows chat
-templates and requests; knows no model and no files.
-
-Source of self-prompting: Magpie, arXiv 2406.08464: the template up to the start of the user's turn makes an aligned model write that turn.
-"""
+"""What the target is prompted with, turn by turn, and what becomes of its answers: the rows of one prompt, and prompts of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_dspark.errors import DataError
-from hf_dspark.training.conversations import ChatTemplate, Message, Opening, Prompt, prompt_key
+from hf_dspark.training.configuration import SHORTEST_SELF_PROMPT, DataSettings, Opening
+from hf_dspark.training.prompts import Message, Prompt, prompt_key
 from hf_dspark.training.row_sampler import Request
 
-_SHORTEST_PROMPT = 3  # tokens that a self-prompt must add to its opening
 
-
-@dataclass(frozen=True)
-class DataSettings:
-    """How responses are made. All of it but the counts stays the same for a folder's life.
+class ChatTemplate:
+    """A tokenizer's chat template.
 
     Args:
-        temperatures (`tuple[float, ...]`): each prompt gets one, by a hash of its id; 0 is greedy.
-        top_p (`float`): nucleus, in (0, 1].
-        max_new_tokens (`int`): tokens of one response at most.
-        max_prompt_tokens (`int`): longer prompts are skipped.
-        seed (`int`): with a row's id, the source of all its randomness.
-        thinking (`bool`): let the template switch thinking on, where it can.
-        held_out (`float`): share of prompts that are never trained on.
-        self_prompts (`int`): prompts that the target writes itself.
-        self_temperature (`float`): at which it writes them.
-        self_tokens (`int`): tokens of one of them at most; longer ones are cut off, and rejected.
-        openings (`tuple[Opening, ...]`): how they begin.
-    Raises:
-        DataError: for a value outside its range.
+        tokenizer (`PreTrainedTokenizerBase`): with a template or without; without one, only raw text can be encoded.
+        thinking (`bool`): passed on as `enable_thinking` where the template reads it.
     """
 
-    temperatures: tuple[float, ...] = (0.0,)
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 768
-    seed: int = 0
-    thinking: bool = False
-    held_out: float = 0.04
-    self_prompts: int = 0
-    self_temperature: float = 0.8
-    self_tokens: int = 96
-    openings: tuple[Opening, ...] = (Opening(),)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.source: str = tokenizer.chat_template or ""
+        self.name = str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
+        self._options = {"enable_thinking": thinking} if "enable_thinking" in self.source else {}
 
-    def __post_init__(self) -> None:
-        ranges = [
-            ("temperatures", self.temperatures, all(0 <= t < float("inf") for t in self.temperatures) and self.temperatures, "0 or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
-            ("max_prompt_tokens", self.max_prompt_tokens, self.max_prompt_tokens >= 1, "1 or more"),
-            ("held_out", self.held_out, 0 <= self.held_out < 1, "0 up to, not including, 1"),
-            ("self_prompts", self.self_prompts, self.self_prompts >= 0, "0 or more"),
-            ("self_temperature", self.self_temperature, 0 < self.self_temperature < float("inf"), "above 0"),
-            ("self_tokens", self.self_tokens, self.self_tokens > _SHORTEST_PROMPT, f"above {_SHORTEST_PROMPT}"),
-            ("openings", self.openings, bool(self.openings), "one or more"),
-        ]
-        for name, value, fine, allowed in ranges:
-            if not fine:
-                raise DataError(f"{name} is {value}; allowed: {allowed}. Correct the option.")
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """The text of a conversation, up to where the target's answer begins.
 
+        Raises:
+            DataError: if there is no template, or it refuses the conversation.
+        """
+        from jinja2.exceptions import TemplateError
 
-# ---------------------------------------------------------------------------------------------------------- one conversation
+        if not self.source:
+            raise DataError(
+                f'the tokenizer {self.name!r} has no chat template, so turns cannot be put to it; give prompts as {{"text": "raw text"}}, '
+                "or a tokenizer with a chat template."
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._options
+            )
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise DataError(
+                f"the chat template of {self.name!r} refuses the roles {roles}: {error}. Change or remove such rows."
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered text, which has its special tokens written out."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Token ids of a raw text, with the special tokens that the tokenizer puts in front."""
+        ids = list(self.tokenizer(text)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # A text that is to be continued has not ended.
+
+    def check(self) -> None:
+        """Refuse a template that does not open the answer.
+
+        Raises:
+            DataError: naming the tokenizer.
+        """
+        question, answer = [{"role": "user", "content": "question"}], "an-answer"
+        opened = self.render(question)
+        whole = self.render([*question, {"role": "assistant", "content": answer}], generation_prompt=False)
+        opens = whole.partition(answer)[0].rstrip() == opened.rstrip()
+        if not opens and opened == self.render(question, generation_prompt=False):
+            raise DataError(
+                f"the chat template of the tokenizer {self.name!r} has no generation prompt: with add_generation_prompt=True it does not "
+                'open the answer. Mend its template, or give prompts as {"text": "raw text"}.'
+            )
+
+    def user_turn(self, system: str | None) -> tuple[str, str]:
+        """What stands in front of the user's first turn, and what ends it."""
+        mark = "the-turn-of-the-user"
+        messages = [{"role": "system", "content": system}] if system else []
+        before, _, after = self.render([*messages, {"role": "user", "content": mark}], generation_prompt=False).partition(mark)
+        return before, after
 
 
 class Dialogue:
     """One prompt on its way through the target, turn by turn.
 
-    The ids that the target generated stay as they are: the next turn's text is put behind them. Where the template writes past answers
-    otherwise than it opened them (without their thinking, say), that cannot be, and the next turn begins a row of its own.
+    The ids that the target generated stay as they are: the next turn's text is appended to them. Where the template writes past answers
+    otherwise than it opened them (without their thinking, say), that is impossible, and the next turn begins a row of its own.
     """
 
     def __init__(self, prompt: Prompt, template: ChatTemplate, temperature: float) -> None:
@@ -130,7 +147,7 @@ class Dialogue:
         """Finish the row; returns all rows of this prompt."""
         if self.spans:
             part = f".{len(self.records)}" if self.records else ""
-            # Where later turns are rows of their own, all are told by the prompt that the conversation began with.
+            # Where later turns are rows of their own, the prompt that the conversation began with decides the side of all in the split.
             extra: dict[str, Any] = {"opening": self.records[0]["ids"][: self.records[0]["spans"][0][0]]} if self.records else {}
             if len(self.prompt.turns) > 1:
                 extra["turn_keys"] = [prompt_key([turn]) for turn in self.prompt.turns]
@@ -149,11 +166,10 @@ class Dialogue:
         return self.records
 
 
-# ------------------------------------------------------------------------------------------------------------ self-prompting
-
-
 class SelfPrompts:
     """Prompts that the target writes, by number. A number and the seed decide everything about one of them.
+
+    The template up to the start of the user's turn makes an aligned model write that turn. Source: Magpie, arXiv 2406.08464.
 
     Args:
         template (`ChatTemplate`): of the target.
@@ -201,7 +217,7 @@ class SelfPrompts:
         if self.special & set(ids):
             return None, "self-prompt with special tokens"
         text = (opening.begin + self.template.tokenizer.decode(ids)).strip()
-        if len(ids) < _SHORTEST_PROMPT or len(text) < 8:
+        if len(ids) < SHORTEST_SELF_PROMPT or len(text) < 8:
             return None, "self-prompt too short"
         return Prompt(opening.source, (("user", text),), name=self.id(number)), ""
 

@@ -1,36 +1,24 @@
-"""The training objective over sampled blocks and its metrics. Does not know models, files or training loops."""
+"""The training objective over sampled blocks (paper Eqs. 8-12), its gradient, and its metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-_CACHED_NUMBERS = 2**20  # of float32: 4 MiB
+from hf_dspark.models.modeling_dspark import DSparkDrafter
+from hf_dspark.training.blocks import Blocks, BlockTargets
+from hf_dspark.training.configuration import LossWeights
+from hf_dspark.training.target_states import TargetHead, TargetProbabilities, TargetStates, row_blocks
 
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Coefficients of the three terms, the decay along the block, and what the cross entropy is taken against.
-
-    Source: paper Eqs. 8-12 and the released recipe (0.1, 0.9, 1.0; decay 4.0 at block 7). Differs: `soft_labels` is ours.
-
-    Args:
-        cross_entropy, total_variation, confidence (`float`): coefficients.
-        decay (`float`): tokens after which a position's weight has fallen to 1/e.
-        soft_labels (`float`): share, in [0, 1], of the cross entropy taken against the target's whole distribution p_t instead of
-            against the one token of the data (the paper's form, 0).
-    """
-
-    cross_entropy: float = 0.1
-    total_variation: float = 0.9
-    confidence: float = 1.0
-    decay: float = 4.0
-    soft_labels: float = 0.0
+DraftLogits = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def position_weights(block_size: int, decay: float) -> Tensor:
@@ -51,106 +39,28 @@ def position_weights(block_size: int, decay: float) -> Tensor:
     return torch.exp(-torch.arange(block_size, dtype=torch.float32) / decay)
 
 
-@dataclass(frozen=True)
-class TargetProbabilities:
-    """The target's distribution at m row positions, on the draft vocabulary.
+def weight_totals(targets: BlockTargets, weights: LossWeights, label_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the terms of a step are divided by: sums of w_k over all supervised positions of all its parts.
 
     Args:
-        inside (`torch.Tensor` of shape `(m, draft_vocab)`): p_t on the draft ids, float32; sums to 1 - outside.
-        outside (`torch.Tensor` of shape `(m,)`): p_t's mass that no draft token can reach; 0 with the full vocabulary.
-        best (`torch.Tensor` of shape `(m,)`): draft index of the target's most likely token, -1 where it is outside.
+        targets (`BlockTargets`): of the whole step.
+        weights (`LossWeights`): whose decay gives w_k.
+        label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): as in `dspark_loss`.
+    Returns:
+        `tuple` of scalars: over positions whose label is in the draft vocabulary (for the CE), and over all.
     """
-
-    inside: Tensor
-    outside: Tensor
-    best: Tensor
-
-
-def row_blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows that elementwise work goes through one after the other: as many as a CPU's cache holds a few copies of; all at once on
-    an accelerator.
-
-    Args:
-        count (`int`): rows.
-        width (`int`): float32 numbers of a row.
-        device (`torch.device`): where they are.
-    """
-    size = max(1, _CACHED_NUMBERS // width) if device.type == "cpu" else max(1, count)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+    mask, ids = targets.position_mask, targets.target_ids
+    w = position_weights(mask.shape[-1], weights.decay).to(mask.device) * mask
+    known = torch.ones_like(mask) if label_index is None else label_index.to(ids.device)[ids] >= 0
+    return (w * known).sum(), w.sum()
 
 
-class TargetHead:
-    """p_t from the target's last hidden states, for as few positions at a time as the caller asks for.
-
-    Holds a copy of a plain linear head with the draft tokens' rows first (vocab * hidden * bytes of its dtype; 57 MB
-    for
-    SmolLM2-135M in bf16), so that the draft columns of the logits are a slice. Any other head is called as a module.
-
-    Args:
-        output_embeddings (`torch.nn.Module`): the target's lm_head.
-        draft_token_ids (`torch.Tensor` of shape `(draft_vocab,)`, *optional*): target ids; None is the full vocabulary.
-        softcap (`float`, *optional*): final logit soft-cap c, logits <- c tanh(logits / c).
-    """
-
-    def __init__(self, output_embeddings: nn.Module, draft_token_ids: Tensor | None = None, *, softcap: float | None = None) -> None:
-        self._head = output_embeddings
-        self._ids = draft_token_ids
-        self._softcap = softcap
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-        if type(output_embeddings) is not nn.Linear:
-            return
-        weight, bias = output_embeddings.weight.detach(), output_embeddings.bias
-        if draft_token_ids is None:
-            self._weight, self._bias = weight, None if bias is None else bias.detach()
-        else:
-            ids = draft_token_ids.to(weight.device)
-            rest = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
-            rest[ids] = False
-            order = torch.cat([ids, rest.nonzero().squeeze(1)])
-            self._weight, self._bias = weight[order], None if bias is None else bias.detach()[order]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `(m, vocab)` before the soft-cap, in the head's dtype; draft columns come first where it is a plain linear layer."""
-        return self._head(hidden) if self._weight is None else F.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
-
-    @torch.no_grad()
-    def __call__(self, hidden: Tensor) -> TargetProbabilities:
-        """p_t at the given positions.
-
-        Args:
-            hidden (`torch.Tensor` of shape `(m, hidden)`): the target's last hidden states, after its final norm.
-        Returns:
-            `TargetProbabilities`: float32.
-        """
-        logits = self.logits(hidden)
-        count, vocab = logits.shape
-        size = vocab if self._ids is None else self._ids.numel()
-        ids = None if self._ids is None or self._weight is not None else self._ids.to(logits.device)
-        inside = torch.empty(count, size, device=logits.device)
-        best = torch.empty(count, dtype=torch.long, device=logits.device)
-        for block in row_blocks(count, vocab, logits.device):
-            z = logits[block].float()
-            if self._softcap is not None:
-                z = torch.tanh(z / self._softcap) * self._softcap
-            best[block] = z.argmax(dim=-1)
-            p = z.softmax(dim=-1)
-            inside[block] = p[:, :size] if ids is None else p[:, ids]
-        if self._ids is None:
-            return TargetProbabilities(inside, torch.zeros_like(inside[:, 0]), best)
-        if ids is None:
-            best = best.masked_fill(best >= size, -1)
-        else:
-            index = torch.full((vocab,), -1, dtype=torch.long, device=logits.device)
-            index[ids] = torch.arange(size, device=logits.device)
-            best = index[best]
-        return TargetProbabilities(inside, (1 - inside.sum(dim=-1)).clamp_(min=0), best)
+# ------------------------------------------------------------------------------------------------------------------ metrics
 
 
 @dataclass
 class Tally:
-    """Named sums kept as numerator and denominator, so that batches, groups and processes can be added exactly."""
+    """Named sums as numerator and denominator, so that batches, groups and processes can be added exactly."""
 
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -178,23 +88,17 @@ class Tally:
 
 @dataclass(frozen=True)
 class LossResult:
-    """The loss of one batch of blocks and what the metrics need.
+    """The loss of one batch of blocks and what the metrics need; per-position tensors have the shape `(batch, anchors, block_size)`.
 
     Args:
         loss (`torch.Tensor`): scalar, float32; gradients flow to the draft hidden states, the latents and the head.
-        terms (`dict[str, torch.Tensor]`): unweighted cross_entropy, total_variation (an L1 distance, 0 to 2),
-            confidence.
-        acceptance (`torch.Tensor` of shape `(batch, anchors, block_size)`): 1 - 0.5 L1(p_d, p_t), 0 where unsupervised.
-        agreement (`torch.Tensor` of shape `(batch, anchors, block_size)`): bool, both distributions have the same
-            arg-max.
-        confidence_error (`torch.Tensor` of shape `(batch, anchors, block_size)`): |c_k - acceptance|; None without a
-            head.
-        position_mask (`torch.Tensor` of shape `(batch, anchors, block_size)`): bool, as passed in.
-        labels_outside (`torch.Tensor`): scalar; supervised labels that are not in the draft vocabulary.
-        cross_entropy_per_position (`torch.Tensor` of shape `(batch, anchors, block_size)`): nats, 0 where masked from
-            the term.
-        label_inside (`torch.Tensor` of shape `(batch, anchors, block_size)`): bool, supervised and in the draft
-            vocabulary.
+        terms (`dict[str, torch.Tensor]`): unweighted cross_entropy (nats), total_variation (an L1 distance, 0 to 2), confidence (nats).
+        acceptance (`torch.Tensor`): 1 - 0.5 ||p_d - p_t||_1, 0 where unsupervised.
+        agreement (`torch.Tensor`): bool, both distributions have the same arg-max.
+        confidence_error (`torch.Tensor`, *optional*): |c_k - acceptance|.
+        position_mask (`torch.Tensor`): bool, supervised positions.
+        cross_entropy (`torch.Tensor`): nats, 0 where the label is outside the draft vocabulary.
+        label_inside (`torch.Tensor`): bool, supervised and in the draft vocabulary.
     """
 
     loss: Tensor
@@ -203,16 +107,15 @@ class LossResult:
     agreement: Tensor
     confidence_error: Tensor | None
     position_mask: Tensor
-    labels_outside: Tensor
-    cross_entropy_per_position: Tensor
+    cross_entropy: Tensor
     label_inside: Tensor
 
     def tally(self, rows: Tensor | None = None) -> Tally:
         """Metrics of all rows, or of those in a bool tensor of shape `(batch,)`.
 
-        `tau_sampled` and `tau_greedy` are teacher-forced estimates of the accepted length a round including the bonus
-        token (paper's convention), over blocks that are supervised to their end: 1 + E[accepted prefix] with
-        acceptance 1 - TV for T = 1, and with arg-max agreement for T = 0. They overstate decoding by about a tenth.
+        `tau_sampled` and `tau_greedy` are teacher-forced estimates of the accepted length a round including the bonus token (paper's
+        convention), over blocks that are supervised to their end: 1 + E[accepted prefix] with acceptance 1 - TV for T = 1, and with arg-max
+        agreement for T = 0. They overstate decoding by about a tenth.
         """
         mask = self.position_mask if rows is None else self.position_mask & rows.to(self.position_mask.device).view(-1, 1, 1)
         whole = mask.all(dim=-1)
@@ -220,140 +123,167 @@ class LossResult:
         tally = Tally()
         tally.add("acceptance", (self.acceptance * mask).sum(dim=(0, 1)), mask.sum(dim=(0, 1)))
         tally.add("agreement", (self.agreement & mask).sum(dim=(0, 1)), mask.sum(dim=(0, 1)))
-        for name, kept in (("tau_sampled", self.acceptance), ("tau_greedy", self.agreement.float())):
-            prefix = 1 + kept.cumprod(dim=-1).sum(dim=-1)
+        for name, survives in (("tau_sampled", self.acceptance), ("tau_greedy", self.agreement.float())):
+            prefix = 1 + survives.cumprod(dim=-1).sum(dim=-1)
             tally.add(name, (prefix * whole).sum(), whole.sum())
-        tally.add("cross_entropy", (self.cross_entropy_per_position * inside).sum(), inside.sum())
+        tally.add("cross_entropy", (self.cross_entropy * inside).sum(), inside.sum())
         tally.add("labels_outside", (mask & ~inside).sum(), mask.sum())
         if self.confidence_error is not None:
             tally.add("confidence_error", (self.confidence_error * mask).sum(), mask.sum())
         return tally
 
 
+# --------------------------------------------------------------------------------------------------------------------- loss
+
+
 @dataclass(frozen=True)
 class _Positions:
-    """Supervised positions in the order of their target positions, and everything a chunk of them needs."""
+    """The n supervised positions in the order of their target positions, and everything that a chunk of them needs."""
 
+    index: Tensor  # (n,) into the flattened (batch, anchors, block_size)
     labels: Tensor  # (n,) draft indices, -1 outside the draft vocabulary
     target_hidden: Tensor  # (u, d) one row for each distinct target position
     target_rows: Tensor  # (n,) non-decreasing, into target_hidden
-    ce_scale: Tensor  # (n,) coefficient of the cross entropy at each position, normalised; 0 for labels outside
-    soft_scale: Tensor  # (n,) coefficient of the cross entropy against p_t at each position, normalised
-    tv_scale: Tensor  # (n,) coefficient of the L1 distance at each position, normalised
-    draft_logits: Callable[[Tensor, Tensor | None], Tensor]
-    target: Callable[[Tensor], TargetProbabilities]
-    chunk: int
-    needs_grad: bool
-    soft: bool  # whether any of the cross entropy is taken against p_t
+    ce_share: Tensor  # (n,) w_k over its sum; 0 for labels outside
+    tv_share: Tensor  # (n,) w_k over its sum
+    weights: LossWeights
+
+    @classmethod
+    def of(
+        cls,
+        targets: BlockTargets,
+        target_hidden: Tensor,
+        weights: LossWeights,
+        label_index: Tensor | None,
+        totals: tuple[Tensor, Tensor] | None,
+    ) -> _Positions:
+        shape, device = targets.position_mask.shape, targets.position_mask.device
+        batch_rows = torch.arange(shape[0], device=device).view(-1, 1, 1)
+        flat_target = (batch_rows * target_hidden.shape[1] + targets.target_index).reshape(-1)
+        index = targets.position_mask.reshape(-1).nonzero().squeeze(1)
+        index = index[flat_target[index].argsort(stable=True)]
+        distinct, target_rows = flat_target[index].unique_consecutive(return_inverse=True)
+        labels = targets.target_ids.reshape(-1)[index]
+        labels = labels if label_index is None else label_index.to(device)[labels]
+        w = position_weights(shape[-1], weights.decay).to(device).expand(shape).reshape(-1)[index]
+        known = labels >= 0
+        known_total, total = ((w * known).sum(), w.sum()) if totals is None else (t.to(device) for t in totals)
+        ce_share = w * known / known_total.clamp(min=torch.finfo(torch.float32).tiny)
+        return cls(index, labels, target_hidden.reshape(-1, target_hidden.shape[-1])[distinct], target_rows, ce_share, w / total, weights)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """The supervised ones of `(batch, anchors, block_size, ..)`, `(n, ..)`."""
+        return values.reshape(-1, *values.shape[3:]).index_select(0, self.index)
+
+    def compare(
+        self, raw: Tensor, p_t: TargetProbabilities, here: slice, slopes: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """CE, CE against p_t, L1 distance and arg-max agreement of some positions, and where wanted the loss's gradient at their draft
+        logits.
+
+        With p = softmax(z), s = sign(p - p_t) and m the mass of p_t on the draft vocabulary, the gradient with respect to z is
+        a_ce (p - onehot) + a_soft (m p - p_t) + a_tv p (s - <p, s>), each coefficient times the position's share of the weights.
+        """
+        z = raw.float()
+        labels = self.labels[here]
+        columns = labels.clamp(min=0).unsqueeze(1)
+        agreement = z.argmax(dim=-1) == p_t.best
+        p_d = z.log_softmax(dim=-1)
+        cross_entropy = -p_d.gather(1, columns).squeeze(1) * (labels >= 0)
+        soft = self.weights.soft_labels
+        soft_cross_entropy = -(p_d * p_t.inside).sum(dim=-1) if soft else torch.zeros_like(cross_entropy)
+        p_d.exp_()
+        difference = p_d - p_t.inside
+        distance = torch.linalg.vector_norm(difference, ord=1, dim=-1) + p_t.outside
+        if not slopes:
+            return cross_entropy, soft_cross_entropy, distance, agreement, None
+        ce, soft_ce, tv = (scale[here].unsqueeze(1) for scale in self.scales)
+        signed = difference.sign_().mul_(p_d)
+        mean_sign = signed.sum(dim=-1, keepdim=True)
+        slope = signed.mul_(tv).addcmul_(p_d, ce - tv * mean_sign + soft_ce * (1 - p_t.outside).unsqueeze(1))
+        if soft:
+            slope.sub_(p_t.inside.mul_(soft_ce))
+        return cross_entropy, soft_cross_entropy, distance, agreement, slope.scatter_add_(1, columns, -ce)
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients of CE, CE against p_t and L1 at each position, `(n,)`."""
+        w = self.weights
+        hard = w.cross_entropy * (1 - w.soft_labels) * self.ce_share
+        return hard, w.cross_entropy * w.soft_labels * self.tv_share, w.total_variation * self.tv_share
 
 
-class _BlockObjective(torch.autograd.Function):
-    """sum_i ce_scale_i CE_i + soft_scale_i SCE_i + tv_scale_i L1_i with its gradient taken chunk by chunk in the forward pass.
-
-    The gradient with respect to the draft logits z, with p = softmax(z), s = sign(p - p_t) and m the mass of p_t on the draft vocabulary,
-    is ce_scale (p - onehot) + soft_scale (m p - p_t) + tv_scale p (s - <p, s>); it meets autograd again at `draft_logits`.
-    """
+class _ChunkedLoss(torch.autograd.Function):
+    """sum_i ce_i CE_i + soft_i SCE_i + tv_i L1_i, with its gradient taken chunk by chunk in the forward pass; it meets autograd again at
+    `draft_logits`."""
 
     @staticmethod
-    def forward(ctx: Any, positions: _Positions, hidden: Tensor, latent: Tensor | None, *parameters: Tensor) -> tuple[Tensor, ...]:
-        count = hidden.shape[0]
-        device = hidden.device
-        cross_entropy = torch.zeros(count, device=device)
-        soft_cross_entropy = torch.zeros(count, device=device)
-        distance = torch.zeros(count, device=device)
-        agreement = torch.zeros(count, dtype=torch.bool, device=device)
-        grads: list[Tensor | None] = []
-        if positions.needs_grad:
-            grads = [torch.zeros_like(hidden), None if latent is None else torch.zeros_like(latent)]
-            grads += [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-        for start in range(0, count, positions.chunk):
-            part = slice(start, min(start + positions.chunk, count))
-            with torch.set_grad_enabled(positions.needs_grad):
-                inputs = [hidden[part].detach().requires_grad_(positions.needs_grad)]
-                if latent is not None:
-                    inputs.append(latent[part].detach().requires_grad_(positions.needs_grad))
-                logits = positions.draft_logits(inputs[0], inputs[1] if latent is not None else None)
+    def forward(
+        ctx: Any,
+        positions: _Positions,
+        draft_logits: DraftLogits,
+        target: Callable[[Tensor], TargetProbabilities],
+        chunk: int,
+        needs_grad: bool,
+        hidden: Tensor,
+        latent: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        count, device = hidden.shape[0], hidden.device
+        measured = [torch.zeros(count, device=device) for _ in range(3)] + [torch.zeros(count, dtype=torch.bool, device=device)]
+        states = [hidden] if latent is None else [hidden, latent]
+        state_grads = [torch.zeros_like(state) for state in states] if needs_grad else []
+        grads = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters] if needs_grad else []
+        for start in range(0, count, chunk):
+            part = slice(start, min(start + chunk, count))
+            with torch.set_grad_enabled(needs_grad):
+                leaves = [state[part].detach().requires_grad_(needs_grad) for state in states]
+                logits = draft_logits(leaves[0], None if latent is None else leaves[1])
             raw = logits.detach()
-            slopes = torch.empty_like(raw) if positions.needs_grad else None
+            slopes = torch.empty_like(raw) if needs_grad else None
             rows = positions.target_rows[part]
             first = int(rows[0])
-            p_t = positions.target(positions.target_hidden[first : int(rows[-1]) + 1])
+            p_t = target(positions.target_hidden[first : int(rows[-1]) + 1])
             for block in row_blocks(raw.shape[0], raw.shape[1], device):
-                here = slice(start + block.start, start + block.stop)
-                index = rows[block] - first
-                inside, outside = p_t.inside[index], p_t.outside[index]
-                z = raw[block].float()
-                agreement[here] = z.argmax(dim=-1) == p_t.best[index]
-                labels = positions.labels[here].clamp(min=0).unsqueeze(1)
-                p_d = z.log_softmax(dim=-1)
-                cross_entropy[here] = -p_d.gather(1, labels).squeeze(1) * (positions.labels[here] >= 0)
-                if positions.soft:
-                    soft_cross_entropy[here] = -(p_d * inside).sum(dim=-1)
-                p_d.exp_()
-                difference = p_d - inside
-                distance[here] = torch.linalg.vector_norm(difference, ord=1, dim=-1) + outside
-                if slopes is None:
-                    continue
-                ce, tv, soft = (scale[here].unsqueeze(1) for scale in (positions.ce_scale, positions.tv_scale, positions.soft_scale))
-                signed = difference.sign_().mul_(p_d)
-                mean_sign = signed.sum(dim=-1, keepdim=True)
-                slope = signed.mul_(tv).addcmul_(p_d, ce - tv * mean_sign + soft * (1 - outside).unsqueeze(1))
-                if positions.soft:
-                    slope.sub_(inside.mul_(soft))
-                slopes[block] = slope.scatter_add_(1, labels, -ce)
+                here, of = slice(start + block.start, start + block.stop), rows[block] - first
+                *found, slope = positions.compare(
+                    raw[block], TargetProbabilities(p_t.inside[of], p_t.outside[of], p_t.best[of]), here, needs_grad
+                )
+                for values, piece in zip(measured, found, strict=True):
+                    values[here] = piece
+                if slopes is not None and slope is not None:
+                    slopes[block] = slope
             if slopes is None:
                 continue
-            wanted = [*inputs, *parameters]
-            found = torch.autograd.grad(logits, wanted, slopes, allow_unused=True)
-            grads[0][part] = found[0]  # type: ignore[index]
-            if latent is not None:
-                grads[1][part] = found[1]  # type: ignore[index]
-            for total, piece in zip(grads[2:], found[len(inputs) :], strict=True):
+            pieces = torch.autograd.grad(logits, [*leaves, *parameters], slopes, allow_unused=True)
+            for grad, piece in zip(state_grads, pieces, strict=False):
+                grad[part] = piece
+            for grad, piece in zip(grads, pieces[len(leaves) :], strict=True):
                 if piece is not None:
-                    total += piece  # type: ignore[operator]
-        ctx.dtypes = [hidden.dtype, None if latent is None else latent.dtype, *(p.dtype for p in parameters)]
-        ctx.save_for_backward(*grads)
-        total_loss = (positions.ce_scale * cross_entropy).sum() + (positions.tv_scale * distance).sum()
-        total_loss = total_loss + (positions.soft_scale * soft_cross_entropy).sum()
+                    grad += piece
+        ctx.latent = latent is not None
+        ctx.dtypes = [tensor.dtype for tensor in (*states, *parameters)]
+        ctx.save_for_backward(*state_grads, *grads)
+        cross_entropy, soft_cross_entropy, distance, agreement = measured
         ctx.mark_non_differentiable(cross_entropy, distance, agreement)
-        return total_loss, cross_entropy, distance, agreement
+        ce, soft_ce, tv = positions.scales
+        loss = (ce * cross_entropy).sum() + (tv * distance).sum() + (soft_ce * soft_cross_entropy).sum()
+        return loss, cross_entropy, distance, agreement
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if grad is None else (grad * grad_outputs[0]).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return None, *scaled
-
-
-def weight_totals(
-    target_ids: Tensor, position_mask: Tensor, weights: LossWeights, label_index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """What the terms of a step are divided by: sums of w_k over all supervised positions of all its parts.
-
-    Args:
-        target_ids (`torch.Tensor` of shape `(batch, anchors, block_size)`): labels, target ids.
-        position_mask (`torch.Tensor` of shape `(batch, anchors, block_size)`): bool, supervised positions.
-        weights (`LossWeights`): whose decay gives w_k.
-        label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): as in `dspark_loss`.
-    Returns:
-        `tuple` of scalars: over positions whose label is in the draft vocabulary (for the CE), and over all.
-    """
-    w = position_weights(position_mask.shape[-1], weights.decay).to(position_mask.device) * position_mask
-    known = torch.ones_like(position_mask) if label_index is None else label_index.to(target_ids.device)[target_ids] >= 0
-    return (w * known).sum(), w.sum()
+        scaled: list[Tensor | None] = [(g * grad_outputs[0]).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return None, None, None, None, None, *(scaled if ctx.latent else [scaled[0], None, *scaled[1:]])
 
 
 def dspark_loss(
-    *,
     hidden: Tensor,
     latent: Tensor | None,
     confidence_logits: Tensor | None,
-    target_ids: Tensor,
-    target_index: Tensor,
-    position_mask: Tensor,
+    targets: BlockTargets,
     target_hidden: Tensor,
-    draft_logits: Callable[[Tensor, Tensor | None], Tensor],
+    *,
+    draft_logits: DraftLogits,
     target: Callable[[Tensor], TargetProbabilities],
     weights: LossWeights,
     parameters: Sequence[Tensor] = (),
@@ -363,100 +293,141 @@ def dspark_loss(
 ) -> LossResult:
     """a_ce CE + a_tv sum_k w_k ||p_d - p_t||_1 + a_conf BCE(c_k, 1 - 0.5 ||p_d - p_t||_1), teacher-forced.
 
-    Every term is a mean over supervised positions with the weights w_k (CE: over those whose label is in the draft
-    vocabulary). With a reduced draft vocabulary p_t keeps its full normalisation and its mass outside counts as L1
-    distance that no draft can remove. With soft labels that share of the CE is taken against p_t on the draft vocabulary.
+    Every term is a mean over supervised positions with the weights w_k (CE: over those whose label is in the draft vocabulary). With a
+    reduced draft vocabulary p_t has its full normalisation, and its mass outside counts as L1 distance that no draft can remove. With soft
+    labels that share of the CE is taken against p_t on the draft vocabulary.
 
     Source: paper Eqs. 8-12. Differs: the weights are normalised by their sum.
 
-    Memory: logits exist for one chunk of n positions at a time, and p_t once for each distinct target position in it
-    (m <= n). Peak, in bytes: n V_d (2 logits in bf16 + 2 their gradient) + m (2 V + 4 V_d), and on a CPU a few blocks of
-    4 MiB besides (on an accelerator 16 n V_d + 8 m V: all rows at once); for n = 256, m = 128, V = 49,152,
-    V_d = 12,288: 31 MB. Nothing of vocabulary size survives the call but gradients of the head's own weights.
+    Memory in bytes, for n = chunk_positions and m <= n distinct target positions: n V_d (2 logits in bf16 + 2 their gradient) + m (2 V + 4
+    V_d), and on a CPU a few blocks of 4 MiB (on an accelerator 16 n V_d + 8 m V); 31 MB for n = 256, m = 128, V = 49,152, V_d = 12,288.
 
     Args:
         hidden (`torch.Tensor` of shape `(batch, anchors, block_size, hidden)`): h from the drafter.
-        latent (`torch.Tensor` of shape `(batch, anchors, block_size, rank)`, *optional*): the sequential head's
-            latents.
+        latent (`torch.Tensor` of shape `(batch, anchors, block_size, rank)`, *optional*): the sequential head's latents.
         confidence_logits (`torch.Tensor` of shape `(batch, anchors, block_size)`, *optional*): before calibration.
-        target_ids (`torch.Tensor` of shape `(batch, anchors, block_size)`): labels, target ids.
-        target_index (`torch.Tensor` of shape `(batch, anchors, block_size)`): row positions that give p_t.
-        position_mask (`torch.Tensor` of shape `(batch, anchors, block_size)`): bool, supervised positions.
+        targets (`BlockTargets`): labels, their positions, and which are supervised.
         target_hidden (`torch.Tensor` of shape `(batch, sequence, hidden)`): the target's last hidden states.
         draft_logits (`Callable`): `(h (n, hidden), latent (n, rank) or None) -> (n, draft_vocab)` logits U + B.
         target (`Callable`): `(m, hidden) -> TargetProbabilities`, for example a `TargetHead`.
         weights (`LossWeights`): coefficients.
         parameters: tensors used by `draft_logits` that want a gradient (the head's second matrix).
-        label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): draft index of each target id, -1 where it has
-            none.
-        chunk_positions (`int`): n above.
-        totals (`tuple[torch.Tensor, torch.Tensor]`, *optional*): from `weight_totals` of the whole step, where this call
-            sees a part of it; the losses of all parts then add up to that of the whole. A part may be without a
-            supervised position. By default this call's own positions are the whole.
-    Returns:
-        `LossResult`: the loss, its terms, and per-position acceptance and agreement.
+        label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): draft index of each target id, -1 where it has none.
+        chunk_positions (`int`): n above: positions whose logits exist at one time.
+        totals (*optional*): `weight_totals` of the whole step where this call sees a part of it, which may be without a supervised
+            position; the losses of all parts then add up to that of the whole.
     Raises:
-        ValueError: if no position is supervised in a whole step, or chunk_positions is below 1.
+        ValueError: if no position is supervised in a whole step.
     """
-    if chunk_positions < 1:
-        raise ValueError(f"chunk_positions is {chunk_positions}; allowed: 1 or more. Use 128 to 512.")
-    if totals is None and not bool(position_mask.any()):
+    if totals is None and not bool(targets.position_mask.any()):
         raise ValueError("no supervised position in this batch; allowed: one or more. Drop rows with fewer than two response tokens.")
-    shape, device = position_mask.shape, hidden.device
-    batch_rows = torch.arange(shape[0], device=device).view(-1, 1, 1)
-    flat_target = (batch_rows * target_hidden.shape[1] + target_index).reshape(-1)
-    kept = position_mask.reshape(-1).nonzero().squeeze(1)
-    kept = kept[flat_target[kept].argsort(stable=True)]
-    distinct, target_rows = flat_target[kept].unique_consecutive(return_inverse=True)
-
-    labels = target_ids.reshape(-1)[kept]
-    labels = labels if label_index is None else label_index.to(device)[labels]
-    w = position_weights(shape[-1], weights.decay).to(device).expand(shape).reshape(-1)[kept]
-    known = labels >= 0
-    known_total, total = ((w * known).sum(), w.sum()) if totals is None else (t.to(device) for t in totals)
-    ce_share = w * known / known_total.clamp(min=torch.finfo(torch.float32).tiny)
-    tv_share = w / total
-
-    needs_grad = torch.is_grad_enabled() and (
-        hidden.requires_grad or (latent is not None and latent.requires_grad) or any(p.requires_grad for p in parameters)
+    positions = _Positions.of(targets, target_hidden, weights, label_index, totals)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, latent, *parameters))
+    flat_latent = None if latent is None else positions.pick(latent)
+    loss, cross_entropy, distance, agreement = _ChunkedLoss.apply(
+        positions, draft_logits, target, chunk_positions, needs_grad, positions.pick(hidden), flat_latent, *parameters
     )
-    positions = _Positions(
-        labels=labels,
-        target_hidden=target_hidden.reshape(-1, target_hidden.shape[-1])[distinct],
-        target_rows=target_rows,
-        ce_scale=weights.cross_entropy * (1 - weights.soft_labels) * ce_share,
-        soft_scale=weights.cross_entropy * weights.soft_labels * tv_share,
-        soft=weights.soft_labels > 0,
-        tv_scale=weights.total_variation * tv_share,
-        draft_logits=draft_logits,
-        target=target,
-        chunk=chunk_positions,
-        needs_grad=needs_grad,
-    )
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
-    flat_latent = None if latent is None else latent.reshape(-1, latent.shape[-1]).index_select(0, kept)
-    loss, cross_entropy, distance, agreement = _BlockObjective.apply(positions, flat_hidden, flat_latent, *parameters)
     acceptance = (1 - 0.5 * distance).clamp(0, 1)
-    terms = {"cross_entropy": (ce_share * cross_entropy).sum(), "total_variation": (tv_share * distance).sum()}
+    terms = {"cross_entropy": (positions.ce_share * cross_entropy).sum(), "total_variation": (positions.tv_share * distance).sum()}
 
     def scatter(values: Tensor) -> Tensor:
-        return values.new_zeros(position_mask.numel()).index_copy_(0, kept, values).view(shape)
+        return values.new_zeros(targets.position_mask.numel()).index_copy_(0, positions.index, values).view(targets.position_mask.shape)
 
     confidence_error = None
     if confidence_logits is not None:
-        logit = confidence_logits.reshape(-1).index_select(0, kept).float()
-        term = (tv_share * F.binary_cross_entropy_with_logits(logit, acceptance, reduction="none")).sum()
+        logit = positions.pick(confidence_logits).float()
+        term = (positions.tv_share * F.binary_cross_entropy_with_logits(logit, acceptance, reduction="none")).sum()
         loss = loss + weights.confidence * term
         terms["confidence"] = term.detach()
         confidence_error = scatter((logit.detach().sigmoid() - acceptance).abs())
     return LossResult(
-        loss=loss,
-        terms=terms,
-        acceptance=scatter(acceptance),
-        agreement=scatter(agreement),
-        confidence_error=confidence_error,
-        position_mask=position_mask,
-        labels_outside=(~known).sum(),
-        cross_entropy_per_position=scatter(cross_entropy),
-        label_inside=scatter(known),
+        loss,
+        terms,
+        scatter(acceptance),
+        scatter(agreement),
+        confidence_error,
+        targets.position_mask,
+        scatter(cross_entropy),
+        scatter(positions.labels >= 0),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------------- module
+
+
+class BlockObjective(nn.Module):
+    """The loss of blocks under a drafter and its frozen target, as one module whose forward uses every weight, so that it can be sharded.
+
+    The target is no submodule: it is neither saved nor sharded with this.
+
+    Args:
+        drafter (`DSparkDrafter`): bound to the target.
+        target (`transformers.PreTrainedModel`): frozen.
+        chunk_positions (`int`): block positions whose logits exist at one time.
+        states_memory_gib (`float`): see `TargetStates`.
+    Attributes:
+        seconds_of (`dict[str, float]`): where the time of the calls since it was last emptied went.
+        label_index (`torch.Tensor` of shape `(vocab,)` or None): draft index of each target id, -1 where it has none.
+    """
+
+    def __init__(self, drafter: DSparkDrafter, target: PreTrainedModel, *, chunk_positions: int, states_memory_gib: float = 0.0) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.chunk_positions = chunk_positions
+        self.device = next(drafter.parameters()).device
+        self.states = TargetStates(target, drafter.config.target_layer_ids, memory_gib=states_memory_gib)
+        ids = drafter.draft_token_ids
+        text_config = target.config.get_text_config(decoder=True)
+        self.head = TargetHead(target.get_output_embeddings(), ids, softcap=getattr(text_config, "final_logit_softcapping", None))
+        self.label_index: Tensor | None = None
+        if ids is not None:
+            self.label_index = torch.full((text_config.vocab_size,), -1, dtype=torch.long, device=self.device)
+            self.label_index[ids] = torch.arange(ids.numel(), device=self.device)
+        self.seconds_of: dict[str, float] = {}
+
+    def forward(self, blocks: Blocks, weights: LossWeights, totals: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, LossResult]:
+        """The target's states, drafter and loss of some rows' blocks.
+
+        Args:
+            blocks (`Blocks`): of a whole step, or a part of it.
+            weights (`LossWeights`): coefficients.
+            totals (*optional*): `weight_totals` of the whole step, where the blocks are a part.
+        Returns:
+            the loss, which carries the gradient, and the whole result.
+        """
+        marks = [time.perf_counter()]
+        batch, targets = blocks.batch, blocks.targets.to(self.device)
+        taps, last = self.states.of_batch(batch.input_ids, batch.lengths)
+        marks.append(time.perf_counter())
+        positions = blocks.anchor_positions.to(self.device)
+        hidden = self.drafter.training_hidden(taps.to(self.device), batch.input_ids.to(self.device).gather(1, positions), positions)
+        head = self.drafter.markov_head
+        latent = None if head is None else head.block(targets.prev_ids, hidden)
+        confidence = self.drafter.confidence(hidden, targets.prev_ids)
+        marks.append(time.perf_counter())
+        result = dspark_loss(
+            hidden,
+            latent,
+            confidence,
+            targets,
+            last,
+            draft_logits=self._draft_logits,
+            target=self._target_probabilities,
+            weights=weights,
+            parameters=[] if head is None else [p for p in head.markov_w2.parameters() if p.requires_grad],
+            label_index=self.label_index,
+            chunk_positions=self.chunk_positions,
+            totals=totals,
+        )
+        marks.append(time.perf_counter())
+        for name, (a, b) in zip(("target_s", "backbone_s", "loss_s"), itertools.pairwise(marks), strict=True):
+            self.seconds_of[name] = self.seconds_of.get(name, 0.0) + b - a
+        return result.loss, result
+
+    def _draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
+        base, head = self.drafter.base_logits(hidden), self.drafter.markov_head
+        return base if latent is None or head is None else base + head.project(latent)
+
+    def _target_probabilities(self, hidden: Tensor) -> TargetProbabilities:
+        found = self.head(hidden.to(self.states.device))
+        return TargetProbabilities(found.inside.to(self.device), found.outside.to(self.device), found.best.to(self.device))

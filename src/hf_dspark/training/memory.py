@@ -1,4 +1,4 @@
-"""Tells the C library to keep freed memory. Knows glibc; knows no tensors."""
+"""Makes the C library reuse freed memory."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def keep_freed_memory() -> bool:
-    """Let malloc reuse large blocks instead of giving them back to the system at every free.
+def keep_freed_memory() -> None:
+    """Let malloc reuse large blocks instead of returning them to the system at every free, where the C library is glibc.
 
-    A training step on a CPU frees and asks again for buffers of tens of megabytes all the time. By default glibc maps
-    each one anew, and the kernel clears its pages one fault at a time; that can cost a third of the step. Costs memory
-    that stays with the process. Meant for programs, not for libraries: it changes the whole process.
-
-    Returns:
-        `bool`: whether the C library took it; False where it is not glibc.
+    A training step on a CPU frees and allocates buffers of tens of megabytes all the time. By default glibc maps each one anew, and the
+    kernel clears its pages one fault at a time; that can cost a third of the step. The memory stays with the process. For programs, not
+    for libraries: it changes the whole process.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # musl has no such function
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no such function
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,5 +1,4 @@
-"""AdamW, or Muon beside it, on float32 masters of low-precision weights, over one process or several. Does not know models, losses or
-files."""
+"""AdamW, or Muon beside it, on float32 masters of low-precision weights, whole or in shards."""
 
 from __future__ import annotations
 
@@ -12,23 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.training.sharding import gathered, like, whole
 from hf_dspark.utils.hardware import device_name, has_bf16
 from hf_dspark.utils.logging import warn_once
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = ("adamw", "muon")
-
 
 class MasterOptimizer:
     """AdamW or Muon on float32 copies of the parameters, which themselves stay in the dtype they compute in.
 
-    Muon orthogonalises the momentum of a matrix; it is for matrices between hidden states, which the caller names. Norms, biases and
-    the sequential head's vocabulary matrices stay with AdamW, and Muon's updates are scaled to the size of AdamW's, so that one learning
-    rate serves both.
-
-    Gradients of the parts of a step are added up in float32, and over processes where there are several.
+    Muon orthogonalises the momentum of a matrix; it is for matrices between hidden states, which the caller names. Norms, biases and the
+    sequential head's vocabulary matrices stay with AdamW, and Muon's updates are scaled to the size of AdamW's, so that one learning rate
+    serves both. Gradients of the parts of a step are added up in float32, and over processes where there are several.
 
     Source: torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`.
 
@@ -37,8 +31,8 @@ class MasterOptimizer:
         kind (`str`): `"adamw"` or `"muon"`.
         matrices: which of the parameters are Muon's.
         weight_decay (`float`): decoupled.
-        reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where the
-            gradients arrive reduced (one process, or FSDP).
+        reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where gradients arrive reduced (one
+            process, or FSDP).
     Raises:
         ValueError: for Muon where this torch has none, and on shards of matrices.
     """
@@ -54,6 +48,7 @@ class MasterOptimizer:
     ) -> None:
         self.parameters = list(parameters)
         self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
+        self._reduce = reduce
         chosen = {id(parameter) for parameter in matrices} if kind == "muon" else set()
         muons = [i for i, parameter in enumerate(self.parameters) if id(parameter) in chosen]
         others = [i for i, parameter in enumerate(self.parameters) if id(parameter) not in chosen]
@@ -64,7 +59,6 @@ class MasterOptimizer:
             self.parts.append((torch.optim.AdamW(of_others, lr=0.0, weight_decay=weight_decay, fused=True), others))
         if muons:
             self.parts.append((_muon([self.masters[i] for i in muons], weight_decay), muons))
-        self._reduce = reduce
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -83,32 +77,28 @@ class MasterOptimizer:
         """Accumulate, reduce, clip, step, copy back and drop the gradients.
 
         Returns:
-            `float`: gradient norm before clipping, the same in every process. When it is not finite no parameter
-                changes.
+            `float`: gradient norm before clipping, the same in every process. When it is not finite no parameter changes.
         """
         self.accumulate()
-        self._reduce_gradients()
-        norm = float(whole(nn.utils.clip_grad_norm_(self.masters, clip)))
+        if self._reduce is not None:
+            flat = torch.cat([torch.zeros_like(m).flatten() if m.grad is None else m.grad.flatten() for m in self.masters])
+            self._reduce(flat)
+            for master, piece in zip(self.masters, flat.split([m.numel() for m in self.masters]), strict=True):
+                master.grad = piece.view_as(master)
+        norm: Any = nn.utils.clip_grad_norm_(self.masters, clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(norm):
             for optimizer, _ in self.parts:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
-            self.copy_back()
+            self._copy_back()
         for optimizer, _ in self.parts:
             optimizer.zero_grad()
         return norm
 
-    def _reduce_gradients(self) -> None:
-        if self._reduce is None:
-            return
-        flat = torch.cat([torch.zeros_like(m).flatten() if m.grad is None else m.grad.flatten() for m in self.masters])
-        self._reduce(flat)
-        for master, piece in zip(self.masters, flat.split([m.numel() for m in self.masters]), strict=True):
-            master.grad = piece.view_as(master)
-
     @torch.no_grad()
-    def copy_back(self) -> None:
+    def _copy_back(self) -> None:
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             parameter.copy_(master)
 
@@ -129,10 +119,10 @@ class MasterOptimizer:
         return {"masters": [gathered(master, keep) for master in self.masters], "optimizers": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, whatever the number of processes was.
+        """Restore what `state_dict` returned, whatever the number of processes was.
 
         Raises:
-            CheckpointError: if the tensors have other shapes than this drafter's.
+            CheckpointError: if the tensors have other shapes than this drafter's, or belong to another optimizer.
         """
         saved = state["masters"]
         if [tuple(t.shape) for t in saved] != [tuple(t.shape) for t in self.masters]:
@@ -140,25 +130,23 @@ class MasterOptimizer:
                 f"the checkpoint holds {len(saved)} tensors that do not fit this drafter's {len(self.masters)}; allowed: the same "
                 "architecture. Start in another output folder."
             )
-        with torch.no_grad():
-            for master, value in zip(self.masters, saved, strict=True):
-                master.copy_(like(value, master))
-        # Checkpoints of AdamW alone, from before there was another, hold one state.
-        stored_states = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
-        if [len(s["param_groups"][0]["params"]) for s in stored_states] != [len(indices) for _, indices in self.parts]:
+        if [len(s["param_groups"][0]["params"]) for s in state["optimizers"]] != [len(indices) for _, indices in self.parts]:
             raise CheckpointError(
                 "the checkpoint is of another optimizer; allowed: the same. Give its --optimizer, or another output folder."
             )
-        for (optimizer, indices), stored in zip(self.parts, stored_states, strict=True):
+        with torch.no_grad():
+            for master, value in zip(self.masters, saved, strict=True):
+                master.copy_(_cut_like(value, master))
+        for (optimizer, indices), stored in zip(self.parts, state["optimizers"], strict=True):
             moments = {
                 index: {
-                    name: like(value, self.masters[indices[index]]) if torch.is_tensor(value) and value.dim() else value
+                    name: _cut_like(value, self.masters[indices[index]]) if torch.is_tensor(value) and value.dim() else value
                     for name, value in of_one.items()
                 }
                 for index, of_one in stored["state"].items()
             }
             optimizer.load_state_dict({**stored, "state": moments})
-        self.copy_back()
+        self._copy_back()
 
 
 def _muon(masters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
@@ -166,10 +154,27 @@ def _muon(masters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
         raise ValueError(f"optimizer is 'muon', which torch {torch.__version__} does not have; allowed: torch 2.9 or newer, or 'adamw'.")
     if any(type(master) is not Tensor for master in masters):
         raise ValueError("optimizer is 'muon', which needs whole matrices, and FSDP shards them; allowed here: 'adamw'.")
-    if masters and not has_bf16(masters[0].device):
+    if not has_bf16(masters[0].device):
         warn_once(
             logger,
             f"torch's Muon computes in bfloat16, which {device_name(masters[0].device)} does not: its steps take several times as long as "
             "AdamW's. Consider --optimizer adamw.",
         )
     return torch.optim.Muon(masters, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def gathered(tensor: Tensor, keep: bool) -> Tensor | None:
+    """A sharded tensor put together on the host, one at a time so that no accelerator ever holds them all; None where `keep` is False."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if keep else None
+
+
+def _cut_like(value: Tensor, shards: Any) -> Tensor:
+    """A whole tensor cut the way another one is sharded, or as it is where that one is whole."""
+    if not hasattr(shards, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(shards.device), shards.device_mesh, shards.placements)

@@ -1,5 +1,5 @@
 """Plain generation with rows that come and go: each request has its own temperature, length and randomness, so that its tokens do not
-depend on its neighbours. Knows the decoding loop; knows no text, no files and no training."""
+depend on its neighbours."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from hf_dspark.budgets.budget import StaticBudget
-from hf_dspark.cache.kv_cache import RowCache, RowLayout
-from hf_dspark.decoding.loop import Context, DecodingLoop
-from hf_dspark.decoding.row_processors import RowProcessors, RowStopping, Sequences
-from hf_dspark.decoding.verify import DraftBlock, Verdict
+from hf_dspark.cache.layout import RowLayout
+from hf_dspark.decoding.loop import check_finite
+from hf_dspark.decoding.prefill import prefill
+from hf_dspark.decoding.state import State
 from hf_dspark.targets.target import Target, check_length
 
 
@@ -46,8 +46,8 @@ class Request:
     ended: bool = False
 
 
-class RowSampler(DecodingLoop):
-    """The decoding loop without a drafter, in which every place is taken by one request after another.
+class RowSampler:
+    """Plain decoding in which every place is taken by one request after another.
 
     Args:
         model (`PreTrainedModel`): the target.
@@ -57,78 +57,64 @@ class RowSampler(DecodingLoop):
         UnsupportedTargetError: if ragged passes cannot be exact on this model.
     """
 
-    def __init__(self, model: Any, places: int, max_tokens: int) -> None:
-        target = Target(model, [])
+    def __init__(self, model: PreTrainedModel, places: int, max_tokens: int) -> None:
+        self.target = Target(model, [])
         check_length(model, max_tokens)
-        # The loop counts tokens of each place here; the tokens themselves are the request's.
-        sequences = Sequences(torch.empty(places, 0, dtype=torch.long, device=target.device), 1, 1)
-        super().__init__(
-            target,
-            None,
-            StaticBudget(0),
-            sequences,
-            RowProcessors([], places),
-            RowStopping([], places),
-            sample=False,
-            block_size=1,
-            context=Context(target=RowCache(max_tokens + 1)),
-        )
-        self.places: list[Request | None] = [None] * places
-        self.finished: list[Request] = []
+        self.places = places
+        self.state = State(self.target.device, limit=max_tokens + 1)
+        self._requests: dict[int, Request] = {}  # in flight, by number
+        self._next = 0
+        self._finished: list[Request] = []
         self._top_p: dict[float, TopPLogitsWarper] = {}
 
     @property
     def free(self) -> int:
         """Places without a request."""
-        return len(self.places) - len(self.live)
+        return self.places - self.in_flight
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being continued."""
+        return self.state.num_rows
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Read the requests' prompts and draw their first tokens; there must be as many free places."""
-        empty = [place for place, request in enumerate(self.places) if request is None][: len(requests)]
-        for place, request in zip(empty, requests, strict=True):
-            self.places[place] = request
-        device = self.sequences.ids.device
-        self.join(empty, [torch.tensor(request.prompt, device=device) for request in requests])
+        first, numbers = self.state.num_rows, range(self._next, self._next + len(requests))
+        self._next = numbers.stop
+        self._requests.update(zip(numbers, requests, strict=True))
+        prompts = [torch.tensor(request.prompt, device=self.state.device) for request in requests]
+        self.state.add_rows(numbers, prompts)
+        self._commit(prefill(self.target, None, self.state, prompts, first), first)
+
+    def round(self) -> None:
+        """One token for every request in flight."""
+        layout = RowLayout(self.state.context_lengths, [1] * self.in_flight, self.state.device)
+        logits, _ = self.target.forward(self.state.anchors, layout, self.state.target_cache)
+        self._commit(logits)
 
     def take_finished(self) -> list[Request]:
         """Requests that have come to their end since the last call."""
-        finished, self.finished = self.finished, []
+        finished, self._finished = self._finished, []
         return finished
 
-    def join(self, rows: Sequence[int], prompts: Sequence[torch.Tensor], known: int = 0) -> None:
-        first_row = len(self.live)
-        self.context.add_rows(len(rows))
-        logits = self._read(prompts, first_row, 0)
-        self.live.extend(rows)
-        tokens = self.choose(logits, rows)
-        self.anchors = torch.cat([self.anchors, tokens])
-        ended = [self.settle(row, [token], tokens, logits, logits)[1] for row, token in zip(rows, tokens.tolist(), strict=True)]
-        self.leave([first_row + index for index, over in enumerate(ended) if over])
-
-    def accept(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout) -> tuple[Verdict, torch.Tensor]:
-        tokens = self.choose(logits, self.live)
-        return Verdict(torch.zeros_like(tokens), tokens), logits
-
-    def choose(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """The next token of each row: the arg-max, or a draw by the inverse of the distribution function at the request's own number.
+    def choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """The next token of each request: the arg-max, or a draw by the inverse of the distribution function at the request's own number.
 
         Args:
             logits (`torch.Tensor` of shape `(R, V)`): the target's.
-            rows (`list[int]`): their places.
+            requests (`list[Request]`): R of them.
         Returns:
             `torch.LongTensor` of shape `(R,)`.
         Raises:
             RuntimeError: if a distribution holds NaN or infinity.
         """
-        logits = logits.to(self.anchors.device)
-        requests = [self.places[row] for row in rows]
-        drawn = [k for k, request in enumerate(requests) if request is not None and request.temperature > 0]
+        drawn = [k for k, request in enumerate(requests) if request.temperature > 0]
         greedy = sorted(set(range(len(requests))) - set(drawn))
         tokens = torch.empty(len(requests), dtype=torch.long, device=logits.device)
         if greedy:
             tokens[greedy] = logits[greedy].float().argmax(-1)  # On a CPU the arg-max of bfloat16 takes five times as long.
         if drawn:
-            tokens[drawn] = self._draw(logits[drawn].float(), [request for k in drawn if (request := requests[k]) is not None])
+            tokens[drawn] = self._draw(logits[drawn].float(), [requests[k] for k in drawn])
         return tokens
 
     def _draw(self, scores: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -141,18 +127,22 @@ class RowSampler(DecodingLoop):
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         below = scores.softmax(-1).cumsum(-1, dtype=wide)
         total = below[:, -1:]
-        self.require_sound(int(torch.isfinite(total).all()))
+        check_finite(int(torch.isfinite(total).all()))
         numbers = torch.tensor([[request.random.random()] for request in requests], dtype=wide).to(scores.device)
         # The first token whose cumulated probability exceeds the number: one without probability never does.
         return torch.searchsorted(below, numbers * total, right=True)[:, 0].clamp_max(scores.shape[1] - 1)
 
-    def settle(self, row: int, tokens: list[int], ids: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor) -> tuple[int, bool]:
-        request = self.places[row]
-        assert request is not None
-        request.tokens += tokens
-        request.ended = tokens[-1] in request.stop
-        over = request.ended or len(request.tokens) >= request.limit
-        if over:
-            self.places[row] = None
-            self.finished.append(request)
-        return len(tokens), over
+    def _commit(self, logits: torch.Tensor, first: int = 0) -> None:
+        """Draw the next token of the rows from place `first` on, and let those that end leave."""
+        requests = [self._requests[number] for number in self.state.requests[first:]]
+        tokens = self.choose(logits.to(self.state.device), requests)
+        self.state.commit(tokens[:, None], [1] * len(requests), tokens, first)
+        gone = []
+        for place, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True), first):
+            request.tokens.append(token)
+            request.ended = token in request.stop
+            if request.ended or len(request.tokens) >= request.limit:
+                self._finished.append(self._requests.pop(self.state.requests[place]))
+                gone.append(place)
+        if gone:
+            self.state.remove_rows(gone)

@@ -1,5 +1,4 @@
-"""Response rows and the files they lie in: JSONL, plain or gzipped, and Parquet. Knows one row at a time; knows no model, no batches and no
-generation."""
+"""Response rows and the files that hold them: JSONL, plain or gzipped, and Parquet."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ class ResponseRow:
         response_ids (`tuple[int, ...]`): what follows: the response; in a conversation of several turns the later turns too; never empty.
         temperature (`float`): the temperature the responses were drawn at (0 is greedy).
         ended (`bool`): True where the last response stopped by itself rather than at a length cap.
-        spans (`tuple[tuple[int, int], ...]`): where the responses lie in `ids`, half-open, increasing, the first one right behind
+        spans (`tuple[tuple[int, int], ...]`): where the responses are in `ids`, half-open, increasing, the first one right behind
             the prompt; left out, all of `response_ids` is one response.
         opening (`tuple[int, ...]`): of a later turn that is a row of its own, the prompt that its conversation began with.
     """
@@ -82,15 +81,15 @@ def row_from_record(record: Any, *, vocab_size: int | None, where: str) -> Respo
         if not spans:
             return None
         # What the last response is followed by was never answered, and trains nothing.
-        prompt, rest = ids[: spans[0][0]], ids[spans[0][0] : spans[-1][1]]
+        prompt, following = ids[: spans[0][0]], ids[spans[0][0] : spans[-1][1]]
     else:
         prompt = _token_ids(record, "prompt_ids", vocab_size, where)
         if record.get("response_ids") == []:
             return None
-        rest, spans = _token_ids(record, "response_ids", vocab_size, where), ()
+        following, spans = _token_ids(record, "response_ids", vocab_size, where), ()
     opening = _token_ids(record, "opening", vocab_size, where) if "opening" in record else ()
     source, ended = str(record.get("source", "unknown")), bool(record.get("ended", False))
-    return ResponseRow(source, prompt, rest, float(temperature), ended, spans, opening)
+    return ResponseRow(source, prompt, following, float(temperature), ended, spans, opening)
 
 
 def _token_ids(record: dict[str, Any], field: str, vocab_size: int | None, where: str) -> tuple[int, ...]:
@@ -191,7 +190,7 @@ def read_responses(paths: Iterable[str | Path], *, vocab_size: int | None = None
             where known `source`, `temperature`, `ended`.
         vocab_size (`int`, *optional*): ids at or above it are refused.
     Returns:
-        `list[ResponseRow]`: in file order; a row that an earlier file or line already holds is kept once, rows without response tokens are
+        `list[ResponseRow]`: in file order; a row that an earlier file or line already holds is read once, rows without response tokens are
         left out, counted in the log.
     Raises:
         DataError: naming file and line where a row is no JSON object or holds ids outside the vocabulary; also when there is no row at all.

@@ -1,5 +1,4 @@
-"""The training loop: frozen target in, trained drafter out, resumable, over one process or several. Does not know decoding, the Hub, or
-recipes."""
+"""The training loop: frozen target in, trained drafter out, resumable, over one process or several."""
 
 from __future__ import annotations
 
@@ -15,33 +14,29 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_dspark.adapters.lora import adapter_names
 from hf_dspark.errors import CheckpointError
-from hf_dspark.training.blocks import block_targets, sample_anchors
-from hf_dspark.training.configuration import TrainingConfig
-from hf_dspark.training.data import Batch, ResponseRow, can_train, collate, epoch_batches, ordered_batches
-from hf_dspark.training.files import RunFolder, flat_metrics
-from hf_dspark.training.identity import drafter_identity
-from hf_dspark.training.losses import LossResult, LossWeights, Tally, weight_totals
-from hf_dspark.training.objective import BlockObjective, Blocks
-from hf_dspark.training.optimizer import MasterOptimizer
-from hf_dspark.training.sharding import gathered, leave, shard
+from hf_dspark.models.modeling_dspark import DSparkDrafter
+from hf_dspark.training.blocks import cut_blocks
+from hf_dspark.training.configuration import LossWeights, TrainingConfig
+from hf_dspark.training.data import Batch, can_train, collate, epoch_batches, ordered_batches
+from hf_dspark.training.losses import BlockObjective, LossResult, Tally, weight_totals
+from hf_dspark.training.optimizer import MasterOptimizer, gathered
+from hf_dspark.training.processes import Processes, shard
+from hf_dspark.training.rows import ResponseRow
+from hf_dspark.training.run_folder import RunFolder, drafter_identity, flat_metrics
 
 _SKIPS_IN_A_ROW = 10
-_CADENCE = {
-    "checkpoint_minutes",
-    "evaluation_minutes",
-    "evaluation_rows",
-    "evaluation_anchors",
-    "log_every",
-    "chunk_positions",
-    "states_memory_gib",
-}
-# How a step's rows are shared out changes rounding, not the run.
-_SHARING = {"accumulation"}
+# Cadence, memory, and how a step's rows are shared out do not change the run, or its rounding only.
+_NOT_OF_THE_RUN = {
+    "checkpoint_minutes", "evaluation_minutes", "evaluation_rows", "evaluation_anchors", "log_every", "chunk_positions",
+    "states_memory_gib", "accumulation",
+}  # fmt: skip
+# Of the whole drafter, adapters left out: their thin matrices are AdamW's.
+_BACKBONE_MATRIX = re.compile(r"(^|\.)(fc|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.weight$")
 
 
 @dataclass
@@ -58,22 +53,18 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
-# Of the whole drafter, adapters left out: their thin matrices are AdamW's.
-_BACKBONE_MATRIX = re.compile(r"(^|\.)(fc|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.weight$")
-
-
 class Trainer:
     """Trains a bound drafter on responses of its frozen target.
 
-    MTP-1 (block_size 1) and DFlash (markov_rank 0) are configurations of the drafter, not other code. Batches, anchors
-    and schedule are functions of (seed, step), so a checkpoint needs no data state beyond the step.
+    MTP-1 (block_size 1) and DFlash (markov_rank 0) are configurations of the drafter, not other code. Batches, anchors and schedule are
+    functions of (seed, step), so a checkpoint needs no data state beyond the step.
 
     Several processes (`accelerate launch`) share the rows of each step. Every process cuts the blocks of the whole step and divides its
     share by the whole step's weights, so that the gradients add up to those of one process, whatever the number of processes and
     accumulated parts.
 
-    Files under `output`: `log.jsonl` (one event a line), `tensorboard/`, `checkpoints/step-*` (the last two, resumable after a kill at
-    any moment), `best` and `final` (drafters for `from_pretrained`).
+    Files under `output`: `log.jsonl` (one event a line), `tensorboard/`, `checkpoints/step-*` (the last two, resumable after a kill at any
+    moment), `best` and `final` (drafters for `from_pretrained`).
 
     Args:
         drafter (`DSparkDrafter`): bound to the target, in the dtype to compute in (bfloat16 on CPUs with bf16 units).
@@ -81,31 +72,31 @@ class Trainer:
         train_rows, held_out_rows: from `split_rows`; rows too short to hold an anchor are left out.
         config (`TrainingConfig`): hyper-parameters.
         output (`Path`): folder; created when missing. A checkpoint found in it is resumed.
-        announce (`Callable`): receives each event as a dictionary, besides the log file.
-        decode (`Callable`, *optional*): called at every evaluation with the drafter; returns figures of real decoding as
-            a dictionary, of which `tau` decides which weights are the best. Without it the teacher-forced estimate does.
+        announce (`Callable`, *optional*): receives each event as a dictionary, besides the log file.
+        decode (`Callable`, *optional*): called at every evaluation with the drafter; returns figures of real decoding as a dictionary, of
+            which `tau` decides which weights are the best. Without it the teacher-forced estimate does.
         accelerator (`accelerate.Accelerator`, *optional*): default: one of the launched processes.
         fsdp (`bool`): shard the drafter's weights, gradients and optimizer state over the processes; also on where
             `accelerate launch --use_fsdp` says so.
         identity (`dict`, *optional*): what else must be the same when a checkpoint is resumed, as JSON takes it.
     Raises:
-        ValueError: if no training row holds an anchor, the drafter is float16, an adapter is to be sharded, or drafter
-            and process have different devices.
+        ValueError: if no training row holds an anchor, the drafter is float16, an adapter is to be sharded, or drafter and process have
+            different devices.
         UnsupportedTargetError: if the target's head does not reproduce the target's own logits.
         CheckpointError: if the folder holds a checkpoint of another configuration or other data.
     """
 
     def __init__(
         self,
-        drafter: Any,
-        target: Any,
+        drafter: DSparkDrafter,
+        target: PreTrainedModel,
         train_rows: Sequence[ResponseRow],
         held_out_rows: Sequence[ResponseRow],
         config: TrainingConfig,
         output: Path | str,
         *,
         announce: Callable[[dict[str, Any]], None] | None = None,
-        decode: Callable[[Any], dict[str, Any]] | None = None,
+        decode: Callable[[DSparkDrafter], dict[str, Any]] | None = None,
         accelerator: Accelerator | None = None,
         fsdp: bool = False,
         identity: dict[str, Any] | None = None,
@@ -124,16 +115,13 @@ class Trainer:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
         self.device = next(drafter.parameters()).device
-        self.accelerator = accelerator or Accelerator(cpu=self.device.type == "cpu")
-        self.files = RunFolder(self.output, writes=self.accelerator.is_main_process)
+        self.processes = Processes(accelerator or Accelerator(cpu=self.device.type == "cpu"), self.device)
+        self.files = RunFolder(self.output, writes=self.processes.leads)
         self.objective = BlockObjective(drafter, target, chunk_positions=config.chunk_positions, states_memory_gib=config.states_memory_gib)
-        self.states = self.objective.states
-        self.objective.check_head(torch.tensor([self.rows[0].prompt_ids[:8] + self.rows[0].response_ids[:8]]))
-        self.processes = self.accelerator.num_processes
-        self._identity = {**drafter_identity(drafter), "decodes": decode is not None, **(identity or {})}
-        if self.processes > 1:
-            self._join_processes()
-        self.sharded = fsdp or getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        self.objective.head.check(self.objective.states, torch.tensor([self.rows[0].prompt_ids[:8] + self.rows[0].response_ids[:8]]))
+        self._fingerprint = self._identify({**drafter_identity(drafter), "decodes": decode is not None, **(identity or {})})
+        self.processes.start_alike(drafter)
+        self.sharded = fsdp or getattr(self.processes.accelerator.state, "fsdp_plugin", None) is not None
         if self.sharded:
             if adapter_names(drafter):
                 raise ValueError("an adapter is too small to be sharded; leave FSDP out, and let every process hold it whole.")
@@ -143,42 +131,22 @@ class Trainer:
             kind=config.optimizer,
             matrices=[p for name, p in self.objective.named_parameters() if p.dim() == 2 and _BACKBONE_MATRIX.search(name)],
             weight_decay=config.weight_decay,
-            reduce=torch.distributed.all_reduce if self.processes > 1 and not self.sharded else None,
+            reduce=torch.distributed.all_reduce if self.processes.count > 1 and not self.sharded else None,
         )
         self.progress = Progress()
         self._started = time.monotonic()
         self._skipped = 0
 
-    def _join_processes(self) -> None:
-        """Start every process from the first one's weights; refuse one that is not on its own device."""
-        if self.device.type != self.accelerator.device.type or (self.device.index or 0) != (self.accelerator.device.index or 0):
-            raise ValueError(
-                f"the drafter is on {self.device}, its process's own device is {self.accelerator.device}; allowed: the same. Leave "
-                "--device at auto under accelerate launch."
-            )
-        for tensor in self.drafter.state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
-
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def blocks(self, batch: Batch, *, num_anchors: int, generator: torch.Generator) -> Blocks:
-        """Draw a batch's anchors and cut its blocks."""
-        positions, valid = sample_anchors(batch.loss_mask, batch.lengths, num_anchors, generator)
-        size = self.drafter.config.block_size
-        targets = block_targets(batch.input_ids, batch.loss_mask, batch.lengths, positions, valid, size)
-        return Blocks(batch, positions, valid, targets)
-
     def batch_loss(self, batch: Batch, *, num_anchors: int, generator: torch.Generator, weights: LossWeights) -> LossResult:
-        """Anchors, taps, drafter and loss of one whole batch; `.loss` carries the gradient."""
+        """Anchors, target states, drafter and loss of one whole batch; `.loss` carries the gradient."""
         self.objective.seconds_of = {}
-        return self.objective(self.blocks(batch, num_anchors=num_anchors, generator=generator), weights)[1]
+        blocks = cut_blocks(batch, num_anchors=num_anchors, block_size=self.drafter.config.block_size, generator=generator)
+        return self.objective(blocks, weights)[1]
 
-    @property
-    def seconds_of(self) -> dict[str, float]:
-        """Seconds of the last batch or step, by stage."""
-        return self.objective.seconds_of
-
-    def _generator(self, *parts: object) -> torch.Generator:
+    def generator(self, *parts: object) -> torch.Generator:
+        """A generator that the seed and these parts decide, for instance `"anchors", step`."""
         digest = hashlib.sha256("/".join(map(str, (self.config.seed, *parts))).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -192,84 +160,69 @@ class Trainer:
 
     def parts(self, rows: int) -> list[slice]:
         """This process's share of a step's rows, one slice for each accumulated part; a short step leaves some of them empty."""
-        count = self.processes * self.config.accumulation
-        each = math.ceil(rows / count)
-        first = self.accelerator.process_index * self.config.accumulation
+        each = math.ceil(rows / (self.processes.count * self.config.accumulation))
+        first = self.processes.index * self.config.accumulation
         starts = [min(rows, (first + i) * each) for i in range(self.config.accumulation)]
         return [slice(start, min(rows, start + each)) for start in starts]
 
     def step(self, fraction: float) -> dict[str, Any]:
-        """One optimizer step; returns what the log wants to know of it.
+        """One optimizer step; returns what the log records of it, nothing at steps that are not logged.
 
         Args:
             fraction (`float`): elapsed share of the run, from which the schedules follow.
         """
-        config, step = self.config, self.progress.step
+        config, step, objective = self.config, self.progress.step, self.objective
         clock = time.perf_counter()
-        self.objective.seconds_of = {}
+        objective.seconds_of = {"backward_s": 0.0}
         # Dropout, where there is any, is a function of the step too.
-        torch.manual_seed(self._generator("dropout", step, self.accelerator.process_index).initial_seed())
+        torch.manual_seed(self.generator("dropout", step, self.processes.index).initial_seed())
         batch = self.batch_at(step)
-        blocks = self.blocks(batch, num_anchors=config.num_anchors, generator=self._generator("anchors", step))
+        blocks = cut_blocks(
+            batch,
+            num_anchors=config.num_anchors,
+            block_size=self.drafter.config.block_size,
+            generator=self.generator("anchors", step),
+        )
         weights = config.loss_weights_at(fraction)
-        targets = blocks.targets
-        totals = weight_totals(targets.target_ids, targets.position_mask, weights, self.objective.label_index)
-        loss, backward_s, tally = 0.0, 0.0, Tally()
-        terms: dict[str, float] = {}
-        wants_log = step % config.log_every == 0
+        totals = weight_totals(blocks.targets, weights, objective.label_index)
+        tally, losses = Tally(), {"loss": 0.0}
+        logged = step % config.log_every == 0
         for rows in self.parts(len(batch.rows)):
-            part_loss, result = self.objective(blocks.part(rows), weights, totals)
+            part_loss, result = objective(blocks.part(rows), weights, totals)
             mark = time.perf_counter()
             # Shards take means over processes of what has to be added up.
-            (part_loss * self.processes if self.sharded else part_loss).backward()
+            (part_loss * self.processes.count if self.sharded else part_loss).backward()
             self.optimizer.accumulate()
-            backward_s += time.perf_counter() - mark
-            if wants_log:
-                loss += float(result.loss.detach())
+            objective.seconds_of["backward_s"] += time.perf_counter() - mark
+            if logged:
                 tally.merge(result.tally())
-                terms = {name: terms.get(name, 0.0) + float(value) for name, value in result.terms.items()}
+                for name, value in {"loss": result.loss.detach(), **result.terms}.items():
+                    losses[name] = losses.get(name, 0.0) + float(value)
         # A step's learning rate is that of its middle: neither the first nor the last is 0.
         learning_rate = config.learning_rate_at(fraction if config.steps is None else (step + 0.5) / config.steps)
         norm = self.optimizer.step(learning_rate, config.clip)
+        anchors = int(blocks.targets.position_mask[:, :, 0].sum())
         self.progress.step += 1
         self.progress.tokens += int(batch.lengths.sum())
-        anchors = int(targets.position_mask[:, :, 0].sum())
         self.progress.anchors += anchors
         self._count_skips(norm)
-        if not wants_log:
+        if not logged:
             return {}
         seconds = time.perf_counter() - clock
-        sums = self._sum([loss, *terms.values()])
+        loss, *terms = self.processes.sum(torch.tensor(list(losses.values()), dtype=torch.float64)).tolist()
         return {
             "epoch": step // self.batches_an_epoch,
             "learning_rate": learning_rate,
-            "loss": sums[0],
+            "loss": loss,
             "norm": norm,
             "anchors": anchors,
             "anchors_per_s": round(anchors / seconds, 1),
-            "positions": int(targets.position_mask.sum()),
+            "positions": int(blocks.targets.position_mask.sum()),
             "width": batch.input_ids.shape[1],
-            "terms": {name: round(value, 5) for name, value in zip(terms, sums[1:], strict=True)},
-            "metrics": self._merge(tally).values(),
-            **{name: round(value, 4) for name, value in {**self.seconds_of, "backward_s": backward_s, "step_s": seconds}.items()},
+            "terms": {name: round(value, 5) for name, value in zip(list(losses)[1:], terms, strict=True)},
+            "metrics": self.processes.merge(tally).values(),
+            **{name: round(value, 4) for name, value in {**objective.seconds_of, "step_s": seconds}.items()},
         }
-
-    def _sum(self, values: list[float]) -> list[float]:
-        """Sums of these numbers over all processes."""
-        if self.processes == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64)
-        return self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum").tolist()
-
-    def _merge(self, tally: Tally) -> Tally:
-        """The tally of all processes."""
-        if self.processes == 1:
-            return tally
-        total = Tally()
-        for name, pair in tally.sums.items():
-            top, bottom = (self.accelerator.reduce(t.to(self.accelerator.device), reduction="sum").cpu() for t in pair)
-            total.add(name, top, bottom)
-        return total
 
     def _count_skips(self, norm: float) -> None:
         if math.isfinite(norm):
@@ -293,20 +246,15 @@ class Trainer:
         """Elapsed share of the run, in [0, 1], the same in every process."""
         if self.config.steps is not None:
             return self.progress.step / self.config.steps
-        return self._agree(min(1.0, self.seconds() / (60 * self.config.minutes)))  # type: ignore[operator]
-
-    def _agree(self, value: Any) -> Any:
-        """The first process's value in all processes: their clocks differ."""
-        if self.processes == 1:
-            return value
-        return broadcast_object_list([value])[0]
+        assert self.config.minutes is not None
+        return self.processes.agree(min(1.0, self.seconds() / (60 * self.config.minutes)))
 
     def train(self, *, stop_after: int | None = None) -> Progress:
         """Resume where the output folder stands, train to the end, evaluate, and save `best` and `final`.
 
         Args:
-            stop_after (`int`, *optional*): leave after this many steps of this call, with a checkpoint and without the
-                closing evaluation, as an interrupted run would.
+            stop_after (`int`, *optional*): leave after this many steps of this call, with a checkpoint and without the closing evaluation,
+                as an interrupted run would.
         Returns:
             `Progress`: the run's counters and its held-out curve.
         """
@@ -320,7 +268,7 @@ class Trainer:
             held_out_rows=len(self.held_out),
             batches_an_epoch=self.batches_an_epoch,
             parameters=sum(p.numel() for p in self.optimizer.parameters),
-            processes=self.processes,
+            processes=self.processes.count,
             config=asdict(config),
         )
         if self._finished():
@@ -334,18 +282,19 @@ class Trainer:
             record = self.step(fraction)
             if record:
                 self._log_step(record)
-            due = self._agree(
+            now = self.seconds()
+            evaluation_due, checkpoint_due = self.processes.agree(
                 (
-                    self.seconds() - self.progress.last_evaluation >= 60 * config.evaluation_minutes,
-                    self.seconds() - last_checkpoint >= 60 * config.checkpoint_minutes,
+                    now - self.progress.last_evaluation >= 60 * config.evaluation_minutes,
+                    now - last_checkpoint >= 60 * config.checkpoint_minutes,
                 )
             )
-            if due[0] and self.fraction() < 1:
-                self._evaluate_and_keep(config.evaluation_rows)
-            if due[1]:
+            if evaluation_due and self.fraction() < 1:
+                self._evaluate_and_save(config.evaluation_rows)
+            if checkpoint_due:
                 self.checkpoint()
                 last_checkpoint = self.seconds()
-        self._evaluate_and_keep(len(self.held_out), closing=True)
+        self._evaluate_and_save(len(self.held_out), closing=True)
         self._save("final")
         self.checkpoint()
         self._log("end", best_step=self.progress.best_step, best_score=self.progress.best_score)
@@ -357,7 +306,11 @@ class Trainer:
         curve = self.progress.curve
         evaluated = curve[-1]["step"] == self.progress.step if curve else not self.held_out
         ended = self.fraction() >= 1 and evaluated
-        return bool(self._agree(ended and (self.output / "final").is_dir() and (self.output / "best").is_dir()))
+        return self.processes.agree(ended and (self.output / "final").is_dir() and (self.output / "best").is_dir())
+
+    def close(self) -> None:
+        """Leave the process group, if there is one. Call it last in a process that was launched with others; training is over for it."""
+        self.processes.leave()
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -371,9 +324,8 @@ class Trainer:
         self.drafter.eval()
         weights = self.config.loss_weights_at(1.0)
         for number, chunk in enumerate(ordered_batches(rows, batch_size=self.config.batch_size)):
-            batch = collate(chunk)
-            generator = self._generator("evaluation", number)
-            result = self.batch_loss(batch, num_anchors=self.config.evaluation_anchors, generator=generator, weights=weights)
+            generator = self.generator("evaluation", number)
+            result = self.batch_loss(collate(chunk), num_anchors=self.config.evaluation_anchors, generator=generator, weights=weights)
             keys = [("all", f"T={row.temperature:g}", f"{row.source} T={row.temperature:g}") for row in chunk]
             for key in sorted({name for names in keys for name in names}):
                 mine = torch.tensor([key in names for names in keys])
@@ -391,19 +343,24 @@ class Trainer:
         return sum(known) / len(known) if known else None
 
     def _decoded(self) -> dict[str, Any] | None:
-        """Figures of real decoding, made by the first process and known to all."""
+        """Figures of real decoding, made by the first process and sent to all."""
         if self.decode is None:
             return None
         figures = None
         weights = self._whole_weights()
-        if self.accelerator.is_main_process:
-            drafter = self.drafter if weights is None else self._copy_with(weights)
+        if self.processes.leads:
+            drafter = self.drafter
+            if weights is not None:
+                drafter = type(drafter)(copy.deepcopy(drafter.config)).to(self.device, drafter.config.dtype)
+                drafter.load_state_dict(weights)
+                drafter.bind(self.objective.states.target)
             drafter.eval()
             figures = self.decode(drafter)
             drafter.train()
-        return self._agree(figures)
+        return self.processes.agree(figures)
 
-    def _evaluate_and_keep(self, count: int, *, closing: bool = False) -> None:
+    def _evaluate_and_save(self, count: int, *, closing: bool = False) -> None:
+        """Evaluate on so many held-out rows, and save the weights as `best` where they are."""
         decoded = self._decoded()
         if not self.held_out and decoded is None:
             if closing:
@@ -419,10 +376,10 @@ class Trainer:
             "score": score,
             **({} if decoded is None else {"decoded": decoded}),
         }
-        kept = {key: values for key, values in metrics.items() if key == "all" or key.startswith("T=")}
-        self.progress.curve.append({**point, **kept})
+        summary = {key: values for key, values in metrics.items() if key == "all" or key.startswith("T=")}
+        self.progress.curve.append({**point, **summary})
         self._log("evaluation", **point, closing=closing, metrics=metrics)
-        self._log_evaluation(metrics, decoded)
+        self.files.scalars(flat_metrics("held_out", summary) | flat_metrics("decoded", decoded or {}), self.progress.step)
         if decoded is not None:
             score = decoded["tau"]
         elif closing and count > self.config.evaluation_rows:
@@ -434,16 +391,12 @@ class Trainer:
             self._save("best")
         self.progress.last_evaluation = self.seconds()
 
-    def close(self) -> None:
-        """Leave the process group, if there is one. Call it last in a process that was launched with others; training is over for it."""
-        leave(self.accelerator)
-
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _log(self, event: str, **fields: Any) -> None:
         record = {"event": event, "step": self.progress.step, "seconds": round(self.seconds(), 2), **fields}
         self.files.log(record)
-        if self.announce is not None and self.accelerator.is_main_process:
+        if self.announce is not None and self.processes.leads:
             self.announce(record)
 
     def _log_step(self, record: dict[str, Any]) -> None:
@@ -452,66 +405,51 @@ class Trainer:
         scalars = {f"train/{name}": record[name] for name in names} | {f"loss/{name}": value for name, value in record["terms"].items()}
         self.files.scalars(scalars | flat_metrics("train", record["metrics"]), self.progress.step)
 
-    def _log_evaluation(self, metrics: dict[str, Any], decoded: dict[str, Any] | None) -> None:
-        scalars: dict[str, float] = {}
-        for key, values in metrics.items():
-            if key == "all" or key.startswith("T="):
-                scalars |= flat_metrics(f"held_out/{key}", values)
-        if decoded is not None:
-            scalars |= flat_metrics("decoded", decoded)
-        self.files.scalars(scalars, self.progress.step)
-
     def _whole_weights(self) -> dict[str, Tensor] | None:
         """The drafter's state put together from its shards, in the first process; None where it is whole anyway."""
         if not self.sharded:
             return None
-        keep = self.accelerator.is_main_process
-        found = {name: gathered(tensor.detach(), keep) for name, tensor in self.drafter.state_dict().items()}
+        found = {name: gathered(tensor.detach(), self.processes.leads) for name, tensor in self.drafter.state_dict().items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def _copy_with(self, weights: dict[str, Tensor]) -> Any:
-        """An unsharded drafter with these weights, bound to the same target."""
-        copied = type(self.drafter)(copy.deepcopy(self.drafter.config)).to(self.device, self.drafter.config.dtype)
-        copied.load_state_dict(weights)
-        return copied.bind(self.states.target)
 
     def _save(self, name: str) -> None:
         """Write the drafter as the subfolder `name`."""
         self.files.save_drafter(self.drafter, name, self._whole_weights())
-        self.accelerator.wait_for_everyone()
+        self.processes.accelerator.wait_for_everyone()
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _identify(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to. The rows are hashed here, once."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(repr((row.prompt_ids, row.response_ids, row.spans)).encode())
-        config = {name: value for name, value in asdict(self.config).items() if name not in _CADENCE | _SHARING}
-        return {**config, **self._identity, "rows": len(self.rows), "data": digest.hexdigest()}
+        config = {name: value for name, value in asdict(self.config).items() if name not in _NOT_OF_THE_RUN}
+        return {**config, **identity, "rows": len(self.rows), "data": digest.hexdigest()}
 
     def checkpoint(self) -> Path:
         """Write `checkpoints/step-*` whole or not at all."""
         state = {
             "progress": {**asdict(self.progress), "seconds": self.seconds()},
-            "fingerprint": self._fingerprint(),
-            "optimizer": self.optimizer.state_dict(keep=self.accelerator.is_main_process),
+            "fingerprint": self._fingerprint,
+            "optimizer": self.optimizer.state_dict(keep=self.processes.leads),
             "buffers": {name: buffer.cpu() for name, buffer in self.drafter.named_buffers() if name == "d2t"},
         }
         path = self.files.save_checkpoint(self.progress.step, state)
-        self.accelerator.wait_for_everyone()
+        self.processes.accelerator.wait_for_everyone()
         return path
 
     def resume(self) -> bool:
         """Load the newest whole checkpoint of the output folder; False where there is none."""
         found = self.files.newest_checkpoint()
         step = -1 if found is None else found[1]["progress"]["step"]
-        if self._agree(step) != step:
+        if self.processes.agree(step) != step:
             raise CheckpointError(
-                f"process {self.accelerator.process_index} finds step {step} in {self.output}, the first one another; allowed: the same. "
+                f"process {self.processes.index} finds step {step} in {self.output}, the first one another; allowed: the same. "
                 "Put the output on a file system that all of them share."
             )
         if found is None:
             return False
         path, state = found
-        mine, theirs = self._fingerprint(), state["fingerprint"]
+        mine, theirs = self._fingerprint, state["fingerprint"]
         differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         if differing:
             listed = ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in differing)

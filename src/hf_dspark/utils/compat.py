@@ -1,4 +1,4 @@
-"""Names that transformers has changed within the supported versions. Knows names; knows nothing else.
+"""Names that transformers has changed within the supported versions.
 
 Version 5.24 calls the key-value cache `cache` where versions before say `past_key_values`.
 """

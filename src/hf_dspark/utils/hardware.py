@@ -1,4 +1,4 @@
-"""What this machine is called, and which dtypes it computes in. Knows the operating system; knows no model."""
+"""What this machine is called, and which dtypes it computes in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log lines that are told once, however often their cause comes up. Knows nothing."""
+"""Log messages that appear once, however often their cause comes up."""
 
 from __future__ import annotations
 

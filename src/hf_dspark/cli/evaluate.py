@@ -1,0 +1,188 @@
+"""The commands `eval` and `bench`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_dspark.cli import options as opt
+from hf_dspark.cli.common import check_parent, figure, load_pair, print_json, progress
+
+DEFAULT_BUDGETS = "plain,full,static:1,static:2,static:4,threshold:0.5,load-aware,load-aware-lag2"
+_BENCH_PROMPTS = 512
+
+
+def evaluate(
+    prompts: opt.PromptFiles,
+    target: opt.Target = "smollm2",
+    drafter: opt.Drafter = "smollm2-dspark",
+    limit: opt.Limit = None,
+    max_new_tokens: opt.MaxNewTokens = 128,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = 1.0,
+    batch_size: opt.BatchSize = 1,
+    budget: opt.Budget = None,
+    copying: opt.Copying = True,
+    verification: opt.Verification = "block",
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="Also write the JSON object to this file.")] = None,
+) -> None:
+    """Measure accepted length, acceptance by position, and speed against the plain target and prompt lookup.
+
+    tau is the accepted length a round INCLUDING the target's own bonus token.
+    """
+    check_parent(output, "--output")
+    from hf_dspark.budgets.named import make_budget
+    from hf_dspark.evaluation.prompts import read_prompts
+    from hf_dspark.evaluation.speed import Bench, Sampling
+    from hf_dspark.evaluation.speed import evaluate as run
+    from hf_dspark.utils.files import atomic_write_json
+
+    sampling = Sampling(temperature, top_p)
+    if budget is not None:
+        make_budget(budget)  # a name that is unknown is refused before anything loads
+    files = {path.stem: read_prompts(path, limit) for path in prompts}
+    if len(files) < len(prompts) or "all" in files:
+        raise ValueError(f"results are reported under files' names: {', '.join(map(str, prompts))}; rename one of the same name, or `all`")
+    model, tokenizer, loaded = load_pair(target, drafter, dtype, device)
+    bench = Bench(model, loaded, tokenizer, sampling, max_new_tokens, budget, copying, verification, seed)
+    with progress("evaluating", sum(map(len, files.values()))) as advance:
+        found = run(bench, files, batch_size=batch_size, on_batch=advance)
+    record = {"target": target, "drafter": drafter, "prompts": [path.name for path in prompts], "limit": limit, **found}
+    if output is not None:
+        atomic_write_json(output, record)
+    if json:
+        print_json(record)
+    else:
+        _print_evaluation(record)
+
+
+def _print_evaluation(record: Mapping[str, Any]) -> None:
+    table = Table(title="tokens/s and acceptance (tau counts the target's bonus token)")
+    table.add_column("prompts")
+    greedy = record["identical_rows"] is not None
+    for heading in ("rows", "tau", "plain", "DSpark", "lookup", "speed-up", *(("same text",) if greedy else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    figures = {"tau": 2, "plain_tokens_per_s": 1, "dspark_tokens_per_s": 1, "prompt_lookup_tokens_per_s": 1, "speedup": 2}
+    for name, row in {**record["files"], "all": record}.items():
+        same = [f"{row['identical_rows']}/{row['rows']}"] if greedy else []
+        table.add_row(name, str(row["rows"]), *(figure(row[key], digits) for key, digits in figures.items()), *same)
+    console = Console()
+    console.print(table)
+    by_position = " ".join(figure(value, 2) for value in record["conditional_acceptance"])
+    console.print(f"conditional acceptance by position: {by_position}", highlight=False)
+
+
+def bench(
+    prompts: opt.PromptFiles,
+    target: opt.Target = "smollm2",
+    drafter: opt.Drafter = "smollm2-dspark",
+    concurrency: Annotated[str, typer.Option(help="Requests in flight: a list of numbers.")] = "1,2,4,8,16,32",
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help="What to compare: budgets (behind one that reads confidences, @raw is without calibration, @fixed without learning costs "
+            "and calibration online), `plain` (no drafting), `generate` (transformers' batched call), `prompt-lookup` (its lookup, at "
+            "concurrency 1)."
+        ),
+    ] = DEFAULT_BUDGETS,
+    limit: opt.Limit = None,
+    max_new_tokens: opt.MaxNewTokens = 128,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of a turn, about; it ends after as many tokens for all contenders.")] = 0.5,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each contender at each concurrency.")] = 24,
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, writable=True, help="Write everything to this file, after each concurrency what is done.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(file_okay=False, help="Draw plots into this folder.")] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    seed: opt.Seed = 0,
+    verification: opt.Verification = "block",
+) -> None:
+    """Compare budgets under load: total tokens a second and tokens a second per user, with N requests in flight.
+
+    As one request ends the next joins, so the number in flight holds. Prompts of several files take turns.
+    """
+    check_parent(json, "--json")
+    sizes, names = _numbers(concurrency), [name.strip() for name in budgets.split(",")]
+    from hf_dspark.evaluation.load import Contender
+    from hf_dspark.evaluation.load import bench as run
+    from hf_dspark.evaluation.plots import plot_load
+    from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
+    from hf_dspark.evaluation.speed import Sampling
+    from hf_dspark.utils.files import atomic_write_json
+    from hf_dspark.utils.tokens import eos_token_ids
+
+    sampling = Sampling(temperature, top_p)
+    for name in names:
+        Contender(name)
+    files = [read_prompts(path, limit) for path in prompts]
+    mixed = [rows[i % len(rows)] for i in range(max(map(len, files))) for rows in files][:_BENCH_PROMPTS]
+    model, tokenizer, loaded = load_pair(target, drafter, dtype, device)
+    about = {"target": target, "drafter": drafter, "prompt_files": [path.name for path in prompts], "limit": limit}
+    end_ids = eos_token_ids(model)
+    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def done(record: dict[str, Any]) -> None:
+        """Shows the cells of a concurrency that is done, and writes all so far."""
+        for cell in record["cells"]:
+            if cell["concurrency"] == record["cells"][-1]["concurrency"]:
+                print(
+                    f"{cell['concurrency']} in flight, {cell['budget']}: {cell['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True
+                )
+        if json is not None:
+            atomic_write_json(json, about | record, indent=1)
+
+    print(
+        f"{len(names)} contenders at {concurrency} requests in flight; a missing cost profile is measured first",
+        file=sys.stderr,
+        flush=True,
+    )
+    with progress("measuring", (repeats + 1) * len(sizes)) as advance:
+        record = about | run(
+            model, loaded, prompt_ids(tokenizer, mixed), end_ids=end_ids, pad_id=pad_id, concurrencies=sizes, budgets=names,
+            sampling=sampling, max_new_tokens=max_new_tokens, seconds=seconds, repeats=repeats, seed=seed, verification=verification,
+            on_turn=lambda: advance(1), on_concurrency=done,
+        )  # fmt: skip
+    if plots is not None:
+        plot_load(record, plots)
+    _print_load(record)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers of 1 or more, such as 1,4,16.")
+    return found
+
+
+def _print_load(record: Mapping[str, Any]) -> None:
+    cells = {(c["concurrency"], c["budget"]): c for c in record["cells"]}
+    table = Table(title="tokens/s in all (per user, median) by requests in flight")
+    table.add_column("budget")
+    for n in record["settings"]["concurrency"]:
+        table.add_column(str(n), justify="right", no_wrap=True)
+    for name in record["settings"]["budgets"]:
+        found = [cells.get((n, name)) for n in record["settings"]["concurrency"]]
+        table.add_row(name, *("-" if c is None else f"{c['tokens_per_s']:.0f} ({figure(c['user_tokens_per_s_median'], 0)})" for c in found))
+    console = Console()
+    console.print(table)
+    for row in record["summary"]:
+        over = {k.removeprefix("load_aware_over_"): v for k, v in row.items() if k.startswith("load_aware_over") and isinstance(v, float)}
+        if over:
+            ratios = ", ".join(f"{what} {ratio:.2f}" for what, ratio in over.items())
+            console.print(f"{row['concurrency']} in flight: {row['best_load_aware']} over {ratios}", highlight=False)

@@ -1,0 +1,123 @@
+"""What a call of `generate` with a drafter cannot honour is refused here, before anything is computed or changed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from hf_dspark.errors import UnsupportedOptionError
+from hf_dspark.models.modeling_dspark import DSparkDrafter
+from hf_dspark.targets.target import input_device
+from hf_dspark.utils.compat import CACHE_NAMES, cache_in
+from hf_dspark.utils.hardware import device_name, has_bf16
+from hf_dspark.utils.logging import warn_once
+
+logger = logging.getLogger(__name__)
+
+# Prepared arguments that say nothing this loop does not already have.
+_HANDLED = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "cache_position", "logits_to_keep"}
+_STATIC_CACHES = ("static", "hybrid", "sliding_window", "offloaded_static", "offloaded_hybrid")
+
+
+def check_call(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool) -> None:
+    if not kwargs.get("use_cache", True):
+        raise ValueError("assisted generate requires `use_cache=True`")
+    cache = cache_in(kwargs)
+    if config.cache_implementation in _STATIC_CACHES or "Static" in type(cache).__name__:
+        raise ValueError("assisted generate is not supported with Static cache classes`")
+    wrong = ""
+    if (config.num_beams or 1) > 1:
+        wrong = f"beam search (num_beams={config.num_beams}): drafted tokens follow one path. Use num_beams=1"
+    elif synced_gpus:
+        wrong = "synced_gpus: ranks would run different numbers of rounds. Gather the parameters, or go without a drafter"
+    elif config.output_attentions or config.output_hidden_states:
+        wrong = "output_attentions or output_hidden_states: rejected tokens' would be mixed in. Run a forward over the text"
+    elif getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
+        wrong = "guidance_scale: guidance runs the target a second time. Generate without a drafter"
+    elif getattr(config, "assistant_ensemble_weight", None) is not None:
+        wrong = "assistant_ensemble_weight: it changes the output's distribution, and this decoding keeps it exact"
+    elif streamer is not None and input_ids.shape[0] > 1:
+        wrong = f"a streamer with a batch of {input_ids.shape[0]}: a streamer shows one row. Use batch size 1"
+    elif cache is not None and not isinstance(cache, DynamicCache):
+        wrong = f"a cache of type {type(cache).__name__}: rejected tokens must be rolled back. Use DynamicCache or none"
+    elif cache is not None and getattr(cache, "offloading", False):
+        wrong = "an offloaded cache. Use DynamicCache or none"
+    elif cache is not None and input_ids.shape[0] > 1 and cache.get_seq_length() > 0:
+        wrong = (
+            f"past_key_values with {cache.get_seq_length()} tokens for a batch of {input_ids.shape[0]}; reuse over "
+            "turns is for batch size 1"
+        )
+    else:
+        extra = sorted(name for name, value in kwargs.items() if value is not None and name not in _HANDLED)
+        # Families mark text with token type 0; a mask of zeros says nothing.
+        extra = [name for name in extra if not (name == "token_type_ids" and not kwargs[name].any())]
+        if extra:
+            wrong = f"model inputs {extra}: only input_ids of text are drafted for. Generate without a drafter"
+    if wrong:
+        raise UnsupportedOptionError(f"DSpark decoding does not support {wrong}.")
+
+
+def check_placement(model: PreTrainedModel, drafter: DSparkDrafter) -> None:
+    """Drafter and target may differ in dtype, and the drafter may sit on any device of the target's kind."""
+    theirs, own = input_device(model), drafter.device
+    if own.type != theirs.type or (own.index or 0) != (theirs.index or 0):
+        raise UnsupportedOptionError(
+            f"The drafter is on {own}, the target takes its tokens on {theirs}; they must share one device. Move the "
+            f"drafter: drafter.to({str(theirs)!r})."
+        )
+    if drafter.dtype == torch.float16 and model.dtype in (torch.bfloat16, torch.float32):
+        raise UnsupportedOptionError(
+            f"A float16 drafter cannot hold the activations of a {model.dtype} target, which may exceed 65504; acceptance would silently "
+            "fall to nothing. Load the drafter with dtype=torch.bfloat16 or torch.float32."
+        )
+    if model.dtype == torch.bfloat16 and not has_bf16(theirs):
+        warn_once(
+            logger,
+            f"The target is in bfloat16, which {device_name(theirs)} does not compute in: float32 is several times faster here. Load "
+            "target and drafter with dtype=torch.float32 (or load_target and load_drafter with dtype='fast').",
+        )
+    if drafter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UnsupportedOptionError(
+            f"The drafter's weights are {drafter.dtype}; it drafts in float32, bfloat16, float16 or float64. Load it with dtype=."
+        )
+
+
+def prompt_masks(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, mask_length: int | None
+) -> list[torch.Tensor]:
+    """Which tokens of each prompt exist for the target, checked. What the mask hides does not, and position ids count what is left.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(B, n)`): prompts.
+        attention_mask (`torch.Tensor` of shape `(B, n)`, *optional*): all ones where None.
+        position_ids (`torch.LongTensor` of shape `(B, n)`, *optional*): checked only.
+        mask_length (`int`, *optional*): how long a mask of ones was that `generate` has dropped.
+    Returns:
+        `list[torch.BoolTensor]` of shape `(n,)`.
+    Raises:
+        UnsupportedOptionError: for shapes that do not fit, empty prompts and other positions.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise UnsupportedOptionError(
+            "DSpark decoding needs prompts as input_ids of shape (batch, length >= 1); got "
+            f"{tuple(input_ids.shape)}. An empty prompt has nothing to condition on: start with a bos token."
+        )
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(input_ids.device).bool()
+    width = mask.shape[1] if attention_mask is not None or mask_length is None else mask_length
+    if mask.shape[0] != input_ids.shape[0] or width != input_ids.shape[1]:
+        raise UnsupportedOptionError(
+            f"attention_mask covers {width} tokens, input_ids has shape {tuple(input_ids.shape)}; they must agree. "
+            "With past_key_values too, give the ids of the whole text, not only the new ones."
+        )
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise UnsupportedOptionError(f"Rows {empty} of the batch are empty prompts (attention_mask all 0); every row needs a token.")
+    if position_ids is not None and position_ids.shape[-1] == input_ids.shape[1]:
+        expected = (mask.long().cumsum(1) - 1)[mask]
+        if not torch.equal(position_ids.to(input_ids.device).expand_as(input_ids)[mask], expected):
+            raise UnsupportedOptionError("position_ids other than 0, 1, .. over the unmasked tokens are not supported; leave them out.")
+    return list(mask)

@@ -1,0 +1,96 @@
+"""The user's stopping criteria, over the new tokens of all rows at once where they go by token id and length, token by token where they
+do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.generation import stopping_criteria as sc
+
+from hf_dspark.decoding.state import State
+
+
+class RowStopping:
+    """Stopping criteria that apply to any row after each of its tokens.
+
+    Args:
+        criteria (`StoppingCriteriaList`): the prepared list that `generate` hands over.
+        batch_size (`int`): rows of the caller's batch.
+        limits (`Sequence[int]`, *optional*): longest sequence of each request, where they differ; on top of the criteria.
+    """
+
+    def __init__(self, criteria: Sequence[sc.StoppingCriteria], batch_size: int, limits: Sequence[int] | None = None) -> None:
+        self._batch_size = batch_size
+        self._limits = limits
+        self.max_length: int | None = None
+        self._others: list[sc.StoppingCriteria] = []
+        eos: set[int] = set()
+        for criterion in criteria:
+            if type(criterion) is sc.EosTokenCriteria:
+                eos.update(criterion.eos_token_id.flatten().tolist())
+            elif type(criterion) is sc.MaxLengthCriteria:
+                self.max_length = min(criterion.max_length, self.max_length or criterion.max_length)
+            else:
+                self._others.append(criterion)
+        self._eos = torch.tensor(sorted(eos), dtype=torch.long)
+
+    def limit(self, request: int) -> int | None:
+        """Longest sequence of a request, prompt and padding included; None where there is no end to it."""
+        own = None if self._limits is None else self._limits[request]
+        return self.max_length if own is None else own if self.max_length is None else min(own, self.max_length)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there are criteria beyond lengths and end-of-text ids, which read a row's ids and scores."""
+        return bool(self._others)
+
+    def kept(self, tokens: torch.Tensor, counts: torch.Tensor, state: State, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many of each row's new tokens remain by lengths and end-of-text ids, and whether the row ends with them.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(n_rows, n)`): new tokens of the live rows from place `first` on, not yet committed.
+            counts (`torch.LongTensor` of shape `(n_rows,)`): how many of them are the row's, at least 1.
+            state (`State`): the live rows.
+            first (`int`): place of the first of these rows.
+        Returns:
+            `torch.LongTensor` and `torch.BoolTensor` of shape `(n_rows,)`.
+        """
+        width = tokens.shape[1]
+        limits = [self.limit(request) for request in state.requests[first:]]
+        room = [width + 1 if limit is None else limit - length for limit, length in zip(limits, state.lengths[first:], strict=True)]
+        last = torch.tensor(room).to(tokens.device, non_blocking=True) - 1
+        places = torch.arange(width, device=tokens.device)
+        ends = (torch.isin(tokens, self._eos.to(tokens.device)) | (places >= last[:, None])) & (places < counts[:, None])
+        ended = ends.any(1)
+        return torch.where(ended, ends.long().argmax(1) + 1, counts), ended
+
+    def kept_of_text(self, place: int, count: int, state: State, scores: Sequence[torch.Tensor] | None) -> tuple[int, bool]:
+        """The same by the other criteria, of one row, whose new tokens are written behind its committed ones.
+
+        A criterion sees the ids with left padding and one more token each time, as in a plain call, and is called for every token: some
+            keep count.
+
+        Args:
+            place (`int`): the row.
+            count (`int`): new tokens to look at.
+            state (`State`): ids of the live rows.
+            scores (`list[torch.Tensor]` of shape `(V,)`, *optional*): the distribution behind each generated token of the row, of all
+                new ones too; where the caller wants scores.
+        """
+        for index in range(count):
+            ids = state.prefix(place, index + 1)
+            seen = None if scores is None else tuple(s[None] for s in scores[: len(scores) - count + index + 1])
+            answers = [self._stops(criterion, ids, state.requests[place], seen) for criterion in self._others]
+            if any(answers):
+                return index + 1, True
+        return count, False
+
+    def _stops(self, criterion: sc.StoppingCriteria, ids: torch.Tensor, row: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
+        if self._batch_size == 1 or type(criterion) in (sc.StopStringCriteria, sc.MaxTimeCriteria):
+            answer = criterion(ids, scores)
+            return bool(answer.reshape(-1)[0]) if isinstance(answer, torch.Tensor) else bool(answer)
+        wide = None if scores is None else tuple(s.expand(self._batch_size, -1) for s in scores)
+        answer = criterion(ids.expand(self._batch_size, -1), wide)
+        return bool(answer[row]) if isinstance(answer, torch.Tensor) and answer.dim() else bool(answer)

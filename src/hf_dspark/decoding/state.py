@@ -1,0 +1,190 @@
+"""The live rows: the one owner of their ids, their lengths, and of what target and drafter remember of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_dspark.cache.kv_cache import RowCache, order_without
+from hf_dspark.cache.layout import RowLayout
+
+
+@dataclass(frozen=True)
+class FinishedRow:
+    """A row that has ended.
+
+    Attributes:
+        request (`int`): its number.
+        ids (`torch.LongTensor` of shape `(n,)`): all of it, padding and prompt included.
+        prompt_end (`int`): where its answer begins.
+    """
+
+    request: int
+    ids: torch.Tensor
+    prompt_end: int
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The answer."""
+        return self.ids[self.prompt_end :].tolist()
+
+
+@dataclass
+class State:
+    """Rows that are being decoded, by place 0..R-1; a row's place changes as others leave, its request number does not.
+
+    The committed tokens of a row are `ids[place, : lengths[place]]`. The last of them is the anchor x_0: it is in neither cache yet.
+    Whatever lies beyond is scratch: a drafted block is written there and overwritten by what is committed.
+
+    Args:
+        device (`torch.device`): where ids live.
+        limit (`int`, *optional*): longest row that will come, drafted block included; buffers do not grow beyond it.
+
+    Attributes:
+        requests (`list[int]`): number of each row's request.
+        lengths (`list[int]`): committed tokens of each row, as the caller sees them: masked ones included.
+        prompt_ends (`list[int]`): where each row's answer begins.
+        masked (`list[int]`): tokens of each prompt that the attention mask hides; they are in no cache and have no position.
+        ids (`torch.LongTensor` of shape `(>= R, capacity)`).
+        hidden (`torch.BoolTensor`, *optional*): true at the masked tokens, of the shape of `ids`; None where there are none.
+        anchors (`torch.LongTensor` of shape `(R,)`): x_0 of each row.
+        target_cache, drafter_cache (`RowCache`): rows as here. The target's holds `context_lengths` tokens of each, the drafter's as
+            many less the pending ones.
+        pending (`list[list[torch.Tensor]]`): hidden states of the tapped layers, `(n, taps * hidden)`, of each row's committed tokens
+            that the drafter has not read yet.
+    """
+
+    device: torch.device
+    limit: int | None = None
+    requests: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    prompt_ends: list[int] = field(default_factory=list)
+    masked: list[int] = field(default_factory=list)
+    pending: list[list[torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ids = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+        self.hidden: torch.Tensor | None = None
+        self.anchors = torch.empty(0, dtype=torch.long, device=self.device)
+        self.target_cache, self.drafter_cache = RowCache(self.limit), RowCache(self.limit)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.requests)
+
+    @property
+    def context_lengths(self) -> list[int]:
+        """Tokens of each row that the target has read: all committed ones but the anchor. Also the anchor's position."""
+        return [length - masked - 1 for length, masked in zip(self.lengths, self.masked, strict=True)]
+
+    @property
+    def pending_tokens(self) -> int:
+        """Committed tokens of all rows that the drafter has not read yet."""
+        return sum(len(states) for of_row in self.pending for states in of_row)
+
+    def lengths_on_device(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R, 1)`: `lengths`."""
+        return torch.tensor(self.lengths).to(self.device, non_blocking=True)[:, None]
+
+    def prefix(self, place: int, extra: int = 0) -> torch.Tensor:
+        """Ids of a row up to `extra` tokens past the committed ones, shape `(1, n)`; a view."""
+        return self.ids[place : place + 1, : self.lengths[place] + extra]
+
+    def add_rows(self, requests: Sequence[int], texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor] | None = None) -> None:
+        """Append rows whose prompts are yet to be read.
+
+        Args:
+            requests (`Sequence[int]`): numbers that no live row has.
+            texts (`list[torch.LongTensor]` of shapes `(n_r,)`): prompts as the caller sees them.
+            masks (`list[torch.BoolTensor]` of shapes `(n_r,)`, *optional*): false at masked tokens.
+        """
+        first, lengths = self.num_rows, [len(text) for text in texts]
+        self.requests += requests
+        self.lengths += lengths
+        self.prompt_ends += lengths
+        self.masked += [0] * len(texts)
+        self.pending += [[] for _ in texts]
+        for cache in (self.target_cache, self.drafter_cache):
+            cache.add_rows(len(texts))
+        self._reserve(self.num_rows, max(self.lengths) + 1)
+        if masks is not None and self.hidden is None and not all(bool(mask.all()) for mask in masks):
+            self.hidden = torch.zeros_like(self.ids, dtype=torch.bool)
+        for place, text in enumerate(texts, first):
+            self.ids[place, : len(text)] = text
+            if self.hidden is not None:
+                self.hidden[place] = False
+                if masks is not None:
+                    self.hidden[place, : len(text)] = ~masks[place - first]
+                    self.masked[place] = len(text) - int(masks[place - first].sum())
+
+    def write_draft(self, tokens: torch.Tensor, rows: slice | torch.Tensor = slice(None), offset: int = 0) -> None:
+        """Write drafted tokens behind the committed ones without committing them.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(n_rows, n)`): of these rows.
+            rows (`slice` or `torch.LongTensor`): places of the rows; all where left out.
+            offset (`int`): first block position, from 0, that the tokens stand at.
+        """
+        self._reserve(self.num_rows, max(self.lengths) + offset + tokens.shape[1])
+        columns = self.lengths_on_device() + torch.arange(offset, offset + tokens.shape[1], device=self.device)
+        places = torch.arange(self.num_rows, device=self.device)[rows]
+        self.ids[places[:, None], columns[rows]] = tokens
+
+    def commit(self, tokens: torch.Tensor, counts: Sequence[int], anchors: torch.Tensor, first: int = 0) -> None:
+        """Commit the first `counts[r]` of `tokens[r]` to each row from place `first` on.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(R - first, n)`): accepted tokens and the target's own; what lies beyond the counts is
+                scratch.
+            counts (`Sequence[int]`): at least 1 for each row that goes on.
+            anchors (`torch.LongTensor` of shape `(R - first,)`): the last committed token of each row that goes on.
+            first (`int`): 0, or the first of the rows that have just joined.
+        """
+        self.write_draft(tokens, slice(first, None))
+        for place, count in enumerate(counts, first):
+            self.lengths[place] += count
+        self.anchors = torch.cat([self.anchors[:first], anchors])
+
+    def finish(self, places: Sequence[int]) -> list[FinishedRow]:
+        """The rows at these places as they leave."""
+        return [FinishedRow(self.requests[p], self.ids[p, : self.lengths[p]].clone(), self.prompt_ends[p]) for p in places]
+
+    def remove_rows(self, gone: Sequence[int]) -> None:
+        """Rows leave, and what is remembered of them; the last ones move into their places."""
+        order = order_without(self.num_rows, gone)
+        context = self.context_lengths
+        read = [length - sum(map(len, pending)) for length, pending in zip(context, self.pending, strict=True)]
+        self.target_cache.keep_rows(order, context)
+        self.drafter_cache.keep_rows(order, read)
+        index = torch.tensor(order, dtype=torch.long, device=self.device)
+        self.ids, self.anchors = self.ids[index], self.anchors[index]
+        self.hidden = None if self.hidden is None else self.hidden[index]
+        for name in ("requests", "lengths", "prompt_ends", "masked", "pending"):
+            values = getattr(self, name)
+            setattr(self, name, [values[old] for old in order])
+
+    def pending_layout(self) -> tuple[torch.Tensor, RowLayout] | None:
+        """Hidden states that the drafter has not read yet, `(T, taps * hidden)`, and where they belong; None where there are none."""
+        places = [place for place, pieces in enumerate(self.pending) if pieces]
+        if not places:
+            return None
+        counts, context = [sum(map(len, self.pending[place])) for place in places], self.context_lengths
+        starts = [context[place] - count for place, count in zip(places, counts, strict=True)]
+        states = torch.cat([piece for place in places for piece in self.pending[place]])
+        return states, RowLayout(starts, counts, self.device, row_ids=places)
+
+    def _reserve(self, rows: int, width: int) -> None:
+        have_rows, have = self.ids.shape
+        if rows <= have_rows and width <= have:
+            return
+        if width > have:
+            grown = width + width // 2 + 64
+            have = max(width, grown if self.limit is None else min(grown, self.limit))
+        for name in ("ids", "hidden"):
+            old = getattr(self, name)
+            if old is not None:
+                new = old.new_zeros(max(rows, have_rows), have)
+                new[:have_rows, : old.shape[1]] = old
+                setattr(self, name, new)

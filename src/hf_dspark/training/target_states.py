@@ -1,0 +1,211 @@
+"""What the frozen target says of training rows: hidden states, and next-token probabilities from them. Computed on the fly, never written
+to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_dspark.errors import UnsupportedTargetError
+from hf_dspark.targets.taps import Taps
+
+_GIB = 2**30
+_CACHED_NUMBERS = 2**20  # of float32: 4 MiB
+_HEAD_TOLERANCE = 0.02  # in probability
+
+
+class TargetStates:
+    """Hidden states of the tapped layers and last hidden states of a frozen target, by one pass of its decoder and never of its lm_head.
+
+    The rows are padded on the right and the decoder is causal, so no padding mask is passed: padding cannot reach a real token, and
+        attention takes its fast
+    causal path.
+
+    With `memory_gib` the states of rows stay in the host's memory for the next pass over the data. Then every row goes through the target
+    alone, so that its states do not depend on the batch in which it came up first, and a resumed run sees the states of the uninterrupted
+    one. What does not fit is computed again; nothing is evicted, since a pass over the data visits every row once and would evict just what
+    it needs next.
+
+    Args:
+        target (`transformers.PreTrainedModel`): a causal LM; its weights are read only.
+        layer_ids: i is the output of decoder layer i, -1 the embeddings.
+        memory_gib (`float`): memory for states; a token of m tapped layers and width d takes (m + 1) d numbers.
+    """
+
+    def __init__(self, target: PreTrainedModel, layer_ids: Sequence[int], *, memory_gib: float = 0.0) -> None:
+        self.target = target
+        self.decoder = target.get_decoder()
+        self.device = next(self.decoder.parameters()).device
+        self._taps = Taps(target, layer_ids)
+        self._remembers = memory_gib > 0
+        self._free_bytes = int(memory_gib * _GIB)
+        self._rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def rows_in_memory(self) -> int:
+        """Rows whose states are in memory."""
+        return len(self._rows)
+
+    def __call__(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, sequence)`): padded on the right.
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: tapped states `(batch, sequence, taps * hidden)`, and last hidden states after the final
+                norm `(batch, sequence, hidden)`. Ordinary tensors without gradient history.
+        """
+        was_training = self.target.training
+        self.target.eval()
+        try:
+            with torch.inference_mode(), self._taps.open():
+                last = self.decoder(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
+        finally:
+            self.target.train(was_training)
+        # Outside inference mode: the concatenation and the copy are ordinary tensors that backward may save.
+        return self._taps.take(), last.clone()
+
+    def of_batch(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """States of a padded batch, from memory where they are there.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, sequence)`): padded on the right.
+            lengths (`torch.Tensor` of shape `(batch,)`): tokens of each row without padding.
+        Returns:
+            As `__call__`; zeros at padding where memory is in use.
+        """
+        if not self._remembers:
+            return self(input_ids)
+        rows = [self._row(ids[:length]) for ids, length in zip(input_ids, lengths.tolist(), strict=True)]
+        taps, last = (rows[0][i].new_zeros(*input_ids.shape, rows[0][i].shape[-1]) for i in range(2))
+        for r, (row_taps, row_last) in enumerate(rows):
+            taps[r, : len(row_taps)] = row_taps
+            last[r, : len(row_last)] = row_last
+        return taps, last
+
+    def _row(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        key = tuple(ids.tolist())
+        found = self._rows.get(key)
+        if found is not None:
+            return found[0].to(self.device, non_blocking=True), found[1].to(self.device, non_blocking=True)
+        taps, last = (t[0] for t in self(ids[None]))
+        size = taps.nbytes + last.nbytes
+        if size <= self._free_bytes:
+            self._free_bytes -= size
+            self._rows[key] = (taps.cpu(), last.cpu())
+        return taps, last
+
+
+@dataclass(frozen=True)
+class TargetProbabilities:
+    """The target's distribution at m row positions, on the draft vocabulary.
+
+    Args:
+        inside (`torch.Tensor` of shape `(m, draft_vocab)`): p_t on the draft ids, float32; sums to 1 - outside.
+        outside (`torch.Tensor` of shape `(m,)`): p_t's mass that no draft token can reach; 0 with the full vocabulary.
+        best (`torch.Tensor` of shape `(m,)`): draft index of the target's most likely token, -1 where it is outside.
+    """
+
+    inside: Tensor
+    outside: Tensor
+    best: Tensor
+
+
+def row_blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows for elementwise work: on a CPU as many as its cache holds a few copies of, all at once on an accelerator.
+
+    Args:
+        count (`int`): rows.
+        width (`int`): float32 numbers of a row.
+        device (`torch.device`): where they are.
+    """
+    size = max(1, _CACHED_NUMBERS // width) if device.type == "cpu" else max(1, count)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+class TargetHead:
+    """p_t from the target's last hidden states.
+
+    Holds a copy of a plain linear head with the draft tokens' rows first (vocab * hidden * bytes of its dtype; 57 MB for SmolLM2-135M in
+    bf16), so that the draft columns of the logits are a slice. Any other head is called as a module.
+
+    Args:
+        output_embeddings (`torch.nn.Module`): the target's lm_head.
+        draft_token_ids (`torch.Tensor` of shape `(draft_vocab,)`, *optional*): target ids; None is the full vocabulary.
+        softcap (`float`, *optional*): final logit soft-cap c, logits <- c tanh(logits / c).
+    """
+
+    def __init__(self, output_embeddings: nn.Module, draft_token_ids: Tensor | None = None, *, softcap: float | None = None) -> None:
+        self._head, self._ids, self._softcap = output_embeddings, draft_token_ids, softcap
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        if type(output_embeddings) is nn.Linear:
+            weight, bias = output_embeddings.weight.detach(), output_embeddings.bias
+            order: Tensor | slice = slice(None)
+            if draft_token_ids is not None:
+                ids = draft_token_ids.to(weight.device)
+                others = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+                others[ids] = False
+                order = torch.cat([ids, others.nonzero().squeeze(1)])
+            self._weight, self._bias = weight[order], None if bias is None else bias.detach()[order]
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> TargetProbabilities:
+        """p_t at the given positions.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(m, hidden)`): the target's last hidden states, after its final norm.
+        Returns:
+            `TargetProbabilities`: float32.
+        """
+        logits = self._head(hidden) if self._weight is None else F.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
+        count, vocab = logits.shape
+        size = vocab if self._ids is None else self._ids.numel()
+        ids = None if self._ids is None or self._weight is not None else self._ids.to(logits.device)
+        inside = torch.empty(count, size, device=logits.device)
+        best = torch.empty(count, dtype=torch.long, device=logits.device)
+        for block in row_blocks(count, vocab, logits.device):
+            z = logits[block].float()
+            if self._softcap is not None:
+                z = torch.tanh(z / self._softcap) * self._softcap
+            best[block] = z.argmax(dim=-1)
+            p = z.softmax(dim=-1)
+            inside[block] = p[:, :size] if ids is None else p[:, ids]
+        if self._ids is None:
+            return TargetProbabilities(inside, torch.zeros_like(inside[:, 0]), best)
+        if ids is None:
+            best = best.masked_fill(best >= size, -1)
+        else:
+            index = torch.full((vocab,), -1, dtype=torch.long, device=logits.device)
+            index[ids] = torch.arange(size, device=logits.device)
+            best = index[best]
+        return TargetProbabilities(inside, (1 - inside.sum(dim=-1)).clamp_(min=0), best)
+
+    def check(self, states: TargetStates, ids: Tensor) -> None:
+        """Refuse a target whose logits are not its lm_head on its last hidden states.
+
+        Args:
+            states (`TargetStates`): of the target.
+            ids (`torch.LongTensor` of shape `(1, n)`): any tokens.
+        Raises:
+            UnsupportedTargetError: telling by how much they differ.
+        """
+        target, (_, last) = states.target, states(ids)
+        was_training = target.training
+        target.eval()
+        with torch.inference_mode():
+            expected = target(input_ids=ids.to(states.device), use_cache=False).logits[0].float().softmax(dim=-1)
+        target.train(was_training)
+        draft = expected if self._ids is None else expected[:, self._ids.to(expected.device)]
+        error = float((draft - self(last[0]).inside).abs().max())
+        if not error < _HEAD_TOLERANCE:
+            raise UnsupportedTargetError(
+                f"the target's lm_head on its last hidden states differs from its own logits by {error:.3g} in probability; allowed: "
+                f"below {_HEAD_TOLERANCE}. This target changes its logits after the head in a way that TargetHead lacks: extend it."
+            )
