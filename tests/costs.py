@@ -1,12 +1,10 @@
-"""Cost tables made up for tests."""
+"""Made-up cost tables for tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from hf_dspark.budgets.cost_model import Costs, RowCosts
-
-LOADS = (1, 2, 4, 8, 16, 32)
 
 
 def made_costs(
@@ -18,6 +16,8 @@ def made_costs(
             r: RowCosts(
                 {0: {n: pass_s(r * n) for n in range(1, block_size + 2)}},
                 {n: draft_s(r, n) for n in range(1, block_size + 1)},
+                {},
+                {n: pass_s(r + n) for n in range(1, r)},
             )
             for r in rows
         },
@@ -36,7 +36,7 @@ def full_machine(block_size: int) -> Costs:
 
 
 def middling(block_size: int) -> Costs:
-    """A machine on which good tokens pay and bad ones do not, with drafts at a moderate price."""
+    """A machine on which likely tokens pay and others do not, with moderate costs of drafts."""
     return made_costs(lambda b: 2.0 + 0.5 * b, lambda r, n: 0.02 * r + 0.01 * n, block_size)
 
 
@@ -46,7 +46,7 @@ def jagged(block_size: int) -> Costs:
 
 
 def machine(tokens_s: Callable[[int], float], width: float = 0.02, draft: float = 1.0) -> Costs:
-    """A made-up machine for 1 .. 32 rows and blocks of 7, by what so many tokens in a pass cost."""
+    """A machine for 1 .. 32 rows and blocks of 7, by what so many tokens in a pass cost, and the longest row in it."""
     gamma = 7
     return Costs(
         {
@@ -56,7 +56,7 @@ def machine(tokens_s: Callable[[int], float], width: float = 0.02, draft: float 
                 {0: {n: tokens_s(r + n) + width * r * n for n in range(1, gamma + 1)}} if r > 1 else {},
                 {n: tokens_s(r + n) + width * r for n in range(1, r)},
             )
-            for r in LOADS
+            for r in (1, 2, 4, 8, 16, 32)
         },
         gamma,
     )

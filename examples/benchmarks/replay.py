@@ -1,14 +1,13 @@
 """Compares budgets without noise: blocks are drafted once at every place of the target's greedy answers, and budgets then play against
-these with the cost profile for a clock. Knows serving, budgets and costs; no model runs while budgets play.
+these with a cost profile for a clock. No model runs while budgets play.
 
     python -m examples.benchmarks.replay --prompts gsm8k.jsonl --prompts mt-bench.jsonl --json results/replay.json
 
 With `--costs results/bench.json` the profile is the one that a benchmark recorded, on whatever machine.
 
 Greedy answers do not depend on what is drafted or verified, so every budget finds the same blocks at the same places. What is left out is
-what the table of costs leaves out: prompt passes, what budgets themselves take, and how far the machine is from its profile. For the last
-there is a game of its own: load-aware budgets whose profile takes tokens for cheaper or dearer than the clock does, some of which follow
-costs.
+what the table of costs leaves out: prompt passes, the budgets' own time, and how far the machine is from its profile. For the last,
+load-aware budgets also play with profiles that misjudge tokens or drafts, with online cost estimation and without.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from examples.benchmarks.command import run_command, write_record
 from examples.benchmarks.report import number
 
 from hf_dspark.budgets.budget import Budget, Drafts, FinishedRound, LiveRows, Proposal, StaticBudget
-from hf_dspark.budgets.cost_model import Costs, RowCosts
+from hf_dspark.budgets.cost_model import Costs, PassCosts
 from hf_dspark.budgets.load_aware import LoadAwareBudget
 from hf_dspark.budgets.named import make_budget
 from hf_dspark.decoding.profiler import CostProfile
-from hf_dspark.evaluation.load import PLAIN, summary
+from hf_dspark.evaluation.load_benchmark import PLAIN, summary
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.evaluation.prompts import encode, read_prompts
 from hf_dspark.evaluation.serving import Server
@@ -56,13 +55,36 @@ class Walk:
     confidence: np.ndarray
 
 
-class _Look(Budget):
+class _DraftOnly(Budget):
     """Drafts whole blocks and verifies none of them, so that every place of an answer is drafted from."""
 
     needs_confidence = True
 
     def plan(self, drafts: Drafts) -> list[int]:
         return [0] * drafts.rows
+
+
+def record_blocks(server: Server, requests: int) -> tuple[list[list[int]], list[list[tuple[list[int], list[float]]]]]:
+    """Run a server to its end. The one place that depends on the decoding loop's steps.
+
+    Returns:
+        answers, and for each the tokens and confidences of the blocks drafted in its rounds.
+    Raises:
+        ValueError: for a drafter without a confidence head.
+    """
+    loop, draft = server.loop, server.loop.draft
+    blocks: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(requests)]
+
+    def record(proposal: Proposal) -> Any:
+        block = draft(proposal)
+        if block.confidence is None:
+            raise ValueError("this drafter has no confidence head, so budgets have nothing to go by; train one with a confidence head")
+        for request, tokens, confidence in zip(loop.state.requests, block.tokens.tolist(), block.confidence.tolist(), strict=True):
+            blocks[request].append((tokens, confidence))
+        return block
+
+    loop.draft = record  # type: ignore[method-assign]
+    return server.run().tokens, blocks
 
 
 def record_walks(
@@ -75,33 +97,17 @@ def record_walks(
         prompts (`list[list[int]]`): token ids.
         end_ids (`list[int]`), max_new_tokens (`int`), concurrency (`int`): of serving.
     """
-    server = Server(target, drafter, prompts, concurrency=concurrency, max_new_tokens=max_new_tokens, budget=_Look(), end_ids=end_ids)
-    loop, draft = server.loop, server.loop.draft
-    blocks: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
-
-    def keep(starts: list[int], proposal: Proposal) -> Any:
-        block = draft(starts, proposal)
-        if block.confidence is None:
-            raise ValueError("this drafter has no confidence head, so budgets have nothing to go by; train one with a confidence head")
-        for row, tokens, confidence in zip(loop.live, block.tokens.tolist(), block.confidence.tolist(), strict=True):
-            blocks[row].append((tokens, confidence))
-        return block
-
-    loop.draft = keep  # type: ignore[method-assign]
-    served = server.run()
+    server = Server(target, drafter, prompts, concurrency=concurrency, max_new_tokens=max_new_tokens, budget=_DraftOnly(), end_ids=end_ids)
     walks = []
-    for prompt, answer, found in zip(prompts, served.tokens, blocks, strict=True):
-        accepted = [_agreeing(tokens, answer[place + 1 :]) for place, (tokens, _) in enumerate(found)]
-        if found:
-            walks.append(Walk(len(prompt), max_new_tokens, np.array(accepted), np.array([confidence for _, confidence in found])))
+    for prompt, answer, blocks in zip(prompts, *record_blocks(server, len(prompts)), strict=True):
+        if blocks:
+            accepted = [_agreeing(tokens, answer[place + 1 :]) for place, (tokens, _) in enumerate(blocks)]
+            walks.append(Walk(len(prompt), max_new_tokens, np.array(accepted), np.array([confidence for _, confidence in blocks])))
     return walks
 
 
 def _agreeing(drafted: Sequence[int], answer: Sequence[int]) -> int:
-    count = 0
-    while count < min(len(drafted), len(answer)) and drafted[count] == answer[count]:
-        count += 1
-    return count
+    return next((k for k, (a, b) in enumerate(zip(drafted, answer, strict=False)) if a != b), min(len(drafted), len(answer)))
 
 
 @dataclass
@@ -191,22 +197,18 @@ def play(
         live = [row for row in live if row[2] < len(row[1].accepted)]
 
 
-def misjudged(costs: Costs, factor: float) -> Costs:
-    """A table by which drafted tokens cost so many times what they do in another one."""
+class Misjudged(Costs):
+    """A table by which drafted tokens and drafts cost so many times what they do in another one."""
 
-    def wrong(column: Mapping[int, float], least: float) -> dict[int, float]:
-        return {n: max(least + factor * (seconds - least), 1e-6) for n, seconds in column.items()}
+    def __init__(self, costs: Costs, tokens: float, drafts: float) -> None:
+        super().__init__(costs.rows, costs.block_size)
+        self.tokens, self.drafts = tokens, drafts
 
-    def one(table: RowCosts) -> RowCosts:
-        bare = {context: column[min(column)] for context, column in table.verify_s.items()}
-        return RowCosts(
-            {context: wrong(column, bare[context]) for context, column in table.verify_s.items()},
-            table.draft_s,
-            {context: wrong(column, bare[context]) for context, column in table.long_s.items()},
-            wrong(table.few_s, bare[min(bare)]),
-        )
+    def passes(self, rows: int, context_tokens: int = 0) -> PassCosts:
+        return super().passes(rows, context_tokens).scaled(self.tokens)
 
-    return Costs({rows: one(table) for rows, table in costs.rows.items()}, costs.block_size)
+    def draft_s(self, rows: int, length: int) -> float:
+        return super().draft_s(rows, length) * self.drafts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,8 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=96, help="answers that each budget serves at each concurrency")
     parser.add_argument("--orders", type=int, default=4, help="orders of answers, each from a seed of its own")
     parser.add_argument("--costs", type=Path, help="a result of `hf-dspark bench` whose profile to take; measured here by default")
-    parser.add_argument("--errors", default="0.3,1,2.5", help="what a profile takes tokens for, over what they cost")
-    parser.add_argument("--noise", type=float, default=0.1, help="of the times that budgets hear of where costs are followed")
+    parser.add_argument("--errors", default="0.3/1,1/1,2.5/1,1/0.4", help="what a profile takes tokens/drafts for, over what they cost")
+    parser.add_argument("--noise", type=float, default=0.1, help="of the times that online cost estimation reads")
     parser.add_argument("--dtype", default="fast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
@@ -236,7 +238,7 @@ def _run(args: argparse.Namespace) -> None:
     budgets = {name: StaticBudget(0) if name == PLAIN else make_budget(name) for name in names}
     files = [read_prompts(path, args.limit) for path in args.prompts]
     recorded = None if args.costs is None else _recorded_profile(args.costs)
-    errors = [float(factor) for factor in args.errors.split(",") if factor]
+    errors = [tuple(map(float, pair.split("/"))) for pair in args.errors.split(",") if pair]
     target, tokenizer = load_target(args.target, dtype=args.dtype)
     drafter = load_drafter(args.drafter, dtype=args.dtype).bind(target)
     prompts = [encode(tokenizer, [one])["input_ids"][0].tolist() for one in (c for rows in files for c in rows)]
@@ -249,11 +251,14 @@ def _run(args: argparse.Namespace) -> None:
         )
     walks = record_walks(target, drafter, prompts, end_ids=eos_token_ids(target), max_new_tokens=args.max_new_tokens)
 
-    def cell(name: str, budget: Budget, believed: Costs, size: int, noise: float = 0.0) -> dict[str, Any]:
+    def cell(name: str, budget: Budget, believed: Costs, size: int, *, learn: bool = False, noise: float = 0.0) -> dict[str, Any]:
         turns = [
-            play(budget.start(lambda: believed), walks, costs, size, requests=args.requests, seed=args.seed + turn, noise=noise)
+            play(
+                budget.start(believed, learn_costs=learn), walks, costs, size,
+                requests=args.requests, seed=args.seed + turn, noise=noise,
+            )
             for turn in range(args.orders)
-        ]
+        ]  # fmt: skip
         whole = Played(*(sum(values) for values in zip(*(vars(turn).values() for turn in turns), strict=True)))
         each = {"turn_tokens": [turn.tokens for turn in turns], "turn_seconds": [turn.seconds for turn in turns]}
         return whole.to_json(size, name) | each
@@ -262,14 +267,14 @@ def _run(args: argparse.Namespace) -> None:
     found = summary(cells)
     best = {size: max((c["tokens_per_s"] for c in cells if _fixed(c, size)), default=None) for size in sizes}
     misled = []
-    for factor in errors if None not in best.values() else ():
-        believed = misjudged(costs, factor)
-        for name, kind in ((name, type(budget)) for name, budget in budgets.items() if isinstance(budget, LoadAwareBudget)):
-            for follows in (False, True):
-                player = kind(follow_costs=follows)
-                rates = {size: cell(name, player, believed, size, args.noise)["tokens_per_s"] for size in sizes}
+    for tokens, drafts in errors if None not in best.values() else ():
+        believed = Misjudged(costs, tokens, drafts)
+        for name, budget in budgets.items():
+            for learn in (False, True) if isinstance(budget, LoadAwareBudget) else ():
+                rates = {size: cell(name, budget, believed, size, learn=learn, noise=args.noise)["tokens_per_s"] for size in sizes}
                 ratios = [rates[size] / best[size] for size in sizes]
-                misled.append({"tokens_taken_for": factor, "budget": name, "follows_costs": follows, "over_best_fixed": ratios})
+                wrong = {"tokens_taken_for": tokens, "drafts_taken_for": drafts, "budget": name, "follows_costs": learn}
+                misled.append(wrong | {"over_best_fixed": ratios})
     record = {
         "target": args.target,
         "drafter": args.drafter,
@@ -289,9 +294,10 @@ def _run(args: argparse.Namespace) -> None:
         ratio = number(one.get("load_aware_over_best_fixed"), 3)
         print(f"{one['concurrency']} in flight: {one.get('best_load_aware')} over {one.get('best_fixed')} {ratio}")
     for row in misled:
-        how = "following" if row["follows_costs"] else "not following"
-        found_ratios = " ".join(number(ratio, 2) for ratio in row["over_best_fixed"])
-        print(f"tokens taken for {row['tokens_taken_for']:g} of their cost, {row['budget']} {how}: {found_ratios}")
+        how = "online costs" if row["follows_costs"] else "fixed costs"
+        ratios = " ".join(number(ratio, 3) for ratio in row["over_best_fixed"])
+        taken = f"tokens taken for {row['tokens_taken_for']:g}, drafts for {row['drafts_taken_for']:g} of their cost"
+        print(f"{taken}, {row['budget']}, {how}: {ratios}")
 
 
 def _fixed(cell: Mapping[str, Any], concurrency: int) -> bool:

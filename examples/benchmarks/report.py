@@ -158,7 +158,8 @@ def render_replay(record: Record) -> str:
     rows.append(["**best load-aware over the best of plain, full, static**", *best])
     for wrong in record.get("misjudged", []):
         how = "online costs" if wrong["follows_costs"] else "fixed costs"
-        name = f"`{wrong['budget']}`, profile of tokens x{wrong['tokens_taken_for']:g}, {how}"
+        drafts = f", drafts x{wrong['drafts_taken_for']:g}" if wrong.get("drafts_taken_for", 1) != 1 else ""
+        name = f"`{wrong['budget']}`, profile of tokens x{wrong['tokens_taken_for']:g}{drafts}, {how}"
         rows.append([name, *(number(value, 3) for value in wrong["over_best_fixed"])])
     return (
         f"{table(['tokens/s, by requests in flight', *map(str, sizes)], rows)}\n\n{settings['answers']} greedy answers "

@@ -1,16 +1,17 @@
 # The export list of hf_dspark, once: type checkers read it, and so does `__init__.py`, which loads each name when it is first used.
 
 from hf_dspark.budgets.budget import Budget as Budget
+from hf_dspark.budgets.budget import FullBudget as FullBudget
+from hf_dspark.budgets.budget import StaticBudget as StaticBudget
+from hf_dspark.budgets.budget import ThresholdBudget as ThresholdBudget
 from hf_dspark.budgets.cost_model import Costs as Costs
 from hf_dspark.budgets.load_aware import LaggedLoadAwareBudget as LaggedLoadAwareBudget
 from hf_dspark.budgets.load_aware import LoadAwareBudget as LoadAwareBudget
 from hf_dspark.budgets.named import make_budget as make_budget
-from hf_dspark.budgets.budget import FullBudget as FullBudget
-from hf_dspark.budgets.budget import StaticBudget as StaticBudget
-from hf_dspark.budgets.budget import ThresholdBudget as ThresholdBudget
 from hf_dspark.calibration.online import OnlineCalibration as OnlineCalibration
 from hf_dspark.checkpoints.push import push_calibration as push_calibration
 from hf_dspark.configuration_dspark import DSparkConfig as DSparkConfig
+from hf_dspark.decoding.api import generate as generate
 from hf_dspark.decoding.candidate_generator import DSparkCandidateGenerator as DSparkCandidateGenerator
 from hf_dspark.decoding.generate import GenerateDSparkOutput as GenerateDSparkOutput
 from hf_dspark.decoding.profiler import CostProfile as CostProfile
@@ -25,7 +26,6 @@ from hf_dspark.errors import OutputError as OutputError
 from hf_dspark.errors import UnboundDrafterError as UnboundDrafterError
 from hf_dspark.errors import UnsupportedOptionError as UnsupportedOptionError
 from hf_dspark.errors import UnsupportedTargetError as UnsupportedTargetError
-from hf_dspark.decoding.api import generate as generate
 from hf_dspark.integration import install as install
 from hf_dspark.integration import uninstall as uninstall
 from hf_dspark.models.loading import load_drafter as load_drafter

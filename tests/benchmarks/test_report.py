@@ -9,7 +9,7 @@ import pytest
 from examples.benchmarks.report import main, render
 
 from hf_dspark.errors import DataError
-from hf_dspark.evaluation.load import summary
+from hf_dspark.evaluation.load_benchmark import summary
 
 MACHINE = {"cpu": "Some CPU", "cpu_count": 2, "torch_threads": 1, "versions": {"python": "3", "torch": "2", "transformers": "5"}}
 _CELLS = [

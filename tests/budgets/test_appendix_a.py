@@ -104,7 +104,7 @@ def planned(budget: LoadAwareBudget) -> Plan:
     def plan(confidence: torch.Tensor) -> list[int]:
         lengths = []
         for row in confidence:
-            fresh = budget.start(paper_costs)
+            fresh = budget.start(paper_costs(), learn_costs=False)
             live = LiveRows((0,), 2, (2,))
             assert fresh.propose(live) == Proposal(2)
             lengths += fresh.plan(Drafts((2,), row[None], live))
@@ -123,8 +123,8 @@ def test_the_load_aware_budget_without_its_stop_is_biased() -> None:
     """The same class with the unconstrained search on today's confidences outputs A with probability 0.85: the control."""
 
     class Peeking(LoadAwareBudget):
-        def _admit(self, survival, drafts, passes, most):
-            return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + self._draft_s))
+        def _admit(self, survival, drafts, passes, draft_s, room):
+            return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + draft_s))
 
     assert first_token(planned(Peeking())) == pytest.approx(0.85, abs=1e-9)
 

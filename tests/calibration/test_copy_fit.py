@@ -1,4 +1,4 @@
-"""Fits of copying: weights and tables that made-up data were drawn from, and a likelihood tried on a grid."""
+"""Fits of n-gram copying: weights and tables that made-up data were drawn from, and a likelihood tried on a grid."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_lengths_hardly_seen_share_a_weight() -> None:
     assert fit_copy_weights(np.ones(50), np.ones(50), np.ones(50), 2) == [0.0, 0.0]
 
 
-def test_a_copy_that_is_always_right_leaves_p_d_a_say() -> None:
+def test_a_copy_that_is_always_right_does_not_exclude_p_d() -> None:
     """Weights stay below 1, where a token that p_d proposes could never be drawn."""
     weights = fit_copy_weights(np.ones(500), np.ones(500), np.full(500, 0.01), 1)
     assert weights == [0.98]
@@ -61,7 +61,7 @@ def test_the_table_that_made_the_data_is_found() -> None:
     assert found[3] == [0.0, 1.0, *[0.0] * 6]
 
 
-def test_separable_data_do_not_run_away() -> None:
+def test_separable_data_give_finite_weights() -> None:
     """Where survival follows from one feature the ridge keeps the numbers finite, and they still tell the two apart."""
     features = np.zeros((400, 5))
     features[:, :2] = 1.0

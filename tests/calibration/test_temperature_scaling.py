@@ -45,16 +45,12 @@ def test_ece_by_hand() -> None:
     expected = (2 / 5) * abs(0.5 - 0.25) + (3 / 5) * abs(1.0 - 0.9)
     assert expected_calibration_error(predicted, observed, bins=2) == pytest.approx(expected)
     assert math.isnan(expected_calibration_error(np.empty(0), np.empty(0)))
+    assert expected_calibration_error(np.ones(4), np.array([1.0, 1.0, 1.0, 0.0])) == pytest.approx(0.25)  # the last bin is closed
 
 
-def test_a_probability_of_one_has_a_bin() -> None:
-    """The last bin is closed."""
-    assert expected_calibration_error(np.ones(4), np.array([1.0, 1.0, 1.0, 0.0])) == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_auc_equals_a_count_of_pairs(seed: int) -> None:
-    """Over all pairs of a survivor and a casualty, wins and half the ties."""
+    """Over all pairs of one that survived and one that did not, wins and half the ties."""
     random = np.random.default_rng(seed)
     predicted, observed = random.choice([0.1, 0.2, 0.5, 0.7], 60), (random.random(60) < 0.4).astype(float)
     pairs = [(p, q) for p, o in zip(predicted, observed, strict=True) if o for q, u in zip(predicted, observed, strict=True) if not u]
@@ -77,20 +73,15 @@ def test_a_reliability_diagram_adds_up() -> None:
     assert gap == pytest.approx(expected_calibration_error(predicted, observed))
 
 
-@pytest.mark.parametrize("true", [[1.0, 1.0, 1.0], [2.0, 0.6, 1.4], [0.5, 3.0, 1.0]])
+@pytest.mark.parametrize("true", [[1.0, 1.0, 1.0], [0.5, 3.0, 1.0]])
 def test_known_temperatures_are_found(true: list[float]) -> None:
-    """From 20,000 simulated rounds each temperature comes back within 15%, and the error falls to the noise of the estimate."""
+    """From 20,000 simulated rounds each comes back within 15%, and the error falls from several times the noise of the estimate to it."""
     rounds = simulated(true)
     fitted = fit_temperatures(rounds)
     assert fitted == pytest.approx(true, rel=0.15)
     fresh = simulated(true, seed=1)
     assert np.mean([q.ece for q in quality(fresh, fitted)]) < 0.012
-
-
-def test_without_the_fit_the_error_is_larger() -> None:
-    """The control: uncalibrated, the same rounds are wrong by several times as much."""
-    fresh = simulated([2.0, 0.5, 1.5], seed=1)
-    assert np.mean([q.ece for q in quality(fresh, None)]) > 0.04
+    assert true == [1.0, 1.0, 1.0] or np.mean([q.ece for q in quality(fresh, None)]) > 0.04
 
 
 def test_positions_are_fitted_left_to_right() -> None:
@@ -123,7 +114,7 @@ def test_few_survivors_do_not_drive_temperatures_to_extremes() -> None:
     assert all(0.4 < t < 2.5 for t in fitted)
 
 
-def test_the_order_of_a_position_is_kept() -> None:
+def test_calibration_preserves_order() -> None:
     """Calibration changes no ranking at the first position: its AUC is the same before and after."""
     rounds = simulated([2.5, 0.5], 4000)
     fitted = fit_temperatures(rounds)
@@ -162,8 +153,6 @@ def test_temperatures_of_another_length_are_refused() -> None:
         simulated([1.0, 1.0], 10).survival([1.0, 1.0, 1.0])
 
 
-# ------------------------------------------------------------------------------------------------------------------ the file
-
 RECORD = {"format": 1, "temperatures": [1.5, 0.5], "data": []}
 
 
@@ -181,7 +170,7 @@ def test_a_record_survives_the_file(tmp_path: Path) -> None:
         ("[]", "not one that this version reads"),
         (json.dumps({**RECORD, "format": 2}), "not one that this version reads"),
         (json.dumps({**RECORD, "temperatures": "1"}), "not one that this version reads"),
-        (json.dumps({**RECORD, "temperatures": [1.0, "x"]}), "no numbers"),
+        (json.dumps({**RECORD, "temperatures": [1.0, "x"]}), "not numbers"),
         (json.dumps({**RECORD, "temperatures": [1.0, -1.0]}), "positive"),
         (json.dumps({**RECORD, "temperatures": [1.0, float("inf")]}), "positive and finite"),
     ],

@@ -17,6 +17,7 @@ import torch
 
 import hf_dspark
 from hf_dspark.budgets.admission import admit_top, best_count
+from hf_dspark.budgets.budget import Budget
 from hf_dspark.budgets.cost_model import Costs
 from hf_dspark.budgets.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
 from tests.costs import flat, full_machine, jagged, middling
@@ -94,8 +95,8 @@ def test_a_cap_keeps_the_distribution(kind: type[LoadAwareBudget]) -> None:
 class Peeking(LoadAwareBudget):
     """The unconstrained search on the confidences of the very round."""
 
-    def _admit(self, survival, drafts, passes, most):
-        return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + self._draft_s))
+    def _admit(self, survival, drafts, passes, draft_s, room):
+        return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + draft_s))
 
 
 @pytest.mark.slow
@@ -104,6 +105,7 @@ def test_a_search_that_peeks_is_caught() -> None:
     from tests.costs import made_costs
 
     cliff = made_costs(lambda b: 1.0 + 1.2 * min(b - 1, 1) + 0.05 * b, lambda r, n: 1e-6, GAMMA)
-    assert fit(Peeking(cliff, skipping=False), (PROMPT,), calls=2000) < ALARM
+    drafts_always = {"propose": Budget.propose}
+    assert fit(type("Peeks", (Peeking,), drafts_always)(cliff), (PROMPT,), calls=2000) < ALARM
     for kind in (LoadAwareBudget, LaggedLoadAwareBudget):
-        assert fit(kind(cliff, skipping=False), (PROMPT,), calls=2000) > ALARM
+        assert fit(type("Drafts", (kind,), drafts_always)(cliff), (PROMPT,), calls=2000) > ALARM

@@ -311,7 +311,9 @@ def test_calls_that_overlap_after_uninstall_do_not_unpatch_each_other(original):
 
     def call(event):
         budget = Waits(event)
-        outs.append(hf_dspark.generate(w.target, w.drafter, **w.inputs(3), budget=budget, max_new_tokens=24, do_sample=False, eos_token_id=98))
+        outs.append(
+            hf_dspark.generate(w.target, w.drafter, **w.inputs(3), budget=budget, max_new_tokens=24, do_sample=False, eos_token_id=98)
+        )
 
     second = threading.Thread(target=call, args=(leave,))
     second.start()

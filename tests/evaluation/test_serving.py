@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import time
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from hf_dspark.calibration.temperature_scaling import FEWEST_ROUNDS
 from hf_dspark.configuration_dspark import COPY_FEATURES
 from hf_dspark.decoding import loop as decoding
 from hf_dspark.errors import CheckpointError, DataError
-from hf_dspark.evaluation import load
+from hf_dspark.evaluation import load_benchmark
 from hf_dspark.evaluation.calibrate import calibrate, held_out, record_rounds
-from hf_dspark.evaluation.load import Contender, bench, summary
+from hf_dspark.evaluation.load_benchmark import Contender, bench, summary
 from hf_dspark.evaluation.serving import Server, serve
 from hf_dspark.evaluation.speed import Sampling
 from hf_dspark.models.modeling_dspark import DSparkDrafter
@@ -325,7 +324,7 @@ def test_contenders_go_on_side_by_side(monkeypatch):
     """
     target, drafter = pair()
     given, slices, ahead = {}, [], []
-    go_on = load.Running.advance
+    go_on = load_benchmark.Running.advance
 
     def watched(run, tokens, cell):
         served = go_on(run, tokens, cell)
@@ -337,7 +336,7 @@ def test_contenders_go_on_side_by_side(monkeypatch):
             given[run] = 0  # The first call brings contenders to the same place.
         return served
 
-    monkeypatch.setattr(load.Running, "advance", watched)
+    monkeypatch.setattr(load_benchmark.Running, "advance", watched)
     record = bench(
         target, drafter, many_prompts(20), end_ids=[NEVER], pad_id=0, concurrencies=[2], budgets=["plain", "full", "static:1"],
         max_new_tokens=48, seconds=0.4, repeats=3, slice_seconds=0.02, costs=full_machine(drafter.config.block_size),
@@ -345,30 +344,6 @@ def test_contenders_go_on_side_by_side(monkeypatch):
     assert record["settings"]["slice_seconds"] == 0.02
     assert 4 * max(slices) < record["cells"][0]["tokens"] / 3
     assert max(ahead) <= max(slices) + 2 * 2 * (drafter.config.block_size + 1)
-
-
-def test_a_round_tells_how_long_the_loop_waited_before_it():
-    """Between two runs of a server time passes that belongs to no round; within a run there is next to none."""
-    target, drafter = pair()
-    waited = []
-
-    class Watch:
-        temperatures, wants_copy_features = None, False
-
-        def on_round_end(self, finished):
-            waited.append(finished.waited_seconds)
-
-    server = Server(
-        target, drafter, random_prompts(LENGTHS[:2]), concurrency=2, max_new_tokens=24, budget=make_budget("full"), end_ids=[NEVER],
-        round_callback=Watch(),
-    )  # fmt: skip
-    server.run(tokens=8)
-    before = len(waited)
-    time.sleep(0.5)
-    server.run()
-    assert waited[0] == 0.0
-    assert waited[before] >= 0.5
-    assert max(waited[1:before] + waited[before + 1 :]) < 0.5
 
 
 def test_the_spread_of_a_ratio_is_that_of_turns_drawn_anew():

@@ -1,4 +1,4 @@
-"""Which drafted tokens a pass takes: Algorithm 1 and the searches beside it, over survivals and costs. Pure numbers; knows no budget.
+"""Which drafted tokens a pass takes: Algorithm 1 and the searches beside it, over survivals and costs.
 
 Source: paper section 3.2.2, Algorithm 1, and section 5.2 (the lagged variant). Differs: the objective is tokens over the time of the whole
 round, draft included, not tokens a verification pass.
@@ -10,52 +10,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_dspark.budgets.cost_model import PassCosts
-
 
 def survivals(confidence: np.ndarray) -> np.ndarray:
     """a_j = prod_{i<=j} c_i, `(R, n)`, float64; a confidence that is not a number ends the row."""
     return np.cumprod(np.where(np.isnan(confidence), 0.0, confidence.astype(np.float64)), axis=1)
 
 
-def admission_order(survival: np.ndarray) -> np.ndarray:
+def admission_order(survival: np.ndarray, limits: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All (row, position) pairs by survival, highest first; of equal ones the earlier position first, then the earlier row.
 
     Args:
-        survival (`numpy.ndarray` of shape `(R, n)`): a_{r,j}, non-increasing along each row.
+        survival (`numpy.ndarray` of shape `(.., R, n)`): a_{r,j}, non-increasing along each row.
+        limits (`Sequence[int]` of length R): most tokens of each row; pairs beyond come last, with a survival of 0.
     Returns:
-        `numpy.ndarray` of shape `(n * R,)`: indices into the transposed, flattened survivals: j * R + r.
+        `numpy.ndarray` of shape `(.., n * R)`: indices j * R + r.
+        `numpy.ndarray` of shape `(.., n * R)`: their survivals.
     """
-    return np.argsort(-survival.T.ravel(), kind="stable")
-
-
-def _gains(survival: np.ndarray, limits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The admissible pairs in order, and their survivals."""
-    open_ = np.arange(survival.shape[1])[:, None] < np.asarray(limits)[None, :]
-    order = admission_order(np.where(open_.T, survival, -1.0))[: int(open_.sum())]
-    return order, survival.T.ravel()[order]
-
-
-def _lengths(order: np.ndarray, rows: int) -> list[int]:
-    return np.bincount(order % rows, minlength=rows).tolist()
-
-
-def rate(
-    gains: np.ndarray, rows: int, round_s: np.ndarray, order: np.ndarray | None = None, wide_s: np.ndarray | None = None
-) -> np.ndarray:
-    """Theta of admitting the first 0, 1, .. tokens: expected tokens of the round over its seconds, `(1 + len(gains),)`.
-
-    Args:
-        gains (`numpy.ndarray` of shape `(n,)`): survivals in the order of admission.
-        rows (`int`): live rows.
-        round_s (`numpy.ndarray` of shape `(>= 1 + n,)`): seconds with 0, 1, .. drafted tokens in the pass.
-        order (`numpy.ndarray` of shape `(n,)`, *optional*): from `admission_order`; with it
-        wide_s (`numpy.ndarray` of shape `(1 + gamma,)`): seconds to add, by drafted tokens of the longest row.
-    """
-    seconds = round_s[: len(gains) + 1]
-    if order is not None and wide_s is not None:
-        seconds = seconds + wide_s[longest_row(order // rows)]
-    return (rows + from_none(gains)) / seconds
+    outside = np.arange(survival.shape[-1])[:, None] >= np.asarray(limits)
+    values = np.where(outside, -1.0, survival.swapaxes(-1, -2)).reshape(*survival.shape[:-2], -1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    return order, np.maximum(np.take_along_axis(values, order, axis=-1), 0.0)
 
 
 def from_none(values: np.ndarray) -> np.ndarray:
@@ -67,8 +41,7 @@ def longest_row(places: np.ndarray) -> np.ndarray:
     """Drafted tokens of the longest row with the first 0, 1, .. tokens admitted.
 
     Args:
-        places (`numpy.ndarray` of shape `(.., n)`): block position (from 0) of each token in the order of admission; -1 where it counts for
-            nothing.
+        places (`numpy.ndarray` of shape `(.., n)`): block position (from 0) of each token in the order of admission; -1 for no token.
     """
     nothing = np.zeros((*places.shape[:-1], 1), dtype=np.int64)
     return np.concatenate((nothing, np.maximum.accumulate(places + 1, axis=-1)), axis=-1)
@@ -87,10 +60,11 @@ def admit_early_stop(survival: np.ndarray, limits: Sequence[int], round_s: np.nd
     Returns:
         `list[int]`: l_r of each row.
     """
-    order, gains = _gains(survival, limits)
-    theta = rate(gains, len(limits), round_s)
+    order, gains = admission_order(survival, limits)
+    count = sum(limits)
+    theta = (len(limits) + from_none(gains[:count])) / round_s[: count + 1]
     worse = np.flatnonzero(theta[1:] <= theta[:-1])
-    count = int(worse[0]) if len(worse) else len(gains)
+    count = int(worse[0]) if len(worse) else count
     return _lengths(order[: count if most is None else min(count, most)], len(limits))
 
 
@@ -98,22 +72,24 @@ def best_count(survival: np.ndarray, limits: Sequence[int], round_s: np.ndarray,
     """How many tokens the unconstrained search admits: the arg-max of Theta over all of them, whatever lies between.
 
     Not to be applied to the tokens whose survivals it has read: it looks past the cut.
+
+    Args:
+        survival, limits, round_s: as in `admit_early_stop`.
+        wide_s (`numpy.ndarray` of shape `(1 + gamma,)`, *optional*): seconds to add, by drafted tokens of the longest row.
     """
-    order, gains = _gains(survival, limits)
-    return int(rate(gains, len(limits), round_s, order, wide_s).argmax())
+    order, gains = admission_order(survival, limits)
+    count = sum(limits)
+    seconds = round_s[: count + 1]
+    if wide_s is not None:
+        seconds = seconds + wide_s[longest_row(order[:count] // len(limits))]
+    return int(((len(limits) + from_none(gains[:count])) / seconds).argmax())
 
 
 def admit_top(survival: np.ndarray, limits: Sequence[int], count: int) -> list[int]:
     """The `count` tokens of highest survival: by rank alone, so exact however `count` was found from finished rounds."""
-    order, _ = _gains(survival, limits)
-    return _lengths(order[:count], len(limits))
+    order, _ = admission_order(survival, limits)
+    return _lengths(order[: min(count, sum(limits))], len(limits))
 
 
-def early_stop_s(passes: PassCosts, rows: int, length: int, start: float = 0.0) -> np.ndarray:
-    """Seconds that Algorithm 1 reckons with, by drafted tokens in the pass, with `length` tokens drafted for each of `rows` rows.
-
-    Convex, so that no step of the costs stops it: from `start` drafted tokens a row on as close to what passes cost as can be, and before
-    that as if they had always been so dear. And with the width that the pass may come to have, so that the first token of a position does
-    not pay for all. Whether so long rows pay, and from where on to look, was settled by what passes really cost, before the draft.
-    """
-    return passes.convex_s(rows * length, int(rows * start)) + passes.wide_s[length]
+def _lengths(order: np.ndarray, rows: int) -> list[int]:
+    return np.bincount(order % rows, minlength=rows).tolist()

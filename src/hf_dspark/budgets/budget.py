@@ -79,7 +79,6 @@ class FinishedRound:
         draft_seconds (`float`, *optional*): of these, the draft's; None where the device cannot tell without a wait.
         copy_features (`torch.Tensor` of shape `(R, n, 9)`, *optional*): the features of n-gram copies, on the host; for a round callback
             with `wants_copy_features`.
-        waited_seconds (`float`): between the end of the round before and the beginning of this one.
     """
 
     requests: tuple[int, ...]
@@ -92,7 +91,6 @@ class FinishedRound:
     seconds: float | None = None
     draft_seconds: float | None = None
     copy_features: torch.Tensor | None = None
-    waited_seconds: float = 0.0
 
 
 class RoundCallback(Protocol):

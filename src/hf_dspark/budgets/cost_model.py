@@ -1,4 +1,4 @@
-"""What a round costs on this machine: a table of measured times and its lookup. Pure numbers; knows no model and no clock.
+"""What a round costs: measured seconds and their interpolation, or a prior where nothing was measured.
 
 Source: SPS(B) of the paper's Algorithm 1, as seconds a pass, and with the draft beside it: a round of R rows costs
 draft(R, n) + verify(R, B), B tokens in the pass.
@@ -6,32 +6,37 @@ draft(R, n) + verify(R, B), B tokens in the pass.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-# Contexts that share one dense table.
-_CONTEXT_STEP = 64
+# Of `prior_costs`. On a CPU each token adds this share of a pass of one token: in the measured profiles of a model of 135M (bench.json and
+# bench_fp32.json of model_cards/smollm2-dspark/results) 0.019 to 0.024 in bfloat16, and in float32 0.025 of a pass of two.
+CPU_TOKEN_SHARE = 0.025
+# On an accelerator a pass is bound by memory up to about the tokens at which computing takes as long as reading the weights: FLOP/s over
+# bytes/s, in bfloat16 150 on an A100 and 300 on an H100.
+ACCELERATOR_FLAT_TOKENS = 200
+
+_CONTEXT_STEP = 64  # contexts this close share one cached table
 
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Measured times with a fixed number of rows R: seconds of everything in a round but the draft: the target's pass, acceptance,
-    bookkeeping.
+    """Measured seconds of rounds with a fixed number of rows R; what is not the draft (pass, acceptance, bookkeeping) counts as the pass.
 
-    What a pass costs is split into what its tokens cost and what its width costs: linear layers see the sum of the rows, attention works
-    on rows as wide as the widest.
+    A pass costs by its tokens and by its width: linear layers see the sum of the rows, attention rows as wide as the longest.
 
     Args:
-        verify_s (`dict[int, dict[int, float]]`): of rows of equal length, by context tokens a row, then by tokens a row in the pass
-            (anchor included); the shape of the curve is taken at the first context, at others their least time.
-        draft_s (`dict[int, float]`): by tokens drafted a row: seconds of drafting for all rows.
-        long_s (`dict[int, dict[int, float]]`): of rows of which one has n drafted tokens and the others none, by context, then by n.
-        few_s (`dict[int, float]`): of rows of which n < R have one drafted token and the others none, by n, at the first context: kernels
-            work by steps, so these do not lie on a straight line.
+        verify_s (`dict[int, dict[int, float]]`): rows of equal length, by context tokens a row, then by tokens a row in the pass (anchor
+            included). The first context has the whole curve; of the others the least number of tokens counts.
+        draft_s (`dict[int, float]`): drafts for all rows, by tokens drafted a row.
+        long_s (`dict[int, dict[int, float]]`): one row with n drafted tokens beside R - 1 with none, by context, then by n.
+        few_s (`dict[int, float]`): n < R rows with one drafted token beside R - n with none, by n, at the first context: where costs rise
+            by steps these do not lie on a straight line.
     Raises:
         ValueError: for an empty table or a time that is not positive and finite.
     """
@@ -49,58 +54,32 @@ class RowCosts:
         if not all(0 < s < float("inf") for s in times):
             raise ValueError(f"Times of a cost table must be positive and finite; got {times}. Measure again.")
 
-    def curves(self, rows: int, block_size: int, context_tokens: int) -> tuple[np.ndarray, float]:
+    def pass_s(self, rows: int, block_size: int, context_tokens: float, drafted: np.ndarray) -> tuple[np.ndarray, float]:
         """What tokens cost, and what width costs.
 
         Args:
             rows (`int`): R, that this table was measured with.
             block_size (`int`): gamma.
-            context_tokens (`int`): tokens that rows hold.
+            context_tokens (`float`): tokens that rows hold.
+            drafted (`numpy.ndarray` of shape `(n,)`): drafted tokens a row, 0..gamma.
         Returns:
-            `numpy.ndarray`: seconds at `token_grid(gamma)` drafted tokens a row, non-decreasing, the width left out.
-            `float`: seconds added for each drafted token of the longest row.
+            `numpy.ndarray` of shape `(n,)`: seconds without width, non-decreasing.
+            `float`: seconds for each drafted token of the longest row.
         """
-        contexts = sorted(self.verify_s)
-        first = contexts[0]
-        wide = self._wide(rows, block_size)
-        places, seconds = self._bare(rows, block_size, wide)
-        even = self._even(block_size)
-        passes, widths = [], []
-        for context in contexts:
-            # What tokens cost does not depend on what rows hold; what the rows cost does, and their width.
-            fewest = min(self.verify_s[context])
-            here = seconds + self.verify_s[context][fewest] - even[fewest - 1]
-            long_s = self.long_s.get(context) if context != first else None
-            passes.append(np.interp(token_grid(block_size), places, here))
-            widths.append(np.array(_width(rows, long_s, places, here) if long_s else wide))
-        if len(contexts) == 1:
-            return passes[0], wide
-        return _between(context_tokens, contexts, passes), max(float(_between(context_tokens, contexts, widths)), 0.0)
-
-    def _even(self, block_size: int) -> np.ndarray:
-        """Seconds of rows of equal length at the first context, by drafted tokens a row, `(1 + gamma,)`."""
-        column = self.verify_s[min(self.verify_s)]
-        known = sorted(column)
-        return _line(np.arange(1, block_size + 2), known, [column[n] for n in known])
-
-    def _bare(self, rows: int, block_size: int, wide_s: float) -> tuple[np.ndarray, np.ndarray]:
-        """Drafted tokens a row, and seconds of passes with so many when the price of their width is taken off; both non-decreasing."""
-        even, few, whole = self._even(block_size), sorted(self.few_s), np.arange(block_size + 1)
-        seconds = [even[0], *(self.few_s[n] - wide_s for n in few), *(even - wide_s * whole)[1:]]
-        return np.array([0.0, *(n / rows for n in few), *whole[1:]]), _rising(seconds)
-
-    def _wide(self, rows: int, block_size: int) -> float:
-        """Seconds for each drafted token of the longest row at the first context: what is left of passes with one long row when the price
-        of their tokens is taken off, which itself is what is left of the other passes when width is taken off.
-        """
-        long_s, wide = self.long_s.get(min(self.verify_s)), 0.0
-        for _ in range(16 if long_s else 0):
-            assert long_s is not None
-            wide = _width(rows, long_s, *self._bare(rows, block_size, wide))
-        return wide
+        first, *others = sorted(self.verify_s)
+        column = self.verify_s[first]
+        even = interpolate(np.arange(1, block_size + 2), sorted(column), _envelope([column[n] for n in sorted(column)]))
+        bases = {first: float(even[0])} | {context: self.verify_s[context][min(self.verify_s[context])] for context in others}
+        widths = {c: _width_s(rows, self.long_s[c], bases[c], even[1] - even[0]) for c in bases if self.long_s.get(c)}
+        narrow = {n / rows: seconds - widths.get(first, 0.0) for n, seconds in self.few_s.items()}
+        narrow |= {n: seconds - n * widths.get(first, 0.0) for n, seconds in enumerate(even)}
+        curve = _envelope([narrow[n] for n in sorted(narrow)])
+        base = interpolate(context_tokens, list(bases), list(bases.values()))
+        width = float(interpolate(context_tokens, list(widths), list(widths.values()))) if widths else 0.0
+        return np.interp(drafted, sorted(narrow), curve) - curve[0] + base, max(width, 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the table with its numbers as they were measured."""
+        """The table with its numbers as they were measured."""
 
         def plain(column: Mapping[int, float]) -> dict[str, float]:
             return {str(n): seconds for n, seconds in sorted(column.items())}
@@ -114,7 +93,7 @@ class RowCosts:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> RowCosts:
-        """Reads what `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Raises:
             ValueError: if it is something else.
@@ -134,72 +113,69 @@ class RowCosts:
             raise ValueError(f"not a cost table ({type(error).__name__}: {error})") from None
 
 
-def _width(rows: int, long_s: Mapping[int, float], places: np.ndarray, seconds: np.ndarray) -> float:
-    """By least squares, seconds for each drafted token of the longest row, in passes with one long row, over what their tokens cost."""
+def _width_s(rows: int, long_s: Mapping[int, float], base: float, even_s: float) -> float:
+    """Seconds of width w for each drafted token of the longest row; a token costs t.
+
+    From n (t + w) = long_s[n] - base, by least squares over n, and R t + w = `even_s`, what one drafted token in every row adds.
+    """
     lengths = np.array(sorted(long_s))
-    left = np.array([long_s[n] for n in lengths]) - np.interp(lengths / rows, places, seconds)
-    return max(float(lengths @ left / (lengths @ lengths)), 0.0)
-
-
-def token_grid(block_size: int) -> np.ndarray:
-    """Drafted tokens a row at which times are held: eighths up to one, then whole numbers up to gamma."""
-    return np.concatenate((np.arange(8) / 8, np.arange(1, block_size + 1)))
+    both = float(lengths @ (np.array([long_s[n] for n in lengths]) - base) / (lengths @ lengths))
+    return max(both - max(even_s - both, 0.0) / max(rows - 1, 1), 0.0)
 
 
 @dataclass
 class PassCosts:
-    """What rounds cost with a given number of rows and context.
+    """What rounds with a given number of rows and context cost without their draft.
 
-    Attributes:
-        verify_s (`numpy.ndarray` of shape `(1 + R * gamma,)`): seconds of a round without its draft, by drafted tokens in the pass;
-            non-decreasing; the width left out.
+    Args:
+        verify_s (`numpy.ndarray` of shape `(1 + R * gamma,)`): seconds by drafted tokens in the pass, non-decreasing, without width.
         wide_s (`numpy.ndarray` of shape `(1 + gamma,)`): seconds to add, by drafted tokens of the longest row.
     """
 
     verify_s: np.ndarray
     wide_s: np.ndarray
-    _convex: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
-    def convex_s(self, tokens: int, start: int = 0) -> np.ndarray:
-        """The greatest convex curve that is nowhere above `verify_s` from `start` up to `tokens` drafted tokens, `(1 + tokens,)`; before
-        `start` its first slope holds.
+    @cached_property
+    def convex_s(self) -> np.ndarray:
+        """The greatest convex curve nowhere above `verify_s` from one drafted token on, and at none the same line: for Algorithm 1.
 
-        Where costs rise by steps, a search that stops at the first token that does not pay would stop before each; on this curve it walks
-        on to the end of the step.
+        Costs rise by steps, and a search that stops at the first token that does not pay would stop before each. The first token, which may
+        cost as much as many, counts like those behind it: whether to draft at all was settled before, by what passes really cost.
         """
-        key = (tokens, start)
-        if key not in self._convex:
-            curve = self.verify_s[: tokens + 1]
-            corners = [start]
-            for j in range(start + 1, len(curve)):
-                while len(corners) > 1 and (curve[j] - curve[corners[-2]]) * (corners[-1] - corners[-2]) <= (
-                    curve[corners[-1]] - curve[corners[-2]]
-                ) * (j - corners[-2]):
-                    corners.pop()
-                corners.append(j)
-            whole = np.arange(len(curve))
-            convex = np.interp(whole, corners, curve[corners])
-            if start < tokens:
-                convex[:start] = convex[start] - (convex[start + 1] - convex[start]) * (start - whole[:start])
-            self._convex[key] = convex
-        return self._convex[key]
+        curve, corners = self.verify_s, [1]
+        for j in range(2, len(curve)):
+            while len(corners) > 1 and (curve[j] - curve[corners[-2]]) * (corners[-1] - corners[-2]) <= (
+                curve[corners[-1]] - curve[corners[-2]]
+            ) * (j - corners[-2]):
+                corners.pop()
+            corners.append(j)
+        if len(curve) < 3:
+            return curve
+        convex = np.interp(np.arange(len(curve)), corners, curve[corners])
+        convex[0] = 2 * convex[1] - convex[2]
+        return convex
+
+    def scaled(self, factor: float) -> PassCosts:
+        """The same with drafted tokens that cost `factor` times as much."""
+        base = self.verify_s[0]
+        scaled = PassCosts(base + factor * (self.verify_s - base), factor * self.wide_s)
+        scaled.convex_s = base + factor * (self.convex_s - base)  # spares the search
+        return scaled
 
 
 @dataclass
 class Costs:
-    """Times of rounds for any number of rows: measured at some, read in between by straight lines.
-
-    Lookups go to dense arrays, made once for each number of rows and step of context.
+    """Seconds of rounds for any number of rows: measured at some, by straight lines between and beyond them.
 
     Args:
         rows (`dict[int, RowCosts]`): by number of rows.
-        block_size (`int`): gamma.
+        block_size (`int`): gamma, the longest block that was measured.
     """
 
     rows: Mapping[int, RowCosts]
     block_size: int
     _passes: dict[tuple[int, int], PassCosts] = field(default_factory=dict, repr=False)
-    _draft: dict[tuple[int, int], float] = field(default_factory=dict, repr=False)
+    _drafts: dict[tuple[int, int], float] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.rows or min(self.rows) < 1:
@@ -213,84 +189,71 @@ class Costs:
             context_tokens (`int`): tokens that the longest row holds.
         """
         key = (rows, context_tokens // _CONTEXT_STEP)
-        found = self._passes.get(key)
-        if found is None:
-            middle = key[1] * _CONTEXT_STEP + _CONTEXT_STEP // 2
-            known = sorted(self.rows)
-            both = [self.rows[r].curves(r, self.block_size, middle) for r in known]
-            # Noise must not let more rows cost less than fewer.
-            pass_s = list(np.stack([_rising(column) for column in np.stack([curve for curve, _ in both]).T]).T)
-            wide_s = [np.array(wide) for _, wide in both]
-            curve = pass_s[0] if len(known) == 1 else _between(rows, known, pass_s)
-            wide = max(float(wide_s[0] if len(known) == 1 else _between(rows, known, wide_s)), 0.0)
-            curve = np.maximum(curve, pass_s[0])
-            tokens = np.arange(rows * self.block_size + 1) / rows
-            table = np.maximum.accumulate(np.interp(tokens, token_grid(self.block_size), curve))
-            found = self._passes[key] = PassCosts(table, wide * np.arange(self.block_size + 1))
-        return found
+        if key not in self._passes:
+            gamma, known, context = self.block_size, sorted(self.rows), (key[1] + 0.5) * _CONTEXT_STEP
+            drafted = np.arange(rows * gamma + 1) / rows
+            curves, widths = zip(*(self.rows[r].pass_s(r, gamma, context, drafted) for r in known), strict=True)
+            # More rows never cost less than fewer, nor more tokens.
+            curve = np.maximum.accumulate(interpolate(rows, known, np.maximum.accumulate(np.stack(curves))))
+            width = max(float(interpolate(rows, known, widths)), 0.0)
+            self._passes[key] = PassCosts(curve, width * np.arange(gamma + 1))
+        return self._passes[key]
 
     def draft_s(self, rows: int, length: int) -> float:
-        """Seconds of drafting `length` tokens for each of `rows` rows; 0 for nothing.
-
-        Args:
-            rows (`int`): rows that are drafted for.
-            length (`int`): tokens a row.
-        """
+        """Seconds of drafting `length` tokens for each of `rows` rows; 0 for nothing."""
         if rows == 0 or length == 0:
             return 0.0
         key = (rows, length)
-        if key not in self._draft:
-            known = sorted(self.rows)
-            times = []
-            for r in known:
-                lengths = sorted(self.rows[r].draft_s)
-                times.append(_line(np.array([length]), lengths, [self.rows[r].draft_s[n] for n in lengths]))
-            value = times[0] if len(known) == 1 else _between(rows, known, times)
-            self._draft[key] = max(float(value[0]), 0.0)
-        return self._draft[key]
-
-
-def _rising(values: np.ndarray | Sequence[float]) -> np.ndarray:
-    """The non-decreasing curve closest to these values, by least squares: neighbours that fall share their mean."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, size = float(value), 1
-        while blocks and blocks[-1][0] > mean:
-            other, count = blocks.pop()
-            mean, size = (mean * size + other * count) / (size + count), size + count
-        blocks.append((mean, size))
-    return np.repeat([mean for mean, _ in blocks], [size for _, size in blocks])
-
-
-def _line(at: np.ndarray, known: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Straight lines between known points, made monotone; beyond the last the last slope goes on, before the first the first value."""
-    values = _rising(values)
-    out = np.interp(at, known, values)
-    if len(known) > 1:
-        slope = (values[-1] - values[-2]) / (known[-1] - known[-2])
-        out = np.where(at > known[-1], values[-1] + slope * (at - known[-1]), out)
-    return out
-
-
-def _between(at: float, known: Sequence[int], curves: Sequence[np.ndarray]) -> np.ndarray:
-    """The curve at `at` by a straight line between the two nearest known ones; beyond them the outer line goes on."""
-    right = min(max(bisect_left(known, at), 1), len(known) - 1)
-    low, high = known[right - 1], known[right]
-    share = max((at - low) / (high - low), 0.0)
-    return (1 - share) * curves[right - 1] + share * curves[right]
+        if key not in self._drafts:
+            columns = [self.rows[r].draft_s for r in sorted(self.rows)]
+            times = [interpolate(length, sorted(column), [column[n] for n in sorted(column)]) for column in columns]
+            self._drafts[key] = max(float(interpolate(rows, sorted(self.rows), times)), 0.0)
+        return self._drafts[key]
 
 
 def prior_costs(block_size: int, draft_share: float, device_type: str) -> Costs:
-    """What rounds cost before anything was measured, in passes of one row.
+    """Costs guessed from sizes, for a target and drafter that were not measured; relative to a pass of one token.
 
     Args:
         block_size (`int`): gamma.
-        draft_share (`float`): the drafter's weights over the target's.
-        device_type (`str`): `"cpu"`, `"cuda"`, ..
+        draft_share (`float`): weights of the drafter over those of the target; a draft costs this share of a pass of as many tokens.
+        device_type (`str`): `"cpu"`, or an accelerator's, such as `"cuda"`.
     """
-    token = 0.12 if device_type == "cpu" else 0.002
-    rows = {}
-    for r in (1, 2, 4, 8, 16, 32, 64):
-        verify = {128: {n: 1 + token * (r * n - 1) for n in (1, 2, 4, block_size + 1)}}
-        rows[r] = RowCosts(verify, {n: draft_share * verify[128][1] * (1 + token * r * n) for n in (1, block_size)})
-    return Costs(rows, block_size)
+
+    def pass_s(tokens: int) -> float:
+        if device_type == "cpu":
+            return 1 + CPU_TOKEN_SHARE * (tokens - 1)
+        return float(np.hypot(1.0, tokens / ACCELERATOR_FLAT_TOKENS))  # flat, then linear
+
+    lengths = range(1, block_size + 2)
+    return Costs(
+        {
+            r: RowCosts({0: {n: pass_s(r * n) for n in lengths}}, {n: max(draft_share, 1e-9) * pass_s(r * n) for n in lengths})
+            for r in (1, 2, 4, 8, 16, 32, 64, 128)
+        },
+        block_size,
+    )
+
+
+def _envelope(seconds: ArrayLike) -> np.ndarray:
+    """Noise only adds time, so nothing costs more than what is larger: the least of each time and those behind it."""
+    return np.minimum.accumulate(np.asarray(seconds, dtype=np.float64)[::-1])[::-1]
+
+
+def interpolate(at: ArrayLike, known: ArrayLike, values: ArrayLike) -> np.ndarray:
+    """Straight lines between known points along the first dimension of `values`; flat before the first, the last line goes on behind.
+
+    Args:
+        at (`ArrayLike` of shape `(*s,)`): where.
+        known (`ArrayLike` of shape `(n,)`): ascending.
+        values (`ArrayLike` of shape `(n, *v)`): at these.
+    Returns:
+        `numpy.ndarray` of shape `(*s, *v)`.
+    """
+    at, known, values = np.asarray(at), np.asarray(known), np.asarray(values)
+    if len(known) == 1:
+        return np.broadcast_to(values[0], at.shape + values.shape[1:])
+    right = np.clip(np.searchsorted(known, at), 1, len(known) - 1)
+    share = np.maximum((at - known[right - 1]) / (known[right] - known[right - 1]), 0.0)
+    share = np.reshape(share, at.shape + (1,) * (values.ndim - 1))
+    return (1 - share) * values[right - 1] + share * values[right]

@@ -1,4 +1,4 @@
-"""What drafting is expected to give, from the survivals that finished rounds have shown. Pure numbers; knows no budget."""
+"""What drafting is expected to give, by the survivals that finished rounds have shown, and when to probe what is not drafted."""
 
 from __future__ import annotations
 
@@ -8,144 +8,137 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hf_dspark.budgets.admission import early_stop_s, from_none, longest_row
+from hf_dspark.budgets.admission import admission_order, from_none, longest_row
 from hf_dspark.budgets.cost_model import PassCosts
 
-# Recent blocks of a row, and of all rows, whose survivals stand for those to come.
-_ROW_SAMPLES = 8
-_KNOWN_BLOCKS = 4  # of its own after which it is said of a row whether it pays
-_POOL_SAMPLES = 64
-# Rounds after which what was left undrafted is tried again, at first.
-FIRST_REST = 4
-# Costs that rise steeply at first and then less so: Algorithm 1 may look at them from no tokens on, or from so many tokens a row. One row
-# alone, whose pass of two tokens can cost half as much again as that of one, and as much as that of eight, needs the last.
-_STARTS = (0.0, 0.5, 1.0)
+# Latest blocks of a row whose survivals stand for those to come: survival drifts within some ten rounds, and fewer blocks are noise. In the
+# simulation 4 lose 0.5%, 16 gain nothing.
+ROW_BLOCKS = 8
+# Latest blocks of all rows, which stand for a row's own as long as it has none. With 8 a single hopeless request decides for the next one.
+POOL_BLOCKS = 64
+# Rounds between two plans, and before the first probe. Re-planning every round costs four times as much and gains 0.2%, every 8 loses 0.2%.
+PLAN_ROUNDS = 4
+# What probes may cost, as a share of the throughput: what is expected to lose 10% is probed every 20 rounds. Losses grow with the square of
+# this share where nothing ever pays, and with its inverse where a drift is noticed late: 0.003..0.01 are equally good.
+PROBE_LOSS = 0.005
 
 
 @dataclass
-class _Row:
-    """What finished rounds say of one row."""
+class Backoff:
+    """When to probe again: after PLAN_ROUNDS rounds, then after twice as many each time, as long as probes cost less than PROBE_LOSS."""
 
-    survivals: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=_ROW_SAMPLES))
-    idle: int = 0
-    rest: int = FIRST_REST
+    wait: int = PLAN_ROUNDS
+    left: int = PLAN_ROUNDS
+
+    def due(self, loss: float) -> bool:
+        """Count a round; whether it is to probe, which is expected to lose this share of the round."""
+        self.left -= 1
+        if self.left > 0:
+            return False
+        self.wait = self.left = max(min(2 * self.wait, int(loss / PROBE_LOSS)), 1)
+        return True
 
 
-class Memory:
-    """Survivals of recent blocks, row by row and of all rows; later positions than were drafted are continued at the usual rate."""
+@dataclass
+class RowHistory:
+    """What finished rounds say of one row: its latest blocks' survivals, each `(gamma,)`, `own` of which it has shown itself."""
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.rows: dict[int, _Row] = {}
-        self.pool: deque[np.ndarray] = deque(maxlen=_POOL_SAMPLES)
-        self._mean = np.ones(block_size)
+    blocks: deque[np.ndarray]
+    own: int = 0
+    backoff: Backoff = field(default_factory=Backoff)
 
-    def keep(self, requests: Sequence[int]) -> None:
-        """Forget rows that are gone."""
+
+class History:
+    """Survivals of recent blocks, row by row."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, RowHistory] = {}
+        self.pool: deque[np.ndarray] = deque(maxlen=POOL_BLOCKS)
+        self._next = 0
+
+    def sync(self, requests: Sequence[int]) -> None:
+        """Forget rows that are gone; new ones take blocks of the pool, each other ones."""
         for gone in self.rows.keys() - set(requests):
             del self.rows[gone]
         for request in requests:
-            self.rows.setdefault(request, _Row())
+            if request not in self.rows and self.pool:
+                blocks = [self.pool[(self._next - w) % len(self.pool)] for w in range(ROW_BLOCKS)]
+                self.rows[request] = RowHistory(deque(blocks, maxlen=ROW_BLOCKS))
+                self._next += ROW_BLOCKS
 
-    def continued(self, survival: np.ndarray) -> np.ndarray:
-        """The survivals of whole blocks, `(R, gamma)`, of which the first n were seen, `(R, n)`."""
-        known = survival.shape[1]
-        if known == self.block_size:
-            return survival
-        later = self._mean[known:] / max(self._mean[known - 1], 1e-9)
-        return np.concatenate((survival, survival[:, -1:] * later), axis=1)
+    def add(self, requests: Sequence[int], survival: np.ndarray, block_size: int) -> None:
+        """Take in a round's blocks, `(R, n)`; positions up to gamma that were not drafted go on as the block did until there."""
+        missing = block_size - survival.shape[1]
+        if missing:
+            last = survival[:, -1:]
+            survival = np.concatenate((survival, last * (last ** (1 / survival.shape[1])) ** np.arange(1, missing + 1)), axis=1)
+        for request, block in zip(requests, survival, strict=True):
+            row = self.rows.setdefault(request, RowHistory(deque([block] * ROW_BLOCKS, maxlen=ROW_BLOCKS)))
+            row.blocks.append(block)
+            row.own += 1
+        self.pool.extend(survival)
 
-    def add(self, requests: Sequence[int], survival: np.ndarray) -> None:
-        """Take in a round's blocks, `(R, n)`."""
-        whole = self.continued(survival)
-        for request, block in zip(requests, whole, strict=True):
-            self.rows.setdefault(request, _Row()).survivals.append(block)
-        if survival.shape[1] == self.block_size:
-            kept = 0.95 ** len(whole) if self.pool else 0.0
-            self._mean = kept * self._mean + (1 - kept) * whole.mean(axis=0)
-        self.pool.extend(whole)
-
-    def known(self, requests: Sequence[int]) -> np.ndarray:
-        """Which rows have shown enough blocks of their own."""
-        return np.array([len(self.rows[request].survivals) >= _KNOWN_BLOCKS for request in requests])
-
-    def samples(self, requests: Sequence[int]) -> np.ndarray | None:
-        """Plausible survivals of the coming round, `(W, R, gamma)`: a row's own, else other rows', nothing before any was seen."""
-        if not self.pool:
-            return None
-        out = np.empty((_ROW_SAMPLES, len(requests), self.block_size))
-        for r, request in enumerate(requests):
-            own = self.rows[request].survivals or self.pool
-            for w in range(_ROW_SAMPLES):
-                out[w, r] = own[-1 - (w + (0 if own is not self.pool else _ROW_SAMPLES * r)) % len(own)]  # the newest
-        return out
+    def samples(self, requests: Sequence[int]) -> np.ndarray:
+        """Plausible survivals of the coming round, `(W, R, gamma)`."""
+        return np.array([self.rows[request].blocks for request in requests]).swapaxes(0, 1)
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What drafting `length` tokens for some rows is expected to give."""
+class Forecast:
+    """What drafting `length` tokens is expected to give: tokens a second, and for each row the seconds that drafting for it saves."""
 
     length: int
     rate: float
-    hopeful: np.ndarray  # for each row: whether any of its tokens would be verified
-    net_s: np.ndarray  # for each row: time that drafting for it saves, in seconds a round
-    start: float  # drafted tokens a row from which the costs that Algorithm 1 reckons with are close to the real ones
+    net_s: np.ndarray
 
 
-def outlook(
+def forecast(
     samples: np.ndarray,
     limits: np.ndarray,
     passes: PassCosts,
     draft_s: Callable[[int, int], float],
-    lengths: Sequence[int],
     *,
     others: int = 0,
-    room: int | None = None,
-    early_stop: bool = False,
-) -> Outlook:
-    """The best of some draft lengths, over sampled survivals, with each of these rows drafted for.
+    room: int,
+    early_stop: bool,
+) -> Forecast:
+    """The best draft length for these rows, over sampled survivals.
 
     Args:
-        samples (`numpy.ndarray` of shape `(W, R, gamma)`): plausible survivals.
+        samples (`numpy.ndarray` of shape `(W, R, n)`): plausible survivals; n is the longest draft to consider.
         limits (`numpy.ndarray` of shape `(R,)`): most tokens of each row.
         passes (`PassCosts`): of passes of all live rows.
         draft_s (`Callable`): seconds of drafting for so many rows so many tokens.
-        lengths (`Sequence[int]`): draft lengths to choose from.
         others (`int`): live rows that are not drafted for; their anchors go into the pass, and each gives a token.
-        room (`int`, *optional*): drafted tokens that the pass can take.
-        early_stop (`bool`): tokens will be admitted by Algorithm 1, which stops where the rate first does not grow.
+        room (`int`): drafted tokens that the pass can take.
+        early_stop (`bool`): tokens will be admitted by Algorithm 1; by an unconstrained search otherwise.
     """
-    width, rows, gamma = samples.shape
-    positions = np.repeat(np.arange(gamma), rows)
-    flat = np.where(np.arange(gamma)[:, None] < limits, samples.transpose(0, 2, 1), 0.0).reshape(width, -1)
-    order = np.argsort(-flat, axis=1, kind="stable")
-    gains, places = np.take_along_axis(flat, order, axis=1), positions[order]
-    # Every length at once, along a first dimension; where the search stops early, from every place that its costs may begin to be convex.
-    starts = {int(rows * start): start for start in _STARTS} if early_stop else {0: 0.0}
-    how = [(length, start) for length in lengths for start in starts.values()]
-    drafts = np.array([draft_s(rows, length) for length, _ in how])
-    inside = places < np.array([length for length, _ in how])[:, None, None]
+    width, rows, longest = samples.shape
+    order, gains = admission_order(samples, limits)
+    places = order // rows
+    # Every length at once, along a first dimension; tokens behind a length neither count nor give.
+    lengths = np.arange(1, longest + 1)
+    drafts = np.array([draft_s(rows, int(length)) for length in lengths])[:, None, None]
+    inside = places < np.minimum(limits[order % rows], lengths[:, None, None])
     counts = from_none(inside).astype(np.int64)
     tokens = rows + others + from_none(gains * inside)
-    seconds = passes.verify_s[counts] + passes.wide_s[longest_row(np.where(inside, places, -1))] + drafts[:, None, None]
+    seconds = passes.verify_s[counts] + passes.wide_s[longest_row(np.where(inside, places, -1))] + drafts
+    allowed = counts <= room
     if early_stop:
-        believed = np.stack([early_stop_s(passes, rows, length, start)[count] for (length, start), count in zip(how, counts, strict=True)])
-        theta = tokens / (believed + drafts[:, None, None])
-        worse = (theta[..., 1:] <= theta[..., :-1]) & inside
-        cut = np.where(worse.any(axis=-1), worse.argmax(axis=-1), worse.shape[-1])
+        believed = tokens / (passes.convex_s[counts] + passes.wide_s[lengths][:, None, None] + drafts)
+        stops = (believed[..., 1:] <= believed[..., :-1]) & inside
+        allowed[..., 1:] &= ~np.logical_or.accumulate(stops, axis=-1)
+        cut = allowed.sum(axis=-1) - 1
     else:
-        cut = (tokens / seconds).argmax(axis=-1)
-    if room is not None:
-        cut = np.minimum(cut, (counts <= room).sum(axis=-1) - 1)
+        cut = np.where(allowed, tokens / seconds, 0.0).argmax(axis=-1)
     at = cut[..., None]
-    values = np.take_along_axis(tokens, at, axis=-1).sum(axis=(1, 2)) / np.take_along_axis(seconds, at, axis=-1).sum(axis=(1, 2))
-    best = int(values.argmax())
+    rates = np.take_along_axis(tokens, at, axis=-1).sum(axis=(1, 2)) / np.take_along_axis(seconds, at, axis=-1).sum(axis=(1, 2))
+    best = int(rates.argmax())
+    rate, length = float(rates[best]), int(lengths[best])
     admitted = (np.arange(gains.shape[1]) < cut[best, :, None]) & inside[best]
-    by_row = order[admitted] % rows
-    gained = np.bincount(by_row, weights=gains[admitted], minlength=rows) / width
-    verified = np.bincount(by_row, minlength=rows) / width
-    mean, verify_s = verified.sum(), passes.verify_s
-    token_s = (np.interp(mean, np.arange(len(verify_s)), verify_s) - verify_s[0]) / mean if mean else 0.0
-    length, start = how[best]
-    row_s = drafts[best] - draft_s(rows - 1, length)
-    return Outlook(length, float(values[best]), verified > 0, gained / values[best] - verified * token_s - max(row_s, 0.0), start)
+    gained = np.bincount(order[admitted] % rows, weights=gains[admitted], minlength=rows) / width
+    verified = np.bincount(order[admitted] % rows, minlength=rows) / width
+    mean = float(verified.sum())
+    token_s = (np.interp(mean, np.arange(len(passes.verify_s)), passes.verify_s) - passes.verify_s[0]) / mean if mean else 0.0
+    row_s = max(draft_s(rows, length) - draft_s(rows - 1, length), 0.0)
+    return Forecast(length, rate, gained / rate - verified * token_s - row_s)

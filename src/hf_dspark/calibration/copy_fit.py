@@ -1,4 +1,4 @@
-"""Fits what copying needs: how far copies are to be trusted, and what confidences mean beside them. Pure numbers; knows no model.
+"""Fits of n-gram copying: the weights of copied tokens in the mixture, and the confidence with them.
 
 Source: maximum likelihood of a two-part mixture by expectation-maximisation (Dempster et al. 1977); logistic regression (Platt 1999).
 """
@@ -9,9 +9,9 @@ import numpy as np
 
 from hf_dspark.configuration_dspark import COPY_FEATURES, COPY_RELATIONS
 
-# Lengths are pooled with the next longer ones until so many copies were seen: of fewer a weight would be noise.
+# Match lengths are pooled with the next longer ones until so many copies were seen; with fewer a weight would be noise.
 FEWEST_COPIES = 200
-# The most that a copy is trusted: p_d keeps a say.
+# The largest weight of a copy: tokens of p_d can still be drawn.
 _MOST = 0.98
 _RIDGE = 1.0
 
@@ -20,9 +20,9 @@ def fit_copy_weights(lengths: np.ndarray, hits: np.ndarray, p_d: np.ndarray, lon
     """lambda_1..lambda_M under which the target's tokens are most likely in (1 - lambda_m) p_d + lambda_m [x = copy].
 
     Args:
-        lengths (`numpy.ndarray` of shape `(N,)`): m, tokens that agreed before the copy; 0 where there was none.
-        hits (`numpy.ndarray` of shape `(N,)`): whether the copy was the target's token.
-        p_d (`numpy.ndarray` of shape `(N,)`): probability that the drafter gave the target's token.
+        lengths (`numpy.ndarray` of shape `(N,)`): m, tokens that matched before the copied one; 0 without a match.
+        hits (`numpy.ndarray` of shape `(N,)`): whether the copied token was the target's.
+        p_d (`numpy.ndarray` of shape `(N,)`): the drafter's probability of the target's token.
         longest (`int`): M; longer matches count as M.
     Returns:
         `list[float]`.
@@ -40,7 +40,7 @@ def fit_copy_weights(lengths: np.ndarray, hits: np.ndarray, p_d: np.ndarray, lon
 
 
 def _mixed(hits: np.ndarray, p_d: np.ndarray) -> float:
-    """The share of copies in a mixture of them and p_d that makes the tokens most likely."""
+    """The weight of copies in a mixture with p_d that makes the tokens most likely, by expectation-maximisation."""
     weight = 0.5
     for _ in range(200):
         weight = float((weight * hits / np.maximum(weight * hits + (1 - weight) * p_d, 1e-30)).mean())
@@ -48,13 +48,13 @@ def _mixed(hits: np.ndarray, p_d: np.ndarray) -> float:
 
 
 def fit_copy_confidence(features: np.ndarray, survived: np.ndarray) -> list[list[float]]:
-    """For each relation, the linear function of `COPY_FEATURES` whose sigmoid says best whether a token survives.
+    """For each relation, the linear function of `COPY_FEATURES` whose sigmoid best predicts whether a token survives.
 
-    All are pulled towards the confidence head's own logit by a small ridge, so that a relation that was hardly seen keeps it. Fitted on one
-    domain they hold there only: give tokens of as many as the drafter is for, and about as many of each.
+    A small ridge pulls all towards the confidence head's own logit, which a relation without data keeps. A fit on one domain holds there
+    only: give about as many tokens of each domain that the drafter is for.
 
     Args:
-        features (`numpy.ndarray` of shape `(N, 9)`): relation, then `COPY_FEATURES`, of tokens whose predecessors stood.
+        features (`numpy.ndarray` of shape `(N, 9)`): relation, then `COPY_FEATURES`, of tokens whose predecessors were accepted.
         survived (`numpy.ndarray` of shape `(N,)`): 0 or 1.
     Returns:
         `list[list[float]]` of shape `(4, 8)`.

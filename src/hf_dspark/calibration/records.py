@@ -1,4 +1,4 @@
-"""`calibration.json`: temperatures with what they were fitted on. Knows the file; knows no model and no decoding."""
+"""`calibration.json`: temperatures with what they were fitted on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FILE_NAME = "calibration.json"
 
 
 def check_calibration(record: Any, block_size: int | None, source: str) -> dict[str, Any]:
-    """The record, if it is a calibration for blocks of this size; SGLang's and TensorRT-LLM's files become records of ours.
+    """A calibration record for blocks of this size, checked; SGLang's and TensorRT-LLM's files become records of this package.
 
     Args:
         record: what was read or made.
         block_size (`int`, *optional*): gamma of the drafter; any where None.
         source (`str`): where it comes from, for the message.
     Raises:
-        CheckpointError: otherwise.
+        CheckpointError: for anything else.
     """
     record = _as_ours(record)
     if not isinstance(record, Mapping) or record.get("format") != FORMAT or not isinstance(record.get("temperatures"), list):
@@ -34,7 +34,7 @@ def check_calibration(record: Any, block_size: int | None, source: str) -> dict[
         )
     temperatures = record["temperatures"]
     if not all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in temperatures):
-        raise CheckpointError(f"The calibration of {source!r} holds temperatures that are no numbers: {temperatures}. Calibrate again.")
+        raise CheckpointError(f"The calibration of {source!r} holds temperatures that are not numbers: {temperatures}. Calibrate again.")
     try:
         check_temperatures(temperatures, len(temperatures) if block_size is None else block_size)
         copying_of(record)
@@ -44,10 +44,10 @@ def check_calibration(record: Any, block_size: int | None, source: str) -> dict[
 
 
 def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
-    """`copy_weights` and `copy_confidence` that the temperatures of a record go with, as floats; None and None where without copying.
+    """`copy_weights` and `copy_confidence` that a record's temperatures hold with, as floats; None and None without n-gram copying.
 
     Raises:
-        ValueError: if the record says something else there.
+        ValueError: for a `copying` that is something else.
     """
     copying = record.get("copying")
     if copying is None:
@@ -63,7 +63,7 @@ def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
 def note_calibration(config: dict[str, Any], record: Mapping[str, Any], foreign: bool) -> None:
     """Write a record's numbers into the `config.json` beside it.
 
-    A format of others has no word for copies, and temperatures that hold with them only must not be read there: both stay in the record.
+    Other formats have no key for n-gram copying, and temperatures that hold only with it must not be read there: both stay in the record.
 
     Args:
         config (`dict`): changed.
@@ -83,12 +83,12 @@ def _as_ours(record: Any) -> Any:
     if not isinstance(record, Mapping) or "format" in record:
         return record
     temperatures = record.get("temperatures", record.get("sts_temperatures"))
-    rest = {key: value for key, value in record.items() if key != "sts_temperatures"}
-    return {"format": FORMAT, **rest, "temperatures": temperatures} if isinstance(temperatures, list) else record
+    others = {key: value for key, value in record.items() if key != "sts_temperatures"}
+    return {"format": FORMAT, **others, "temperatures": temperatures} if isinstance(temperatures, list) else record
 
 
 def for_sglang(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that SGLang's reader looks for beside `temperatures`, from a record of ours."""
+    """The keys that SGLang's reader looks for beside `temperatures`, from a record of this package."""
     return {
         "dataset": ", ".join(one["file"] for one in record["data"]),
         "num_samples": sum(one["rounds_fitted"] for one in record["data"]),
@@ -115,9 +115,7 @@ def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None
         raise CheckpointError(
             f"{FILE_NAME} of {source!r} cannot be read ({error}). Remove the file, and calibrate again with --replace."
         ) from error
-    record = _as_ours(record)
-    length = len(record["temperatures"]) if isinstance(record, Mapping) and isinstance(record.get("temperatures"), list) else 0
-    return check_calibration(record, length, source)
+    return check_calibration(record, None, source)
 
 
 def find_calibration(source: str, **hub_arguments: Any) -> dict[str, Any]:
@@ -140,7 +138,7 @@ def write_calibration(folder: str | Path, record: Mapping[str, Any]) -> Path:
 
 
 def save_calibration(folder: str | Path, record: Mapping[str, Any] | None) -> None:
-    """Write a drafter's calibration, or, where it has none, take away the one that earlier weights left in the folder."""
+    """Write a drafter's calibration, or, where it has none, remove the one that earlier weights left in the folder."""
     if record is not None:
         write_calibration(folder, record)
     else:

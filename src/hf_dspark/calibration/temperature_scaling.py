@@ -1,7 +1,7 @@
-"""Calibrated confidence: Sequential Temperature Scaling, and how wrong confidences are. Pure numbers; knows no model and no loop.
+"""Sequential Temperature Scaling of confidences, and measures of their error.
 
-A record of decoding is, for each round of a row: the confidence logits of the drafted tokens, how many of them were judged, and how many
-stood. Position k is known where k or more were judged; it survived where k or more stood.
+Of each round of a row the confidence logits of the drafted tokens are recorded, how many were judged, and how many accepted. The outcome at
+position k is known where k or more were judged; the prefix survived where k or more were accepted.
 
 Source: paper section 3.2.1. Differs: of temperatures whose error is within the noise of the least, the one with the lowest Brier score.
 """
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 BINS = 10
-# Of the record that is kept of a calibration.
-FORMAT = 1
+FORMAT = 1  # of calibration.json
 # Rounds below which temperatures would be fitted to noise.
 FEWEST_ROUNDS = 400
 _GRID = np.exp(np.linspace(np.log(0.1), np.log(10.0), 121))
@@ -24,12 +23,12 @@ _GRID = np.exp(np.linspace(np.log(0.1), np.log(10.0), 121))
 
 @dataclass(frozen=True)
 class Rounds:
-    """What decoding said about confidences.
+    """Confidences and their outcomes, a round of a row each.
 
     Attributes:
         logits (`numpy.ndarray` of shape `(N, gamma)`): of the confidence head, before calibration; NaN beyond what was drafted.
-        judged (`numpy.ndarray` of shape `(N,)`): verified tokens whose fate is known.
-        accepted (`numpy.ndarray` of shape `(N,)`): tokens that stood.
+        judged (`numpy.ndarray` of shape `(N,)`): verified tokens whose outcome is known.
+        accepted (`numpy.ndarray` of shape `(N,)`): accepted tokens.
     """
 
     logits: np.ndarray
@@ -65,11 +64,8 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
-# ------------------------------------------------------------------------------------------------------------------- measures
-
-
 def expected_calibration_error(predicted: np.ndarray, observed: np.ndarray, bins: int = BINS) -> float:
-    """Mean gap between predicted probability and observed frequency, over equally wide bins, weighted by their counts.
+    """ECE: mean gap between predicted probability and observed frequency, over equally wide bins, weighted by their counts.
 
     Source: Guo et al. 2017 (arXiv 1706.04599), Eq. 3. On N samples even a perfect forecast shows about 0.8 sqrt(p (1 - p) bins / N).
 
@@ -102,7 +98,7 @@ def noise_of_error(predicted: np.ndarray, bins: int = BINS) -> tuple[float, floa
 
 
 def area_under_curve(predicted: np.ndarray, observed: np.ndarray) -> float:
-    """Probability that a survivor was given more confidence than a casualty, ties counting half (AUC-ROC).
+    """Probability that a token that survived had more confidence than one that did not, ties counting half (AUC-ROC).
 
     Args:
         predicted (`numpy.ndarray` of shape `(N,)`), observed (`numpy.ndarray` of shape `(N,)`): as above.
@@ -134,12 +130,12 @@ def reliability(predicted: np.ndarray, observed: np.ndarray, bins: int = BINS) -
 
 @dataclass(frozen=True)
 class PositionQuality:
-    """How good predicted prefix survival is at one block position.
+    """Quality of predicted prefix survival at one block position.
 
     Attributes:
-        rounds (`int`): rounds in which this position was judged, or cut off by an earlier rejection that was.
-        survived (`float`): share of them in which the prefix up to here stood.
-        ece, auc, brier (`float`): of predicted prefix survival; NaN where they cannot be had.
+        rounds (`int`): rounds in which this position was judged, by an earlier rejection too.
+        survived (`float`): share of them in which the prefix up to here was accepted.
+        ece, auc, brier (`float`): of predicted prefix survival; NaN where undefined.
     """
 
     rounds: int
@@ -150,10 +146,10 @@ class PositionQuality:
 
 
 def quality(rounds: Rounds, temperatures: Sequence[float] | None) -> list[PositionQuality]:
-    """Judge predicted prefix survival, position by position.
+    """Measure predicted prefix survival, position by position.
 
     Args:
-        rounds (`Rounds`): what was seen.
+        rounds (`Rounds`): recorded rounds.
         temperatures (`Sequence[float]`, *optional*): T_1..T_gamma; ones where None.
     Returns:
         `list[PositionQuality]`: one for each block position.
@@ -169,12 +165,7 @@ def quality(rounds: Rounds, temperatures: Sequence[float] | None) -> list[Positi
 
 
 def calibration_errors(rounds: Rounds, temperatures: Sequence[float] | None) -> list[tuple[int, float, float, float]]:
-    """For each block position: samples, calibration error, and mean and deviation of what chance would show; NaN without samples.
-
-    Args:
-        rounds (`Rounds`): what was seen.
-        temperatures (`Sequence[float]`, *optional*): T_1..T_gamma; ones where None.
-    """
+    """For each block position: samples, calibration error, and mean and deviation of what chance would show; NaN without samples."""
     survival = rounds.survival(temperatures)
     out = []
     for k in range(rounds.block_size):
@@ -188,9 +179,6 @@ def _position(rounds: Rounds, survival: np.ndarray, k: int) -> tuple[np.ndarray,
     """Predictions and outcomes at block position k (from 0), where the outcome is known."""
     known = rounds.judged > k
     return survival[known], (rounds.accepted[known] > k).astype(np.float64)
-
-
-# -------------------------------------------------------------------------------------------------------------------- fitting
 
 
 def fit_temperatures(rounds: Rounds, grid: Sequence[float] | None = None) -> list[float]:
@@ -219,14 +207,11 @@ def fit_temperatures(rounds: Rounds, grid: Sequence[float] | None = None) -> lis
     before = np.ones(len(rounds))
     temperatures = []
     for k in range(rounds.block_size):
-        known_k = rounds.judged > k
-        observed = (rounds.accepted[known_k] > k).astype(np.float64)
-        logits, reached = rounds.logits[known_k, k], before[known_k]
         scores = []
         for temperature in candidates.tolist():
-            predicted = reached * _sigmoid(logits / temperature)
+            predicted, observed = _position(rounds, before * _sigmoid(rounds.logits[:, k] / temperature), k)
             error, brier = expected_calibration_error(predicted, observed), brier_score(predicted, observed)
-            scores.append((error, brier, temperature, noise_of_error(predicted, BINS)[1]))
+            scores.append((error, brier, temperature, noise_of_error(predicted)[1]))
         least, _, _, deviation = min(scores)
         _, chosen = min((brier, temperature) for error, brier, temperature, _ in scores if error <= least + deviation)
         temperatures.append(chosen)

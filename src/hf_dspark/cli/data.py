@@ -13,7 +13,7 @@ from rich.console import Console
 from hf_dspark.cli.common import computing, load_quietly, pick_device, plain_name, print_json
 from hf_dspark.cli.dataclass_options import field_options, take
 from hf_dspark.cli.options import Device, Dtype, Json, Target
-from hf_dspark.cli.run_bar import RunBar
+from hf_dspark.cli.progress import RunBar
 from hf_dspark.errors import DataError
 from hf_dspark.training.configuration import DataSettings, Opening
 

@@ -116,8 +116,8 @@ def bench(
     """
     check_parent(json, "--json")
     sizes, names = _numbers(concurrency), [name.strip() for name in budgets.split(",")]
-    from hf_dspark.evaluation.load import Contender
-    from hf_dspark.evaluation.load import bench as run
+    from hf_dspark.evaluation.load_benchmark import Contender
+    from hf_dspark.evaluation.load_benchmark import bench as run
     from hf_dspark.evaluation.plots import plot_load
     from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
     from hf_dspark.evaluation.speed import Sampling

@@ -22,7 +22,7 @@ from hf_dspark.decoding.row_processors import RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.state import FinishedRow, State
 from hf_dspark.decoding.statistics import DecodingStats
-from hf_dspark.decoding.turn_cache import hand_over, resume
+from hf_dspark.decoding.cache_reuse import hand_over, resume
 from hf_dspark.errors import UnsupportedOptionError, UnsupportedTargetError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target, check_length

@@ -129,7 +129,6 @@ class DecodingLoop:
         self.copy_weights = None if self.drafter is None else copy_weights_of(self.drafter.config, options.copying)
         self.callback = options.round_callback
         self.start_clock()
-        self._round_ended: float | None = None
 
     def start_clock(self) -> None:
         """Count rounds and times from here on."""
@@ -259,7 +258,6 @@ class DecodingLoop:
 
     def report(self, live: LiveRows, block: DraftBlock, plan: Plan, outcome: Outcome, began: float, drafted_s: float | None) -> None:
         """Tell budget and callback of the round that is over, and how long it took."""
-        waited = 0.0 if self._round_ended is None else began - self._round_ended
         raw = features = None
         if self.callback is not None and block.confidence_logits is not None:
             raw = block.confidence_logits.cpu()  # the device has been waited for already
@@ -276,12 +274,10 @@ class DecodingLoop:
             copy_features=features,
             seconds=time.perf_counter() - began,
             draft_seconds=None if drafted_s is None else (self.watch.so_far("draft") or 0.0) - drafted_s,
-            waited_seconds=waited,
         )
         self.budget.learn(over)
         if self.callback is not None:
             self.callback.on_round_end(over)
-        self._round_ended = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------ its smaller steps
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_dspark.evaluation.load import bench
+from hf_dspark.evaluation.load_benchmark import bench
 from tests.costs import middling
 from tests.helpers import NEVER, random_prompts
 from tests.tiny import tiny_drafter, tiny_llama
