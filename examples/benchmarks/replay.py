@@ -147,10 +147,10 @@ def play(
         concurrency (`int`): answers in flight; the first ones are of all ages.
         requests (`int`): answers in all, of those that join after the first.
         seed (`int`): of the order.
-        noise (`float`): standard deviation of the times of passes that the budget hears of, over the clock's; one in fifty is five times
+        noise (`float`): standard deviation of the times of passes that the budget learns from, over the clock's; one in fifty is five times
             as long. Those of drafts are exact.
     """
-    heard = np.random.default_rng(seed + 1)
+    random = np.random.default_rng(seed + 1)
     order, gamma = np.random.default_rng(seed).permutation(len(walks)), costs.block_size
     live: list[tuple[int, Walk, int]] = []  # number, answer, place
     done, joined = Played(), 0
@@ -181,7 +181,7 @@ def play(
         pass_s = float(passes.verify_s[sum(plan)] + passes.wide_s[max(plan)])
         draft_s = costs.draft_s(sum(n > 0 for n in drafted), proposal.length)
         done.seconds += pass_s + draft_s
-        told = 1 + noise * heard.normal() + (4 if noise and heard.random() < 0.02 else 0)
+        factor = 1 + noise * random.normal() + (4 if noise and random.random() < 0.02 else 0)
         done.rounds += concurrency
         done.tokens += concurrency + sum(accepted)
         done.drafted, done.verified, done.accepted = (
@@ -190,7 +190,7 @@ def play(
         )
         budget.learn(
             FinishedRound(
-                look.requests, drafted, plan, accepted, plan, confidence, seconds=max(pass_s * told, 0.0) + draft_s, draft_seconds=draft_s
+                look.requests, drafted, plan, accepted, plan, confidence, seconds=max(pass_s * factor, 0.0) + draft_s, draft_seconds=draft_s
             )
         )
         live = [(number, walk, place + 1 + n) for (number, walk, place), n in zip(live, accepted, strict=True)]

@@ -1,8 +1,8 @@
 """hf_dspark: DSpark speculative decoding for transformers, at any batch size, with the target's exact distribution.
 
 Importing it lets `target.generate(**inputs, assistant_model=drafter)` decode with a `DSparkDrafter`. It loads neither torch nor
-transformers: public names (`__init__.pyi` lists them) are loaded when they are first used, and transformers is patched as soon as its auto
-classes or a drafter are loaded.
+transformers: public names (`__init__.pyi` lists them) are loaded when they are first used, and transformers is patched as soon as its
+`generate` is loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        if name == "DSparkConfig":  # whose model AutoModel has to find
+            importlib.import_module("hf_dspark.models.modeling_dspark")
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

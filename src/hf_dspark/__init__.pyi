@@ -14,6 +14,7 @@ from hf_dspark.configuration_dspark import DSparkConfig as DSparkConfig
 from hf_dspark.decoding.api import generate as generate
 from hf_dspark.decoding.candidate_generator import DSparkCandidateGenerator as DSparkCandidateGenerator
 from hf_dspark.decoding.generate import GenerateDSparkOutput as GenerateDSparkOutput
+from hf_dspark.decoding.options import Options as Options
 from hf_dspark.decoding.profiler import CostProfile as CostProfile
 from hf_dspark.decoding.statistics import DecodingStats as DecodingStats
 from hf_dspark.decoding.statistics import RowStats as RowStats

@@ -61,7 +61,9 @@ def _update() -> None:
     """Patch where the user or a running call wants it, else put the original back."""
     if _GENERATION not in sys.modules:
         return
-    mixin = sys.modules[_GENERATION].GenerationMixin
+    mixin = getattr(sys.modules[_GENERATION], "GenerationMixin", None)
+    if mixin is None:  # being imported by this very thread
+        return
     with _LOCK:
         original = getattr(mixin._assisted_decoding, "_hf_dspark_original", None)
         if original is None and (_installed or _calls):

@@ -81,7 +81,7 @@ def test_a_busy_moment_changes_little() -> None:
 
 
 def test_a_lasting_change_is_followed() -> None:
-    """Drafts half as expensive again after 300 quiet rounds: within 400 more the factor tells."""
+    """Drafts half as expensive again after 300 quiet rounds: within 400 more the factor has followed."""
     costs = OnlineCosts(profile())
     feed(costs, 300, noise=0.02)
     feed(costs, 400, draft=1.5, noise=0.02, seed=1)

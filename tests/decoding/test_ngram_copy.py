@@ -75,6 +75,15 @@ def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once
             looked_at = [[*row, token] for row, token in zip(looked_at, more, strict=True)]
 
 
+def test_masked_tokens_are_never_copied() -> None:
+    """Behind a match that stands right before a masked token nothing is proposed; an earlier match with a successor counts instead."""
+    ids = torch.tensor([[5, 6, -1, -1, 5, 6], [5, 6, 7, 5, 6, -1]])
+    ids = torch.cat([ids, torch.tensor([[0, 0], [5, 6]])], dim=1)
+    copies = Copies(ids, torch.tensor([[6], [8]]), torch.tensor([6, 6]), [0.5, 0.6], 3)
+    assert copies.weight.tolist() == [0.0, pytest.approx(0.6)]
+    assert copies.tokens[1] == 7
+
+
 def drafted(drafter: DSparkDrafter, text: list[int], sample: bool, rows: int = 1, **options: object) -> tuple[object, Copies]:
     """Blocks of a bound drafter whose context is empty, behind a text."""
     cache, ids = RowCache(), torch.tensor([text] * rows)

@@ -265,7 +265,7 @@ def test_online_calibration_keeps_the_copies_that_its_temperatures_hold_with():
     assert online.temperatures == [0.9] * 5
     again = tiny_drafter(target).set_calibration(online.record())
     assert (again.config.copy_weights, again.config.copy_confidence) == (WEIGHTS, TABLE)
-    with pytest.raises(ValueError, match="other copies"):
+    with pytest.raises(ValueError, match="other n-gram copying"):
         hf_dspark.generate(target, drafter, **inputs, **options, online_calibration=online, copying=False)
     hf_dspark.generate(target, drafter, **inputs, **options, online_calibration=without, copying=False)
     assert without.temperatures == [1.0] * 5

@@ -12,7 +12,7 @@ from hf_dspark.decoding.state import State
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_series_of_operations_equals_plain_lists(seed: int) -> None:
-    """Rows that join with padding, commit parts of drafted blocks, and leave, hold the ids that plain lists hold, and drafts leave no trace."""
+    """Rows that join with padding, commit parts of blocks, and leave, hold the ids that plain lists hold; drafts leave no trace."""
     dice, state = random.Random(seed), State(torch.device("cpu"))
     rows: dict[int, list[int]] = {}
     hidden: dict[int, int] = {}
@@ -47,7 +47,7 @@ def test_any_series_of_operations_equals_plain_lists(seed: int) -> None:
             assert state.prefix(place)[0].tolist() == rows[name]
             assert state.anchors[place] == rows[name][-1]
             assert state.context_lengths[place] == len(rows[name]) - hidden[name] - 1
-            assert (state.hidden is None and not hidden[name]) or int(state.hidden[place].sum()) == hidden[name]
+            assert (state.masked_at is None and not hidden[name]) or int(state.masked_at[place].sum()) == hidden[name]
 
 
 def test_a_finished_row_owns_its_ids() -> None:

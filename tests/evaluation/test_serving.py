@@ -71,8 +71,8 @@ def test_the_number_in_flight_holds():
 
     prompts = random_prompts(LENGTHS * 3)
     served = serve(
-        target, drafter, prompts, concurrency=4, max_new_tokens=LIMITS * 3, budget=make_budget("full"), end_ids=[NEVER], round_callback=Watch(),
-        steady=True,
+        target, drafter, prompts, concurrency=4, max_new_tokens=LIMITS * 3, budget=make_budget("full"), end_ids=[NEVER],
+        round_callback=Watch(), steady=True,
     )  # fmt: skip
     assert set(seen) == {4}
     assert served.row_rounds == 4 * len(seen) == sum(row.rounds for row in served.stats.rows)

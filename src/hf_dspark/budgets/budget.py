@@ -120,17 +120,19 @@ class Budget:
 
     Attributes:
         needs_confidence (`bool`): whether `plan` reads confidences; where it does not, they are not computed.
+        reads_costs (`bool`): whether `start` reads costs; where it does not, they are not looked up.
         longest (`int`, *optional*): most tokens that `propose` ever returns, gamma where None; 0 leaves the drafter out altogether.
     """
 
     needs_confidence: bool = False
+    reads_costs: bool = False
     longest: int | None = None
 
-    def start(self, costs: Costs, *, learn_costs: bool) -> Budget:
+    def start(self, costs: Costs | None, *, learn_costs: bool) -> Budget:
         """The budget of one call of `generate`: a copy, so that no state passes from call to call or between threads.
 
         Args:
-            costs (`Costs`): what rounds cost, from a stored profile or from `prior_costs`.
+            costs (`Costs`, *optional*): what rounds cost, from a stored profile or from `prior_costs`; None without `reads_costs`.
             learn_costs (`bool`): whether finished rounds may correct them. What is drafted and verified then depends on the clock, so it is
                 False for sampled calls, whose draws repeat by their seed.
         Returns:
@@ -233,9 +235,10 @@ class CappedBudget(Budget):
         self.budget = budget
         self.max_verify_tokens = max_verify_tokens
         self.needs_confidence = budget.needs_confidence
+        self.reads_costs = budget.reads_costs
         self.longest = budget.longest
 
-    def start(self, costs: Costs, *, learn_costs: bool) -> Budget:
+    def start(self, costs: Costs | None, *, learn_costs: bool) -> Budget:
         return CappedBudget(self.budget.start(costs, learn_costs=learn_costs), self.max_verify_tokens)
 
     def propose(self, live: LiveRows) -> Proposal:

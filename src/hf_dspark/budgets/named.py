@@ -1,4 +1,4 @@
-"""Budgets by name. Knows every budget of this package; knows no model and no loop."""
+"""Budgets by name: `full`, `static:N`, `threshold:P`, `load-aware`, `load-aware-lag2`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_budget(budget: str | Budget, max_verify_tokens: int | None = None) -> B
     if max_verify_tokens is None:
         return made
     if isinstance(made, LoadAwareBudget):
-        return made.with_cap(max_verify_tokens)  # The search itself keeps within the cap, and admits the best instead of the first.
+        return made.with_cap(max_verify_tokens)  # its search stays within the cap, and admits the best tokens, not the first
     return CappedBudget(made, max_verify_tokens)
 
 

@@ -26,7 +26,7 @@ from hf_dspark.configuration_dspark import check_block_size
 from hf_dspark.decoding.draft import draft_block
 from hf_dspark.decoding.ngram_copy import Copies, copy_weights_of
 from hf_dspark.decoding.options import Options
-from hf_dspark.decoding.profiler import costs_at_hand
+from hf_dspark.decoding.profiler import started
 from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
 from hf_dspark.decoding.state import State
 from hf_dspark.models.modeling_dspark import DSparkDrafter
@@ -45,7 +45,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         max_length (`int`): longest sequence, prompt included.
         options (`Options`, *optional*): budget, block size, cap and n-gram copying; the rest is the loop's own.
     Raises:
-        ValueError: for more than one row.
+        ValueError: for more than one row, and for options that this loop cannot honour.
     """
 
     requires_model_outputs = True
@@ -66,11 +66,13 @@ class DSparkCandidateGenerator(CandidateGenerator):
         if input_ids.shape[0] != 1:
             raise ValueError(f"transformers' assisted loop takes one row; got {input_ids.shape[0]}. Use target.generate for batches.")
         options = options or Options()
+        if options.generator is not None or options.round_callback is not None:
+            raise ValueError("transformers' assisted loop takes no generator and reports no rounds; leave both out of the options.")
         self.drafter = drafter.bind(target)
         self.do_sample = do_sample
         self.max_length = max_length
         budget = make_budget(drafter.budget if options.budget is None else options.budget, options.max_verify_tokens)
-        self.budget = budget.start(costs_at_hand(target, drafter, do_sample), learn_costs=not do_sample)
+        self.budget = started(budget, target, drafter, do_sample)
         self.processors = RowProcessors(logits_processor, 1)
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = check_block_size(options.block_size, drafter.config.block_size)

@@ -62,7 +62,7 @@ def check_call(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, str
 
 
 def check_placement(model: PreTrainedModel, drafter: DSparkDrafter) -> None:
-    """Drafter and target may differ in dtype, and the drafter may sit on any device of the target's kind."""
+    """Drafter and target may differ in dtype, not in device."""
     theirs, own = input_device(model), drafter.device
     if own.type != theirs.type or (own.index or 0) != (theirs.index or 0):
         raise UnsupportedOptionError(
@@ -88,8 +88,8 @@ def check_placement(model: PreTrainedModel, drafter: DSparkDrafter) -> None:
 
 def prompt_masks(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, mask_length: int | None
-) -> list[torch.Tensor]:
-    """Which tokens of each prompt exist for the target, checked. What the mask hides does not, and position ids count what is left.
+) -> torch.Tensor | None:
+    """Which tokens of the prompts exist for the target, checked. What the mask hides does not, and position ids count what is left.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, n)`): prompts.
@@ -97,7 +97,7 @@ def prompt_masks(
         position_ids (`torch.LongTensor` of shape `(B, n)`, *optional*): checked only.
         mask_length (`int`, *optional*): how long a mask of ones was that `generate` has dropped.
     Returns:
-        `list[torch.BoolTensor]` of shape `(n,)`.
+        `torch.BoolTensor` of shape `(B, n)`; None where all do.
     Raises:
         UnsupportedOptionError: for shapes that do not fit, empty prompts and other positions.
     """
@@ -113,11 +113,12 @@ def prompt_masks(
             f"attention_mask covers {width} tokens, input_ids has shape {tuple(input_ids.shape)}; they must agree. "
             "With past_key_values too, give the ids of the whole text, not only the new ones."
         )
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    counts = mask.sum(1).tolist()
+    empty = [row for row, count in enumerate(counts) if not count]
     if empty:
         raise UnsupportedOptionError(f"Rows {empty} of the batch are empty prompts (attention_mask all 0); every row needs a token.")
     if position_ids is not None and position_ids.shape[-1] == input_ids.shape[1]:
         expected = (mask.long().cumsum(1) - 1)[mask]
         if not torch.equal(position_ids.to(input_ids.device).expand_as(input_ids)[mask], expected):
             raise UnsupportedOptionError("position_ids other than 0, 1, .. over the unmasked tokens are not supported; leave them out.")
-    return list(mask)
+    return None if min(counts) == mask.shape[1] else mask

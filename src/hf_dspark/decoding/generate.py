@@ -14,15 +14,15 @@ from hf_dspark.budgets.budget import Budget
 from hf_dspark.budgets.named import make_budget
 from hf_dspark.calibration.online import OnlineCalibration
 from hf_dspark.configuration_dspark import check_block_size
+from hf_dspark.decoding.cache_reuse import hand_over, resume
 from hf_dspark.decoding.checks import check_call, check_placement, prompt_masks
 from hf_dspark.decoding.loop import DecodingLoop, Recorder, Rules
 from hf_dspark.decoding.options import Options
-from hf_dspark.decoding.profiler import costs_at_hand
+from hf_dspark.decoding.profiler import started
 from hf_dspark.decoding.row_processors import RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.state import FinishedRow, State
 from hf_dspark.decoding.statistics import DecodingStats
-from hf_dspark.decoding.cache_reuse import hand_over, resume
 from hf_dspark.errors import UnsupportedOptionError, UnsupportedTargetError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target, check_length
@@ -88,7 +88,7 @@ def generate_batch(
     max_length = stopping.max_length if stopping.max_length is not None else generation_config.max_length
     check_length(model, max_length)
     cache = cache_in(model_kwargs)
-    whole = batch == 1 and bool(masks[0].all())  # a single row without padding: its cache can be handed over
+    whole = batch == 1 and masks is None  # a single row without padding: its cache can be handed over
     if not whole and cache is not None and cache.get_seq_length() > 0:
         raise UnsupportedOptionError("DSpark decoding does not support past_key_values with a padded prompt; leave the padding out.")
     rules = Rules(
@@ -101,10 +101,9 @@ def generate_batch(
     texts = list(input_ids.to(target.device))
     state = State(target.device, limit=max_length + drafter.config.block_size + 1)
     known = resume(cache, drafter, state, texts[0]) if whole else 0
-    costs = costs_at_hand(model, drafter, options.sample)
-    loop = DecodingLoop(target, drafter, budget.start(costs, learn_costs=not options.sample), options, rules, state)
+    loop = DecodingLoop(target, drafter, started(budget, model, drafter, options.sample), options, rules, state)
     with target.open():
-        loop.join(range(batch), texts, [mask.to(target.device) for mask in masks], known)
+        loop.join(range(batch), texts, None if masks is None else list(masks.to(target.device)), known)
         loop.run()
     if streamer is not None:
         streamer.end()

@@ -249,9 +249,9 @@ class DecodingLoop:
         if self.drafter is not None:
             for place, (first, count) in enumerate(zip(layout.first, kept, strict=True)):
                 if not ended[place] or self.rules.keep_context:
-                    self.state.pending[place].append(hidden[first : first + count])
+                    self.state.add_pending(place, hidden[first : first + count])
         self.leave(gone)
-        if self.state.pending_tokens > self.options.prefill_tokens and self.state.num_rows:
+        if sum(self.state.pending_counts) > self.options.prefill_tokens and self.state.num_rows:
             self.sync_drafter_cache()  # Hidden states of a long stretch without drafts do not pile up.
         judged = [v if k > a else min(v, k) for v, a, k in zip(plan.verified, accepted, kept, strict=True)]
         return Outcome(list(map(min, accepted, kept)), judged)
@@ -346,7 +346,7 @@ class DecodingLoop:
             return
         with self.watch.measure("draft"):
             self.drafter.extend_context(*pending, self.state.drafter_cache)
-        self.state.pending = [[] for _ in self.state.pending]
+        self.state.clear_pending()
 
     def leave(self, gone: Sequence[int]) -> None:
         """Rows that have ended leave, and their work with them."""

@@ -68,8 +68,8 @@ class Copies:
         device, width = state.device, max(lengths)
         index = slice(len(lengths)) if places is None else torch.tensor(places).to(device, non_blocking=True)
         ids = state.ids[index, :width]
-        if state.hidden is not None:
-            ids = ids.masked_fill(state.hidden[index, :width], -1)
+        if state.masked_at is not None:
+            ids = ids.masked_fill(state.masked_at[index, :width], -1)
         lengths_, ends_ = (torch.tensor(values).to(device, non_blocking=True) for values in (lengths, ends))
         return cls(ids, lengths_[:, None], ends_, weights, drafted)
 
@@ -100,7 +100,8 @@ class Copies:
         return runs
 
     def _look(self) -> None:
-        earlier = torch.where(self.places < self.ends - 1, self.runs, 0)
+        follows = torch.nn.functional.pad(self.ids[:, 1:], (0, 1), value=-1)  # negative at masked tokens, which are never copied
+        earlier = torch.where((self.places < self.ends - 1) & (follows >= 0), self.runs, 0)
         found = (earlier * self.places.shape[1] + self.places).argmax(1, keepdim=True)  # the longest, and of these the last
         length = earlier.gather(1, found)
         self.tokens = self.ids.gather(1, (found + 1).clamp(max=self.ids.shape[1] - 1))[:, 0].clamp(min=0)
@@ -204,10 +205,6 @@ class Copied:
     def until(self, length: int) -> Copied:
         """Of the first positions."""
         return Copied(*(None if t is None else t[:, :length] for t in self._tensors()))  # type: ignore[arg-type]
-
-    def cpu(self) -> Copied:
-        """On the host."""
-        return Copied(*(None if t is None else t.cpu() for t in self._tensors()))  # type: ignore[arg-type]
 
     def _tensors(self) -> tuple[torch.Tensor | None, ...]:
         of_copy = self.from_prompt, self.agreeing, self.disagreeing

@@ -29,9 +29,10 @@ from hf_dspark.decoding.state import State
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.hub.bundled import cache_dir
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from hf_dspark.targets.target import Target
+from hf_dspark.targets.target import Target, input_device
 from hf_dspark.utils.files import atomic_write_json
 from hf_dspark.utils.hardware import device_name
+from hf_dspark.utils.logging import warn_once
 from hf_dspark.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,10 @@ class CostProfile:
             folder (`Path`, *optional*): where profiles are stored; `profiles` in the user's cache by default.
         """
         key = profile_key(target, drafter)
-        path = profile_path(key, folder)
+        try:
+            path = profile_path(key, folder)
+        except RuntimeError:  # no home directory
+            return None
         if path not in _LOADED and (found := cls._read(path, key)) is not None:
             _LOADED[path] = found
         return _LOADED.get(path)
@@ -205,7 +209,7 @@ class CostProfile:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            logger.warning("The profile %s cannot be used (%s); run hf-dspark profile again.", path, error)
+            warn_once(logger, f"The profile {path} cannot be used ({error}); run hf-dspark profile again.")
             return None
         return profile
 
@@ -213,18 +217,27 @@ class CostProfile:
 _LOADED: dict[Path, CostProfile] = {}
 
 
-def costs_at_hand(target: PreTrainedModel, drafter: DSparkDrafter, sample: bool) -> Costs:
-    """What rounds cost, without measuring anything: by the stored profile, else guessed from the models' sizes.
+def started(budget: Budget, target: PreTrainedModel, drafter: DSparkDrafter, sample: bool) -> Budget:
+    """The budget of one call. Costs come from the stored profile, else from the models' sizes: nothing is measured.
+
+    In calls that draw tokens costs are not learned, for what is verified would depend on the clock, and draws not repeat by their seed.
 
     Args:
+        budget (`Budget`): of the user.
         target (`PreTrainedModel`), drafter (`DSparkDrafter`): as in `CostProfile.measure`.
-        sample (`bool`): rounds that draw tokens.
+        sample (`bool`): whether rounds draw tokens.
     """
+    costs = costs_at_hand(target, drafter, sample) if budget.reads_costs else None
+    return budget.start(costs, learn_costs=not sample)
+
+
+def costs_at_hand(target: PreTrainedModel, drafter: DSparkDrafter, sample: bool) -> Costs:
+    """What rounds cost, by the stored profile, else guessed from the models' sizes; arguments as in `started`."""
     profile = CostProfile.stored(target, drafter)
     if profile is not None and profile.tables.get(_MODES[sample]):
         return profile.costs(sample)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (drafter, target)]
-    return prior_costs(drafter.config.block_size, sizes[0] / max(sizes[1], 1), target.device.type)
+    return prior_costs(drafter.config.block_size, sizes[0] / max(sizes[1], 1), input_device(target).type)
 
 
 def profile_key(target: PreTrainedModel, drafter: DSparkDrafter) -> dict[str, Any]:
@@ -289,7 +302,7 @@ class _Rounds:
         self.state.add_rows(range(rows), list(texts))
         self.anchors, self.lengths = texts[:, -1], list(self.state.lengths)
         self.loops: dict[tuple[int, ...], DecodingLoop] = {}
-        self.pending: dict[tuple[int, ...], list[list[torch.Tensor]]] = {}  # hidden states that a shape's last round has committed
+        self.pending: dict[tuple[int, ...], list[torch.Tensor]] = {}  # hidden states that a shape's last round has committed
 
     def time(self, shapes: Sequence[tuple[int, ...]], repeats: int) -> list[tuple[float, float]]:
         """Median seconds of rounds that verify so many drafted tokens of each row: without their draft, and of their draft.
@@ -310,11 +323,13 @@ class _Rounds:
             loop = self.loops[shape] = self._loop(shape)
         state = self.state
         state.anchors, state.lengths = self.anchors, list(self.lengths)
-        state.pending = self.pending.get(shape) or [[] for _ in self.lengths]
+        state.clear_pending()
+        for place, states in enumerate(self.pending.get(shape, [])):
+            state.add_pending(place, states)
         before = loop.watch.read().get("draft", 0.0)
         begin = time.perf_counter()
         loop.round()
-        self.pending[shape] = state.pending
+        self.pending[shape] = [torch.cat(pieces) for pieces in state.pending if pieces]
         draft = loop.watch.read().get("draft", 0.0) - before
         return time.perf_counter() - begin - draft, draft
 

@@ -62,7 +62,8 @@ class RowStopping:
         room = [width + 1 if limit is None else limit - length for limit, length in zip(limits, state.lengths[first:], strict=True)]
         last = torch.tensor(room).to(tokens.device, non_blocking=True) - 1
         places = torch.arange(width, device=tokens.device)
-        ends = (torch.isin(tokens, self._eos.to(tokens.device)) | (places >= last[:, None])) & (places < counts[:, None])
+        self._eos = self._eos.to(tokens.device)  # once
+        ends = (torch.isin(tokens, self._eos) | (places >= last[:, None])) & (places < counts[:, None])
         ended = ends.any(1)
         return torch.where(ended, ends.long().argmax(1) + 1, counts), ended
 
@@ -70,7 +71,7 @@ class RowStopping:
         """The same by the other criteria, of one row, whose new tokens are written behind its committed ones.
 
         A criterion sees the ids with left padding and one more token each time, as in a plain call, and is called for every token: some
-            keep count.
+        keep count.
 
         Args:
             place (`int`): the row.

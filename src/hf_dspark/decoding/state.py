@@ -48,7 +48,7 @@ class State:
         prompt_ends (`list[int]`): where each row's answer begins.
         masked (`list[int]`): tokens of each prompt that the attention mask hides; they are in no cache and have no position.
         ids (`torch.LongTensor` of shape `(>= R, capacity)`).
-        hidden (`torch.BoolTensor`, *optional*): true at the masked tokens, of the shape of `ids`; None where there are none.
+        masked_at (`torch.BoolTensor`, *optional*): true at the masked tokens, of the shape of `ids`; None where there are none.
         anchors (`torch.LongTensor` of shape `(R,)`): x_0 of each row.
         target_cache, drafter_cache (`RowCache`): rows as here. The target's holds `context_lengths` tokens of each, the drafter's as
             many less the pending ones.
@@ -63,10 +63,11 @@ class State:
     prompt_ends: list[int] = field(default_factory=list)
     masked: list[int] = field(default_factory=list)
     pending: list[list[torch.Tensor]] = field(default_factory=list)
+    pending_counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ids = torch.zeros(0, 0, dtype=torch.long, device=self.device)
-        self.hidden: torch.Tensor | None = None
+        self.masked_at: torch.Tensor | None = None
         self.anchors = torch.empty(0, dtype=torch.long, device=self.device)
         self.target_cache, self.drafter_cache = RowCache(self.limit), RowCache(self.limit)
 
@@ -79,10 +80,14 @@ class State:
         """Tokens of each row that the target has read: all committed ones but the anchor. Also the anchor's position."""
         return [length - masked - 1 for length, masked in zip(self.lengths, self.masked, strict=True)]
 
-    @property
-    def pending_tokens(self) -> int:
-        """Committed tokens of all rows that the drafter has not read yet."""
-        return sum(len(states) for of_row in self.pending for states in of_row)
+    def add_pending(self, place: int, states: torch.Tensor) -> None:
+        """Keep hidden states `(n, taps * hidden)` of a row's newly committed tokens until the drafter reads them."""
+        self.pending[place].append(states)
+        self.pending_counts[place] += len(states)
+
+    def clear_pending(self) -> None:
+        """The drafter has read all hidden states."""
+        self.pending, self.pending_counts = [[] for _ in self.pending], [0] * len(self.pending)
 
     def lengths_on_device(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(R, 1)`: `lengths`."""
@@ -106,17 +111,18 @@ class State:
         self.prompt_ends += lengths
         self.masked += [0] * len(texts)
         self.pending += [[] for _ in texts]
+        self.pending_counts += [0] * len(texts)
         for cache in (self.target_cache, self.drafter_cache):
             cache.add_rows(len(texts))
         self._reserve(self.num_rows, max(self.lengths) + 1)
-        if masks is not None and self.hidden is None and not all(bool(mask.all()) for mask in masks):
-            self.hidden = torch.zeros_like(self.ids, dtype=torch.bool)
+        if masks is not None and self.masked_at is None and not all(bool(mask.all()) for mask in masks):
+            self.masked_at = torch.zeros_like(self.ids, dtype=torch.bool)
         for place, text in enumerate(texts, first):
             self.ids[place, : len(text)] = text
-            if self.hidden is not None:
-                self.hidden[place] = False
+            if self.masked_at is not None:
+                self.masked_at[place] = False
                 if masks is not None:
-                    self.hidden[place, : len(text)] = ~masks[place - first]
+                    self.masked_at[place, : len(text)] = ~masks[place - first]
                     self.masked[place] = len(text) - int(masks[place - first].sum())
 
     def write_draft(self, tokens: torch.Tensor, rows: slice | torch.Tensor = slice(None), offset: int = 0) -> None:
@@ -155,22 +161,22 @@ class State:
         """Rows leave, and what is remembered of them; the last ones move into their places."""
         order = order_without(self.num_rows, gone)
         context = self.context_lengths
-        read = [length - sum(map(len, pending)) for length, pending in zip(context, self.pending, strict=True)]
+        read = [length - pending for length, pending in zip(context, self.pending_counts, strict=True)]
         self.target_cache.keep_rows(order, context)
         self.drafter_cache.keep_rows(order, read)
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         self.ids, self.anchors = self.ids[index], self.anchors[index]
-        self.hidden = None if self.hidden is None else self.hidden[index]
-        for name in ("requests", "lengths", "prompt_ends", "masked", "pending"):
+        self.masked_at = None if self.masked_at is None else self.masked_at[index]
+        for name in ("requests", "lengths", "prompt_ends", "masked", "pending", "pending_counts"):
             values = getattr(self, name)
             setattr(self, name, [values[old] for old in order])
 
     def pending_layout(self) -> tuple[torch.Tensor, RowLayout] | None:
         """Hidden states that the drafter has not read yet, `(T, taps * hidden)`, and where they belong; None where there are none."""
-        places = [place for place, pieces in enumerate(self.pending) if pieces]
+        places = [place for place, count in enumerate(self.pending_counts) if count]
         if not places:
             return None
-        counts, context = [sum(map(len, self.pending[place])) for place in places], self.context_lengths
+        counts, context = [self.pending_counts[place] for place in places], self.context_lengths
         starts = [context[place] - count for place, count in zip(places, counts, strict=True)]
         states = torch.cat([piece for place in places for piece in self.pending[place]])
         return states, RowLayout(starts, counts, self.device, row_ids=places)
@@ -182,7 +188,7 @@ class State:
         if width > have:
             grown = width + width // 2 + 64
             have = max(width, grown if self.limit is None else min(grown, self.limit))
-        for name in ("ids", "hidden"):
+        for name in ("ids", "masked_at"):
             old = getattr(self, name)
             if old is not None:
                 new = old.new_zeros(max(rows, have_rows), have)

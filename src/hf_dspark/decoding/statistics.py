@@ -19,6 +19,7 @@ def _at_least(counts: Sequence[int]) -> list[int]:
     return list(accumulate(reversed(counts)))[-2::-1]
 
 
+@dataclass
 class RowStats:
     """One row's counts.
 
@@ -33,9 +34,15 @@ class RowStats:
         generated (`int`): tokens generated, the first one (from the prompt's own pass) included.
     """
 
-    def __init__(self, block_size: int) -> None:
-        self.rounds = self.drafted = self.verified = self.accepted = self.generated = 0
-        self._verified, self._reached, self._accepted = ([0] * (block_size + 1) for _ in range(3))
+    block_size: int
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    generated: int = 0
+
+    def __post_init__(self) -> None:
+        self._verified, self._reached, self._accepted = ([0] * (self.block_size + 1) for _ in range(3))
 
     @property
     def verified_at(self) -> list[int]:

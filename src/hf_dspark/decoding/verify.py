@@ -1,8 +1,7 @@
 """Which drafted tokens stand, and what follows them.
 
 Source: paper section 2; the acceptance rules of Leviathan et al. 2023 (arXiv 2211.17192), token by token, and of Sun et al. 2024 (arXiv
-    2403.10444), block
-verification. What a budget leaves out of a row is the end of its block to both: neither looks past it.
+2403.10444), block verification. What a budget leaves out of a row is the end of its block to both: neither looks past it.
 """
 
 from __future__ import annotations

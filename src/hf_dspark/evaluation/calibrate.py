@@ -24,8 +24,8 @@ from hf_dspark.configuration_dspark import MAX_COPY_MATCH
 from hf_dspark.decoding.ngram_copy import adjusted
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.errors import DataError
-from hf_dspark.evaluation.ngram_copies import fit_copying
 from hf_dspark.evaluation.metrics import machine_record
+from hf_dspark.evaluation.ngram_copies import fit_copying
 from hf_dspark.evaluation.serving import serve
 
 if TYPE_CHECKING:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile, zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,6 +173,7 @@ def machine_record(device: torch.device | str) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "platform": platform.platform(),
+        "commit": _commit(),
         "versions": {
             "python": platform.python_version(),
             "hf_dspark": __version__,
@@ -182,6 +185,17 @@ def machine_record(device: torch.device | str) -> dict[str, Any]:
         record["versions"]["cuda"] = torch.version.cuda
         record["tf32"] = torch.backends.cuda.matmul.allow_tf32
     return record
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # An installed package may lie in somebody else's repository, which does not track it.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        return subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _memory_gib() -> float | None:

@@ -36,7 +36,7 @@ class Served:
             began.
         emitted (`int`): new tokens of all requests while the clock ran.
         seconds (`float`): on the clock.
-        stats (`DecodingStats`): of the loop while the clock ran; `t_total_s` equals `seconds`.
+        stats (`DecodingStats`): of the loop while the clock ran, of the requests that were live then; `t_total_s` equals `seconds`.
         row_rounds (`int`): rounds times the rows that were live in them.
     """
 
@@ -109,6 +109,7 @@ class Server:
         self._since: dict[int, float] = {}  # of the requests in flight
         self.spans: list[tuple[float, float] | None] = [None] * self.count
         self._counted = [0] * self.count
+        self._left_with = 0  # new tokens of the requests that are answered
 
     @torch.no_grad()
     def run(self, *, steady: bool = False, seconds: float | None = None, tokens: int | None = None) -> Served:
@@ -169,8 +170,7 @@ class Server:
     def emitted(self) -> int:
         """New tokens of all requests so far."""
         state = self.loop.state
-        left = sum(len(row.ids) - row.prompt_end for row in self.loop.finished.values())
-        return left + sum(state.lengths) - sum(state.prompt_ends)
+        return self._left_with + sum(state.lengths) - sum(state.prompt_ends)
 
     def speeds(self, fewest: int = 8) -> list[float]:
         """Tokens a second of each request that has got `fewest` tokens on the clock, as its user sees them."""
@@ -193,6 +193,8 @@ class Server:
     def _leave(self) -> None:
         for request in self._since.keys() - set(self.loop.state.requests):
             self.spans[request] = (self._since.pop(request), self._clock)
+            row = self.loop.finished[request]
+            self._left_with += len(row.ids) - row.prompt_end
 
 
 def serve(

@@ -1,8 +1,7 @@
 """Taps: hidden states of chosen decoder layers of the target, caught by forward hooks.
 
 A tap is the raw output of a layer: the last entry of `hidden_states` is already normed, and the numbering of `output_hidden_states` has
-    changed between
-versions of transformers.
+changed between versions of transformers.
 """
 
 from __future__ import annotations

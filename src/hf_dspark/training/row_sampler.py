@@ -79,6 +79,8 @@ class RowSampler:
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Read the requests' prompts and draw their first tokens; there must be as many free places."""
+        if len(requests) > self.free:
+            raise ValueError(f"{self.free} of {self.places} places are free; got {len(requests)} requests. Begin fewer.")
         first, numbers = self.state.num_rows, range(self._next, self._next + len(requests))
         self._next = numbers.stop
         self._requests.update(zip(numbers, requests, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -12,23 +13,29 @@ from typing import Any
 
 
 class _Hook(MetaPathFinder):
-    """Finds one module as Python would, and calls `action` right after it has been loaded."""
+    """Finds one module as Python would, and calls `action` once, right after it has been loaded."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action
+        self._searching = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self._searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
         if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            self.action()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.action()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -42,6 +49,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
         action (`Callable`): must not import what imports that module, for it runs before that import is complete.
     """
     if name in sys.modules:
+        importlib.import_module(name)  # waits where another thread is importing it
         action()
     else:
         sys.meta_path.insert(0, _Hook(name, action))
