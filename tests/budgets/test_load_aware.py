@@ -256,6 +256,7 @@ def best_fixed(kind: str, load: int) -> float:
     return max(throughput(make_budget(name), kind, load) for name in ("static:0", "static:1", "static:2", "static:4", "full"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("load-aware", 0.98), ("load-aware-lag2", 0.96)])
 @pytest.mark.parametrize("kind", MACHINES)
 def test_no_fixed_choice_beats_load_aware(name: str, least: float, kind: str) -> None:
@@ -267,6 +268,7 @@ def test_no_fixed_choice_beats_load_aware(name: str, least: float, kind: str) ->
     assert min(ratios.values()) >= least, ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "drafts"), [(0.3, 1.0), (2.5, 1.0), (1.0, 0.4)])
 def test_wrong_profiles_are_corrected(tokens: float, drafts: float) -> None:
     """With a profile that takes tokens or drafts for so many times their cost, and times 10% off with some of five times their length, it
@@ -277,6 +279,7 @@ def test_wrong_profiles_are_corrected(tokens: float, drafts: float) -> None:
     assert min(ratios.values()) >= 0.97, ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1 / 3, 2.5])
 @pytest.mark.parametrize("load", LOADS)
 def test_a_wrong_prior_is_unlearnt(load: int, factor: float) -> None:

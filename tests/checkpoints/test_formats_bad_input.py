@@ -66,6 +66,7 @@ def mutated(config: dict[str, Any], dice: random.Random) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["own", "deepspec-vanilla", "speculators-dspark-reduced", "zlab-sliding", "specforge-vanilla", "model-optimizer-rnn", "native"]
 )

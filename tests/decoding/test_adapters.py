@@ -120,6 +120,7 @@ def test_base_is_every_drafters(w, alone):
     assert per_row(generate(w, w.drafter, adapter="base")) == alone["base"]
 
 
+@pytest.mark.slow
 def test_threads_with_different_adapters_do_not_mix(w, both, alone):
     """Calls in several threads at once each draft with their own adapter from start to end."""
     found: dict[str, list] = {name: [] for name in alone}

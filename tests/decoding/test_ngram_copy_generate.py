@@ -48,6 +48,7 @@ def test_greedy_text_is_the_plain_text(family, budget, monkeypatch):
     assert torch.equal(out, plain(target, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
 def test_copies_are_accepted(reduced):
     """A drafter that knows nothing is right where the target repeats itself, with copies and not without; `copying=False` is the drafter

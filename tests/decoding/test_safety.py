@@ -343,6 +343,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = hf_dspark.Drafter
 
 
+@pytest.mark.slow
 def test_import_alone_makes_the_plain_call_work():
     """`import hf_dspark` installs the patch and teaches AutoModel about drafters."""
     code = (

@@ -270,6 +270,7 @@ def chain(p: dict[tuple[int, ...], torch.Tensor], tokens: tuple[int, ...], first
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_no_exact_rule_keeps_more_than_over_the_block(seed: int) -> None:
     """Kept tokens are those of the best rule there is, found prefix by prefix: no prefix can stand more often than p_t has it, nor than

@@ -178,6 +178,7 @@ def calibrated_with_copies():
     return record, drafter
 
 
+@pytest.mark.slow
 def test_copying_is_fitted_with_the_calibration():
     """On a target that repeats itself an untrained drafter learns to copy, the longer the match the surer; confidences know of it."""
     record, drafter = calibrated_with_copies()
@@ -222,6 +223,7 @@ def test_a_drafter_without_confidences_cannot_be_calibrated():
 # -------------------------------------------------------------------------------------------------------------------- bench
 
 
+@pytest.mark.slow
 def test_the_benchmark_has_a_cell_for_everything():
     """Each concurrency and contender has its figures; lookup, which takes one row, only at one; ratios are of these figures."""
     target, drafter = pair()
@@ -305,6 +307,7 @@ def test_a_server_that_stops_by_tokens_stops_within_a_round_of_them():
     assert server.emitted == sum(LIMITS)
 
 
+@pytest.mark.slow
 def test_contenders_write_as_many_tokens_in_every_turn():
     """So that ratios of a turn are over the same texts: all cells of a concurrency hold the same tokens, but for a round's."""
     target, drafter = pair()
@@ -318,6 +321,7 @@ def test_contenders_write_as_many_tokens_in_every_turn():
         assert min(tokens) > 3 * (max(tokens) - min(tokens))
 
 
+@pytest.mark.slow
 def test_contenders_go_on_side_by_side(monkeypatch):
     """In a turn of many slices none is ever further ahead of another than a slice and what a round gives beyond it: a machine that is slow
     for a while is slow for all.
