@@ -24,6 +24,13 @@ _STATIC_CACHES = ("static", "hybrid", "sliding_window", "offloaded_static", "off
 
 
 def check_call(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool) -> None:
+    """Refuse what `generate` was asked for and this decoding cannot do exactly.
+
+    Args:
+        config (`GenerationConfig`), kwargs (`dict`), input_ids, streamer, synced_gpus: as `generate` has prepared them.
+    Raises:
+        UnsupportedOptionError, ValueError: naming the option and what to do instead.
+    """
     if not kwargs.get("use_cache", True):
         raise ValueError("assisted generate requires `use_cache=True`")
     cache = cache_in(kwargs)
