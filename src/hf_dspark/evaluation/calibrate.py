@@ -17,7 +17,7 @@ import torch
 
 from hf_dspark.adapters.files import fingerprint
 from hf_dspark.budgets.budget import FinishedRound, FullBudget
-from hf_dspark.calibration.copy_fit import fit_copy_confidence
+from hf_dspark.calibration.ngram_copy_fit import fit_copy_confidence
 from hf_dspark.calibration.records import for_sglang
 from hf_dspark.calibration.temperature_scaling import BINS, FEWEST_ROUNDS, FORMAT, Rounds, fit_temperatures, quality, reliability
 from hf_dspark.configuration_dspark import MAX_COPY_MATCH

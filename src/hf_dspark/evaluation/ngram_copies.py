@@ -10,7 +10,7 @@ import torch
 
 from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.cache.layout import RowLayout
-from hf_dspark.calibration.copy_fit import fit_copy_weights
+from hf_dspark.calibration.ngram_copy_fit import fit_copy_weights
 from hf_dspark.decoding.ngram_copy import Copies
 from hf_dspark.targets.target import Target
 

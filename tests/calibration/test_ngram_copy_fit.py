@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_dspark.calibration.copy_fit import FEWEST_COPIES, fit_copy_confidence, fit_copy_weights
+from hf_dspark.calibration.ngram_copy_fit import FEWEST_COPIES, fit_copy_confidence, fit_copy_weights
 
 RANDOM = np.random.default_rng
 
