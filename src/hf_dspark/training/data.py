@@ -44,15 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Rows of one target, split.
-
-    Args:
-        manifests (`list[dict]`): of the folders, in the order given; files without one have none.
-        train_rows (`list[ResponseRow]`): to learn from.
-        held_out_rows (`list[ResponseRow]`): never to be learnt from, in the order of their prompts' hashes.
-        held_out_share (`float`): expected share of held-out prompts.
-        left_out (`dict[str, int]`): rows that are on neither side, by reason.
-    """
+    """Rows of one target, split; held-out rows are in the order of their prompts' hashes. `left_out` counts the others by reason."""
 
     manifests: list[dict[str, Any]]
     train_rows: list[ResponseRow]
@@ -63,12 +55,10 @@ class DataSet:
     def summary(self) -> dict[str, Any]:
         """Counts, and what the manifests say, as JSON takes it."""
         told = ("target", "sampling", "seed", "thinking", "prompts", "self_prompting", "exclude")
+        sides = {"train": self.train_rows, "held_out": self.held_out_rows}
         return {
-            "rows": {"train": len(self.train_rows), "held_out": len(self.held_out_rows)},
-            "response_tokens": {
-                "train": sum(map(response_tokens, self.train_rows)),
-                "held_out": sum(map(response_tokens, self.held_out_rows)),
-            },
+            "rows": {side: len(rows) for side, rows in sides.items()},
+            "response_tokens": {side: sum(map(response_tokens, rows)) for side, rows in sides.items()},
             "held_out_share": self.held_out_share,
             "left_out": dict(self.left_out),
             "by_source": dict(sorted(Counter(row.source for row in self.train_rows).items())),
@@ -98,32 +88,26 @@ def load_data(
     """
     rows, manifests = load_responses(paths, target)
     held_out_share = max((manifest["held_out"] for manifest in manifests), default=HELD_OUT_SHARE)
-    long = [max_tokens is not None and len(row) > max_tokens for row in rows]
-    usable = [can_train(row) for row in rows]
-    counts = {
-        "one response token": usable.count(False),
-        f"over {max_tokens} tokens": sum(fits and over for fits, over in zip(usable, long, strict=True)),
-    }
-    left_out = {reason: count for reason, count in counts.items() if count}
+    chosen, left_out = [], Counter[str]()
+    for row in rows:
+        if not can_train(row):
+            left_out["one response token"] += 1
+        elif max_tokens is not None and len(row) > max_tokens:
+            left_out[f"over {max_tokens} tokens"] += 1
+        else:
+            chosen.append(row)
     for reason, count in left_out.items():
         logger.warning("%d of %d rows are left out: %s.", count, len(rows), reason)
-    chosen = [row for row, fits, over in zip(rows, usable, long, strict=True) if fits and not over]
     train, held_out = split_rows(chosen, held_out_fraction=held_out_share)
     if not train:
-        raise DataError(f"no rows to train on: {len(rows)} read, left out {left_out}, held out {len(held_out)}. Generate more rows.")
-    return DataSet(manifests, train, held_out, held_out_share, left_out)
+        raise DataError(f"no rows to train on: {len(rows)} read, left out {dict(left_out)}, held out {len(held_out)}. Generate more rows.")
+    return DataSet(manifests, train, held_out, held_out_share, dict(left_out))
 
 
 def load_responses(
     paths: str | Path | Iterable[str | Path], target: PreTrainedModel | None = None
 ) -> tuple[list[ResponseRow], list[dict[str, Any]]]:
-    """Read rows from folders and files, and check that the folders' manifests name the target; arguments as in `load_data`.
-
-    Returns:
-        `tuple[list[ResponseRow], list[dict]]`: rows in the order of their files, each once, and the folders' manifests.
-    Raises:
-        DataError: for a manifest of another target, or a corrupt file, naming file and line.
-    """
+    """Rows of folders and files, each once, and the folders' manifests; arguments and errors as in `load_data`."""
     fingerprint = None if target is None else target_fingerprint(target)
     manifests: list[dict[str, Any]] = []
     files: list[Path] = []
@@ -158,37 +142,15 @@ def prompt_hash(row: ResponseRow) -> int:
 
 
 def split_rows(rows: Sequence[ResponseRow], *, held_out_fraction: float) -> tuple[list[ResponseRow], list[ResponseRow]]:
-    """Split rows into training and held-out ones by a hash of the prompt, so that no prompt is on both sides.
-
-    The side of a row depends on nothing but its prompt: adding data moves no row across. Held-out rows come back in
-    the order of their hashes, so that a prefix of them is a fair sample.
-
-    Args:
-        rows: rows to split.
-        held_out_fraction (`float`): expected share of held-out prompts, in [0, 1).
-    Returns:
-        `tuple[list[ResponseRow], list[ResponseRow]]`: training rows, held-out rows.
-    """
+    """Training rows, and held-out ones: those whose prompt's hash is in the lowest fraction, so that no prompt is on both sides and more
+    data moves no row across. Held-out rows come in the order of their hashes, so that a prefix of them is a fair sample."""
     limit = int(held_out_fraction * 2**64)
-    hashes = [prompt_hash(row) for row in rows]
-    train = [row for row, h in zip(rows, hashes, strict=True) if h >= limit]
-    held_out = sorted(((h, i) for i, h in enumerate(hashes) if h < limit))
-    return train, [rows[i] for _, i in held_out]
+    hashed = [(prompt_hash(row), i) for i, row in enumerate(rows)]
+    return [rows[i] for h, i in hashed if h >= limit], [rows[i] for h, i in sorted(hashed) if h < limit]
 
 
 def epoch_batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row indices of one epoch's batches: a shuffle whose batches hold rows of similar length.
-
-    A pure function of its arguments, so a resumed run sees the batches of the uninterrupted one.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size (`int`): rows a batch; the last batch of an epoch may be smaller.
-        seed (`int`): of the run.
-        epoch (`int`): from 0.
-    Returns:
-        `list[list[int]]`: every index exactly once.
-    """
+    """Row indices of one epoch's batches: a shuffle whose batches hold rows of similar length, a pure function of its arguments."""
     rng = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
     rng.shuffle(order)
@@ -211,9 +173,8 @@ def ordered_batches(rows: Sequence[ResponseRow], *, batch_size: int) -> Iterator
 def collate(rows: Sequence[ResponseRow]) -> Batch:
     """Pad rows on the right into one batch; the loss mask covers the response tokens."""
     lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for i, row in enumerate(rows):
         input_ids[i, : len(row)] = torch.tensor(row.ids)
         for begin, end in row.spans:

@@ -37,17 +37,10 @@ _SAMPLES = 4  # values of each parameter that go into the fingerprint
 _SMALL = 1e-4  # float16 holds smaller values less precisely than bfloat16
 
 
-# ---------------------------------------------------------------------------------------------------------------- manifest
-
-
 def target_fingerprint(model: PreTrainedModel) -> str:
-    """A short text that tells targets apart: architecture, vocabulary, and a few values of every weight.
+    """A short text that tells targets apart: digests of the architecture and of a few values of every weight, whatever their dtype.
 
-    The dtype that the model is loaded in does not matter. Weights that are not in memory (offloaded ones) are not read; a fingerprint
-    without weights ends with a dash and fits every one of the same architecture.
-
-    Returns:
-        `str`: two hexadecimal digests.
+    Where weights are not in memory (offloaded), it ends with a dash and fits every target of the same architecture.
     """
     config = model.config.get_text_config(decoder=True)
     fields = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
@@ -72,11 +65,7 @@ def same_target(one: str, other: str) -> bool:
 
 
 def check_target(manifest: dict[str, Any], folder: Path, fingerprint: str) -> None:
-    """Refuse a folder whose responses another target wrote.
-
-    Raises:
-        DataError: naming both.
-    """
+    """Raise a `DataError` that names both where another target wrote a folder's responses."""
     theirs = manifest["target"]
     if not same_target(theirs["fingerprint"], fingerprint):
         raise DataError(
@@ -97,14 +86,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Restore it, or write to a new folder.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != FORMAT_VERSION:
-        found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else type(manifest).__name__
+        found = manifest["format"], manifest["version"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}). Restore it, or write to a new folder.") from error
+    if found != (FORMAT, FORMAT_VERSION):
         raise DataError(f"{path} is of format {found}; allowed: {(FORMAT, FORMAT_VERSION)}. Use the version of hf-dspark that wrote it.")
-    missing = [name for name in ("target", "held_out") if name not in manifest]
-    if missing:
-        raise DataError(f"{path} lacks {missing}. Restore it, or write to a new folder.")
     return manifest
 
 
@@ -113,9 +99,6 @@ def shards(folder: Path) -> list[Path]:
     whole = sorted(folder.glob("responses-*.parquet"))
     done = {path.stem for path in whole}
     return sorted([*whole, *(path for path in folder.glob("responses-*.jsonl") if path.stem not in done)])
-
-
-# ----------------------------------------------------------------------------------------------------------------- writing
 
 
 class ResponseFolder:
@@ -150,12 +133,9 @@ class ResponseFolder:
         Raises:
             DataError: if another process writes to it, its manifest says something else, or a shard is corrupt.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {self.path}: {error.strerror}. Name another --output.") from error
         lock = FileLock(self.path / ".lock")
         with self._room():
+            self.path.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)
             except Timeout as error:
@@ -181,7 +161,7 @@ class ResponseFolder:
             numbers = [int(path.stem.split("-")[1]) for path in shards(self.path)]
             self._shard, self._shard_rows = self.path / f"responses-{max(numbers, default=-1) + 1:05d}.jsonl", 0
         with self._room():
-            append_lines(self._shard, records)
+            _append_lines(self._shard, records)
         self._shard_rows += len(records)
         for record in records:
             self._count(record)
@@ -189,7 +169,7 @@ class ResponseFolder:
     def skip(self, id: str, reason: str) -> None:
         """Record that a prompt comes to nothing, so that it is not tried again."""
         with self._room():
-            append_lines(self.path / "skipped.jsonl", [{"id": id, "reason": reason}])
+            _append_lines(self.path / "skipped.jsonl", [{"id": id, "reason": reason}])
         self.skips[id] = reason
 
     def save(self, extra: dict[str, Any]) -> None:
@@ -203,8 +183,8 @@ class ResponseFolder:
             "tokens": {"all": self.tokens, "responses": self.response_tokens},
             "by_source": {name: dict(counts) for name, counts in sorted(self.by_source.items())},
             "by_temperature": {name: dict(counts) for name, counts in sorted(self.by_temperature.items())},
+            **self._extra,
             "skipped": self.skipped,
-            **{name: value for name, value in self._extra.items() if name != "skipped"},
         }
         with self._room():
             atomic_write_json(self.path / MANIFEST, manifest, indent=1)
@@ -249,13 +229,13 @@ class ResponseFolder:
                 path.unlink()  # Its Parquet file is whole; the kill came before this.
         for path in files:
             last = path == files[-1] and path.suffix == ".jsonl"
-            records = repair_end(path) if last else [record for _, record in read_records(path)]
+            records = _repair_end(path) if last else [record for _, record in read_records(path)]
             for record in records:
                 self._count(record)
             if last and len(records) < self.rows_a_shard:
                 self._shard, self._shard_rows = path, len(records)
         if (self.path / "skipped.jsonl").exists():
-            self.skips = {record["id"]: record["reason"] for record in repair_end(self.path / "skipped.jsonl")}
+            self.skips = {record["id"]: record["reason"] for record in _repair_end(self.path / "skipped.jsonl")}
 
     def _count(self, record: dict[str, Any]) -> None:
         try:
@@ -284,12 +264,8 @@ class ResponseFolder:
             ) from error
 
 
-def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write all records behind a file's JSON lines, or none where there is no room.
-
-    Raises:
-        OSError: with the file as it was before.
-    """
+def _append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write all records behind a file's JSON lines, or, where there is no room, none."""
     data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     with path.open("ab", buffering=0) as file:
         size = file.tell()
@@ -301,15 +277,9 @@ def append_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
             raise
 
 
-def repair_end(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines whose writer may have been killed: a last line that is not whole is cut off, as are rows at the end whose
-    conversation goes on in rows that were not written any more.
-
-    Returns:
-        `list[dict]`: the records that remain.
-    Raises:
-        DataError: naming file and line, where anything but the end is damaged.
-    """
+def _repair_end(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines whose writer may have been killed: a last line that is not whole is cut off, as are rows at the
+    end whose conversation goes on in rows that were not written any more."""
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):

@@ -69,10 +69,7 @@ class ResponseMaker:
     def __init__(
         self, model: PreTrainedModel, template: ChatTemplate, settings: DataSettings, folder: ResponseFolder, *, batch_size: int
     ) -> None:
-        self.model = model
-        self.template = template
-        self.settings = settings
-        self.folder = folder
+        self.model, self.template, self.settings, self.folder = model, template, settings, folder
         self.stop = frozenset(eos_token_ids(model, template.tokenizer))
         self.selves = SelfPrompts(template, settings, self.stop)
         longest = settings.max_prompt_tokens + settings.max_new_tokens
@@ -84,15 +81,13 @@ class ResponseMaker:
             )
         self.sampler = RowSampler(model, batch_size, longest)
         self.skipped: Counter[str] = Counter()  # of this run's files, found anew in every run
-        self.tokens = 0
-        self._files: deque[Prompt] = deque()
+        self.done = self.total = self.tokens = 0
+        self._todo: deque[Prompt | int] = deque()  # prompts of files, and numbers of self-prompts
         self._ready: deque[Request] = deque()
         self._keys: set[str] = set()
         self._excluded: frozenset[str] = frozenset()
-        self._next_self = 0
+        self._numbers: deque[int] = deque()  # of self-prompts that are not accepted or rejected yet
         self._written: dict[int, Request] = {}  # self-prompts that wait for those before them
-        self._resolved = 0
-        self.done = self.total = 0
 
     def run(
         self,
@@ -115,7 +110,7 @@ class ResponseMaker:
             DataError: where the disk is full, or a template does not fit.
         """
         self._plan(prompts, excluded)
-        if any(prompt.text is None for prompt in self._files) or self.settings.self_prompts:
+        if any(isinstance(one, int) or one.text is None for one in self._todo):
             self.template.check()
         started = saved = time.monotonic()
         refill = max(1, self.sampler.places // 16)
@@ -128,10 +123,10 @@ class ResponseMaker:
                     self.sampler.round()
                 for request in self.sampler.take_finished():
                     self._finish(request)
-                now = time.monotonic()
                 if on_round is not None:
                     on_round()
-                done = not (self.sampler.in_flight or self._ready or self._files or self._next_self < self.settings.self_prompts)
+                now = time.monotonic()
+                done = not (self.sampler.in_flight or self._ready or self._todo)
                 if done or (minutes is not None and now - started >= 60 * minutes):
                     break
                 if now - saved >= _SAVE_SECONDS:
@@ -141,7 +136,7 @@ class ResponseMaker:
         return done
 
     def _plan(self, prompts: Sequence[Prompt], excluded: frozenset[str]) -> None:
-        """Choose which prompts are still to be answered, in an order that mixes the files."""
+        """Choose what is still to be answered, in an order that mixes the files and the self-prompts."""
         self._excluded = excluded
         done = {id.split(".")[0] for id in self.folder.keys} | set(self.folder.skips)
         self._keys = set(self.folder.keys.values())
@@ -167,60 +162,46 @@ class ResponseMaker:
                 self._keys.add(prompt.key)
             seen.add(prompt.id)
         waiting.sort(key=lambda prompt: _digest(f"{self.settings.seed}/{prompt.id}"))
-        self._files = deque(waiting)
-        self._file_count = len(waiting)
-        self.total = self.done + len(waiting) + self.settings.self_prompts
-        self._done = done
+        count = self.settings.self_prompts
+        self._numbers = deque(number for number in range(count) if self.selves.id(number) not in done)
+        self.total = self.done + len(waiting) + count
+        self.done += count - len(self._numbers)
+        mixed: list[tuple[float, Prompt | int]] = [(i / len(waiting), prompt) for i, prompt in enumerate(waiting)]
+        mixed += [(number / count, number) for number in self._numbers]
+        self._todo = deque(one for _, one in sorted(mixed, key=lambda item: item[0]))
 
     def _fill(self) -> None:
-        """Put requests into the free places."""
+        """Put requests into the free places: answers that are under way first, then what is to be begun."""
         requests: list[Request] = []
-        while len(requests) < self.sampler.free:
-            request = self._next()
-            if request is None:
-                break
-            requests.append(request)
+        while len(requests) < self.sampler.free and (self._ready or self._todo):
+            if self._ready:
+                requests.append(self._ready.popleft())
+                continue
+            one = self._todo.popleft()
+            if isinstance(one, Prompt):
+                self._answer(one)
+            else:
+                requests.append(self.selves.request(one))
         if requests:
             self.sampler.begin(requests)
             self.tokens += len(requests)
 
-    def _next(self) -> Request | None:
-        while True:
-            if self._ready:
-                return self._ready.popleft()
-            files = 1 - len(self._files) / self._file_count if self._files else 2.0
-            selves = self._next_self / self.settings.self_prompts if self._next_self < self.settings.self_prompts else 2.0
-            if files == selves == 2.0:
-                return None
-            if files <= selves:
-                self._answer(self._files.popleft())
-                continue
-            number = self._next_self
-            self._next_self += 1
-            if self.selves.id(number) not in self._done:
-                return self.selves.request(number)
-            self.done += 1
-            self._resolve()
-
     def _answer(self, prompt: Prompt) -> None:
         """Queue the first answer to a prompt, if it is short enough."""
-        dialogue = Dialogue(prompt, self.template, self._temperature(prompt.id))
-        chance = random.Random(f"{self.settings.seed}/{prompt.id}")
-        ids = dialogue.open()
-        if not ids or len(ids) > self.settings.max_prompt_tokens:
-            reason = f"prompt over {self.settings.max_prompt_tokens} tokens" if ids else "empty prompt"
-            if prompt.name:
-                self.folder.skip(prompt.id, reason)  # A self-prompt would be written again only to be found too long.
-                self._tell(reason, prompt)
-            else:
-                self._leave_out(reason, prompt)
-            self.done += 1
-            return
-        self._ready.append(self._request(dialogue, ids, chance))
-
-    def _request(self, dialogue: Dialogue, ids: list[int], chance: random.Random) -> Request:
         s = self.settings
-        return Request(ids, s.max_new_tokens, self.stop, dialogue.temperature, s.top_p, chance, owner=dialogue)
+        temperature = s.temperatures[int(_digest(f"{s.seed}/{prompt.id}/temperature"), 16) % len(s.temperatures)]
+        dialogue = Dialogue(prompt, self.template, temperature)
+        ids = dialogue.open()
+        if ids and len(ids) <= s.max_prompt_tokens:
+            self._queue(dialogue, ids, random.Random(f"{s.seed}/{prompt.id}"))
+            return
+        # A self-prompt would be written again only to be found too long.
+        self._leave_out(f"prompt over {s.max_prompt_tokens} tokens" if ids else "empty prompt", prompt, forever=bool(prompt.name))
+        self.done += 1
+
+    def _queue(self, dialogue: Dialogue, ids: list[int], chance: random.Random) -> None:
+        s = self.settings
+        self._ready.append(Request(ids, s.max_new_tokens, self.stop, dialogue.temperature, s.top_p, chance, owner=dialogue))
 
     def _finish(self, request: Request) -> None:
         if not isinstance(request.owner, Dialogue):
@@ -231,15 +212,14 @@ class ResponseMaker:
         if request.ended and len(request.tokens) == 1:
             # Nothing but the end: the turn has no answer, and what follows it no sense.
             if not dialogue.close():
-                self.folder.skip(dialogue.prompt.id, "empty response")
-                self._tell("empty response", dialogue.prompt)
+                self._leave_out("empty response", dialogue.prompt, forever=True)
         else:
             ids = dialogue.take(request)
             if ids is not None and len(ids) <= self.settings.max_prompt_tokens:
-                self._ready.append(self._request(dialogue, ids, request.random))
+                self._queue(dialogue, ids, request.random)
                 return
             if ids is not None:
-                self._tell(f"later turns over {self.settings.max_prompt_tokens} tokens", dialogue.prompt)
+                logger.info("%s: later turns over %d tokens are left out", dialogue.prompt.id, self.settings.max_prompt_tokens)
             dialogue.close()
         if dialogue.records:
             self.folder.append(dialogue.records)
@@ -247,36 +227,27 @@ class ResponseMaker:
 
     def _resolve(self) -> None:
         """Accept or reject self-prompts in the order of their numbers, so that of two equal ones always the first becomes a row."""
-        while self._resolved < self._next_self:
-            number = self._resolved
-            id = self.selves.id(number)
-            if id not in self._done:
-                request = self._written.pop(number, None)
-                if request is None:
-                    return
-                prompt, reason = self.selves.read(number, request)
-                if prompt is not None and prompt.key in self._excluded:
-                    prompt, reason = None, "self-prompt excluded"
-                elif prompt is not None and prompt.key in self._keys:
-                    prompt, reason = None, "self-prompt duplicate"
-                if prompt is None:
-                    self.folder.skip(id, reason)
-                    self.done += 1
-                else:
-                    self._keys.add(prompt.key)
-                    self._answer(prompt)
-            self._resolved += 1
+        while self._numbers and self._numbers[0] in self._written:
+            number = self._numbers.popleft()
+            prompt, reason = self.selves.read(number, self._written.pop(number))
+            if prompt is not None and prompt.key in self._excluded:
+                reason = "self-prompt excluded"
+            elif prompt is not None and prompt.key in self._keys:
+                reason = "self-prompt duplicate"
+            elif prompt is not None:
+                self._keys.add(prompt.key)
+                self._answer(prompt)
+                continue
+            self.folder.skip(self.selves.id(number), reason)
+            self.done += 1
 
-    def _temperature(self, id: str) -> float:
-        temperatures = self.settings.temperatures
-        return temperatures[int(_digest(f"{self.settings.seed}/{id}/temperature"), 16) % len(temperatures)]
-
-    def _leave_out(self, reason: str, prompt: Prompt) -> None:
-        self._tell(reason, prompt)
-        self.skipped[reason] += 1
-
-    def _tell(self, reason: str, prompt: Prompt) -> None:
+    def _leave_out(self, reason: str, prompt: Prompt, *, forever: bool = False) -> None:
+        """Count a prompt without a row; `forever` where the folder has to remember that it was tried."""
         logger.info("%s %s: %r", prompt.source, reason, prompt.turns[0][:60])
+        if forever:
+            self.folder.skip(prompt.id, reason)
+        else:
+            self.skipped[reason] += 1
 
 
 def _digest(text: str) -> str:

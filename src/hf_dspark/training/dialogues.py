@@ -32,11 +32,7 @@ class ChatTemplate:
         self._options = {"enable_thinking": thinking} if "enable_thinking" in self.source else {}
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
-        """The text of a conversation, up to where the target's answer begins.
-
-        Raises:
-            DataError: if there is no template, or it refuses the conversation.
-        """
+        """The text of a conversation, up to where the target's answer begins; a `DataError` if there is no template, or it refuses it."""
         from jinja2.exceptions import TemplateError
 
         if not self.source:
@@ -65,11 +61,7 @@ class ChatTemplate:
         return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # A text that is to be continued has not ended.
 
     def check(self) -> None:
-        """Refuse a template that does not open the answer.
-
-        Raises:
-            DataError: naming the tokenizer.
-        """
+        """Refuse a template that does not open the answer with a `DataError`."""
         question, answer = [{"role": "user", "content": "question"}], "an-answer"
         opened = self.render(question)
         whole = self.render([*question, {"role": "assistant", "content": answer}], generation_prompt=False)
@@ -96,9 +88,7 @@ class Dialogue:
     """
 
     def __init__(self, prompt: Prompt, template: ChatTemplate, temperature: float) -> None:
-        self.prompt = prompt
-        self.template = template
-        self.temperature = temperature
+        self.prompt, self.template, self.temperature = prompt, template, temperature
         self.records: list[dict[str, Any]] = []
         self.ids: list[int] = []
         self.spans: list[list[int]] = []
@@ -113,8 +103,7 @@ class Dialogue:
         if self.prompt.text is not None:
             self.ids = self.template.encode_raw(self.prompt.text)
         else:
-            self._marked = list(self.prompt.segments[0])
-            self._real = list(self._marked)
+            self._marked, self._real = list(self.prompt.segments[0]), list(self.prompt.segments[0])
             self._text = self.template.render(self._marked)
             self.ids = self.template.encode(self._text)
         return self.ids
@@ -127,11 +116,10 @@ class Dialogue:
         self._turn += 1
         if self.prompt.text is not None or self._turn >= len(self.prompt.segments):
             return None
-        mark = f"the-answer-number-{self._turn}-stands-here"
-        tokenizer = self.template.tokenizer
-        segment = self.prompt.segments[self._turn]
+        mark, segment = f"the-answer-number-{self._turn}-stands-here", self.prompt.segments[self._turn]
+        answer = self.template.tokenizer.decode(request.tokens, skip_special_tokens=True)
         self._marked += [{"role": "assistant", "content": mark}, *segment]
-        self._real += [{"role": "assistant", "content": tokenizer.decode(request.tokens, skip_special_tokens=True)}, *segment]
+        self._real += [{"role": "assistant", "content": answer}, *segment]
         opened, self._text = self._text + mark, self.template.render(self._marked)
         if self._text.startswith(opened):
             between = self.template.encode(self._text[len(opened) :])
@@ -170,21 +158,14 @@ class SelfPrompts:
     """Prompts that the target writes, by number. A number and the seed decide everything about one of them.
 
     The template up to the start of the user's turn makes an aligned model write that turn. Source: Magpie, arXiv 2406.08464.
-
-    Args:
-        template (`ChatTemplate`): of the target.
-        settings (`DataSettings`): count, openings, temperature.
-        stop (`frozenset[int]`): ids that end a text.
+    `stop` holds the ids that end a text.
     """
 
     def __init__(self, template: ChatTemplate, settings: DataSettings, stop: frozenset[int]) -> None:
-        self.template = template
-        self.settings = settings
+        self.template, self.settings, self._stop = template, settings, stop
         recipe = [settings.seed, settings.self_temperature, settings.self_tokens, [asdict(opening) for opening in settings.openings]]
         self.name = "self-" + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-        self.special = frozenset(template.tokenizer.all_special_ids) | stop
-        self._fronts: dict[str | None, tuple[str, frozenset[int]]] = {}
-        self._stop = stop
+        self._special = frozenset(template.tokenizer.all_special_ids)
 
     def id(self, number: int) -> str:
         return f"{self.name}-{number}"
@@ -197,11 +178,11 @@ class SelfPrompts:
     def request(self, number: int) -> Request:
         """What makes the target write prompt `number`."""
         opening = self.opening(number)
-        front, stop = self._front(opening.system)
+        before, after = self.template.user_turn(opening.system)
         return Request(
-            self.template.encode(front + opening.begin),
+            self.template.encode(before + opening.begin),
             self.settings.self_tokens,
-            stop,
+            self._stop | self._special.intersection(self.template.encode(after)[:1]),
             self.settings.self_temperature,
             1.0,
             random.Random(f"{self.id(number)}/prompt"),
@@ -214,16 +195,9 @@ class SelfPrompts:
         if not request.ended:
             return None, "self-prompt cut off"
         ids = request.tokens[:-1]
-        if self.special & set(ids):
+        if (self._special | self._stop) & set(ids):
             return None, "self-prompt with special tokens"
         text = (opening.begin + self.template.tokenizer.decode(ids)).strip()
         if len(ids) < SHORTEST_SELF_PROMPT or len(text) < 8:
             return None, "self-prompt too short"
         return Prompt(opening.source, (("user", text),), name=self.id(number)), ""
-
-    def _front(self, system: str | None) -> tuple[str, frozenset[int]]:
-        if system not in self._fronts:
-            before, after = self.template.user_turn(system)
-            ends = [i for i in self.template.encode(after)[:1] if i in self.template.tokenizer.all_special_ids]
-            self._fronts[system] = before, self._stop | frozenset(ends)
-        return self._fronts[system]

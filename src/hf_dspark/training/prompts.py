@@ -66,14 +66,7 @@ class Prompt:
 
 
 class PromptRow(NamedTuple):
-    """One row of a prompt file.
-
-    Args:
-        where (`str`): "FILE, line N", for messages.
-        source (`str`): domain.
-        messages (`list[dict[str, str]]`): role and content, answers included.
-        text (`str`, *optional*): instead of messages, raw text.
-    """
+    """One row of a prompt file: where it stands, its domain, and its messages with answers, or else raw text."""
 
     where: str
     source: str
@@ -114,10 +107,10 @@ def read_prompt_rows(name: str, limit: int | None = None) -> list[PromptRow]:
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; allowed: 1 or more. Leave it out to read the whole file.")
     path = Path(name).expanduser()
-    if path.is_file() or name.endswith(_SUFFIXES) or name.count("/") != 1 or path.is_absolute():
-        if not path.is_file():
-            raise DataError(f"no prompt file {name!r}; allowed: a file *.jsonl, *.jsonl.gz or *.parquet, or a Hub data set, owner/name.")
+    if path.is_file():
         stem, records = path.name.split(".")[0], read_records(path)
+    elif name.endswith(_SUFFIXES) or name.count("/") != 1 or path.is_absolute():
+        raise DataError(f"no prompt file {name!r}; allowed: a file *.jsonl, *.jsonl.gz or *.parquet, or a Hub data set, owner/name.")
     else:
         stem, records = name.split("/")[1].split(":")[0], _hub_records(name)
     found = [_row(record, stem, where) for where, record in islice(records, limit)]
@@ -144,26 +137,20 @@ def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _row(record: Any, stem: str, where: str) -> PromptRow:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a {type(record).__name__}; allowed: an object {_SHAPES}.")
+    shape = next((name for name in ("turns", "prompt", "messages", "text") if isinstance(record, dict) and name in record), None)
+    if shape is None:
+        raise DataError(f"{where}: {_short(record)}; allowed: an object {_SHAPES}.")
     source = record.get("source", stem)
     if not isinstance(source, str) or not source:
         raise DataError(f"{where}: source is {_short(source)}; allowed: a text. Leave it out to use the file's name.")
-    if "turns" in record or "prompt" in record:
-        turns = record.get("turns", [record.get("prompt")])
-        if not isinstance(turns, list) or not turns:
-            raise DataError(f"{where}: turns is {_short(turns)}; allowed: a list of one text or more.")
-        texts = [_text(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
-        return PromptRow(where, source, [{"role": "user", "content": text} for text in texts])
-    if "text" in record and "messages" not in record:
+    if shape == "text":
         return PromptRow(where, source, [], _text(record["text"], where))
-    if "messages" not in record:
-        raise DataError(f"{where}: keys are {_short(sorted(record))}; allowed: {_SHAPES}.")
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages is {_short(messages)}; allowed: a list of objects with role and content.")
+    given = [record["prompt"]] if shape == "prompt" else record[shape]
+    if not isinstance(given, list) or not given:
+        raise DataError(f"{where}: {shape} is {_short(given)}; allowed: {_SHAPES}.")
     found = []
-    for number, message in enumerate(messages, start=1):
+    for number, one in enumerate(given, start=1):
+        message = one if shape == "messages" else {"role": "user", "content": one}
         role = message.get("role") if isinstance(message, dict) else None
         if role not in _ROLES:
             raise DataError(f"{where}, message {number}: role is {_short(role)}; allowed: {', '.join(_ROLES)}. Remove the row.")
@@ -185,25 +172,21 @@ def _short(value: Any) -> str:
 
 
 def read_openings(path: Path) -> list[Opening]:
-    """Read openings from a file: JSON lines `{"source": .., "begin": .., "system": .., "weight": ..}`, all but one of `begin` and `system`
-    optional.
+    """Read openings: JSON lines `{"source": .., "begin": .., "system": .., "weight": ..}`, all but one of `begin` and `system` optional.
 
     Raises:
         DataError: naming file and line of a malformed row.
     """
     found = []
     for where, record in read_records(path):
-        names = set(record) if isinstance(record, dict) else set()
-        if not names <= {"source", "begin", "system", "weight"} or not {"begin", "system"} & names:
+        texts = {"source": path.name.split(".")[0], **record} if isinstance(record, dict) else {}
+        weight = texts.pop("weight", 1.0)
+        named = {"source"} < texts.keys() <= {"source", "begin", "system"}
+        if not named or not all(isinstance(text, str) for text in texts.values()) or not texts["source"]:
             raise DataError(f'{where}: {_short(record)}; allowed: {{"source": "name", "begin": "first words", "weight": 1}}, or "system".')
-        weight = record.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise DataError(f"{where}: weight is {_short(weight)}; allowed: a number above 0.")
-        texts = {name: record[name] for name in ("source", "begin", "system") if name in record}
-        for name, text in texts.items():
-            if not isinstance(text, str) or (name == "source" and not text):
-                raise DataError(f"{where}: {name} is {_short(text)}; allowed: a text.")
-        found.append(Opening(**{"source": path.name.split(".")[0], **texts}, weight=float(weight)))
+        found.append(Opening(**texts, weight=float(weight)))
     if not found:
         raise DataError(f'{path} holds no rows; allowed: one or more of {{"source": "name", "begin": "first words"}}.')
     return found

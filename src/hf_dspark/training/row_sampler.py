@@ -47,7 +47,7 @@ class Request:
 
 
 class RowSampler:
-    """Plain decoding in which every place is taken by one request after another.
+    """Plain decoding with so many places, each of which is taken by one request after another.
 
     Args:
         model (`PreTrainedModel`): the target.
@@ -65,7 +65,6 @@ class RowSampler:
         self._requests: dict[int, Request] = {}  # in flight, by number
         self._next = 0
         self._finished: list[Request] = []
-        self._top_p: dict[float, TopPLogitsWarper] = {}
 
     @property
     def free(self) -> int:
@@ -78,9 +77,7 @@ class RowSampler:
         return self.state.num_rows
 
     def begin(self, requests: Sequence[Request]) -> None:
-        """Read the requests' prompts and draw their first tokens; there must be as many free places."""
-        if len(requests) > self.free:
-            raise ValueError(f"{self.free} of {self.places} places are free; got {len(requests)} requests. Begin fewer.")
+        """Read the prompts of requests, as many as places are free at most, and draw their first tokens."""
         first, numbers = self.state.num_rows, range(self._next, self._next + len(requests))
         self._next = numbers.stop
         self._requests.update(zip(numbers, requests, strict=True))
@@ -100,18 +97,10 @@ class RowSampler:
         return finished
 
     def choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """The next token of each request: the arg-max, or a draw by the inverse of the distribution function at the request's own number.
-
-        Args:
-            logits (`torch.Tensor` of shape `(R, V)`): the target's.
-            requests (`list[Request]`): R of them.
-        Returns:
-            `torch.LongTensor` of shape `(R,)`.
-        Raises:
-            RuntimeError: if a distribution holds NaN or infinity.
-        """
+        """The next token of each of R requests from logits `(R, V)`: the arg-max, or a draw by the inverse of the distribution function at
+        the request's own number. NaN and infinity are a `RuntimeError`."""
         drawn = [k for k, request in enumerate(requests) if request.temperature > 0]
-        greedy = sorted(set(range(len(requests))) - set(drawn))
+        greedy = [k for k, request in enumerate(requests) if request.temperature == 0]
         tokens = torch.empty(len(requests), dtype=torch.long, device=logits.device)
         if greedy:
             tokens[greedy] = logits[greedy].float().argmax(-1)  # On a CPU the arg-max of bfloat16 takes five times as long.
@@ -120,12 +109,10 @@ class RowSampler:
         return tokens
 
     def _draw(self, scores: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """One token for each of the requests from their scores `(R, V)`."""
         scores = scores / torch.tensor([[request.temperature] for request in requests], device=scores.device)
         for k, request in enumerate(requests):
             if request.top_p < 1:
-                warper = self._top_p.setdefault(request.top_p, TopPLogitsWarper(request.top_p))
-                scores[k : k + 1] = warper(None, scores[k : k + 1])
+                scores[k : k + 1] = TopPLogitsWarper(request.top_p)(None, scores[k : k + 1])
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         below = scores.softmax(-1).cumsum(-1, dtype=wide)
         total = below[:, -1:]

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ class ResponseRow:
     Args:
         source (`str`): the prompt's domain, used to group the held-out metrics.
         prompt_ids (`tuple[int, ...]`): the chat-templated text up to the first response.
-        response_ids (`tuple[int, ...]`): what follows: the response; in a conversation of several turns the later turns too; never empty.
-        temperature (`float`): the temperature the responses were drawn at (0 is greedy).
+        response_ids (`tuple[int, ...]`): what follows, later turns included; never empty.
+        temperature (`float`): that the responses were drawn at (0 is greedy).
         ended (`bool`): True where the last response stopped by itself rather than at a length cap.
         spans (`tuple[tuple[int, int], ...]`): where the responses are in `ids`, half-open, increasing, the first one right behind
             the prompt; left out, all of `response_ids` is one response.
@@ -59,16 +60,10 @@ class ResponseRow:
 
 
 def row_from_record(record: Any, *, vocab_size: int | None, where: str) -> ResponseRow | None:
-    """One row out of a JSON object.
+    """One row out of a JSON object with `ids` and `spans`, or `prompt_ids` and `response_ids`; None where it holds no response tokens.
 
-    Args:
-        record: `ids` and `spans`, or `prompt_ids` and `response_ids`; where known `source`, `temperature`, `ended`.
-        vocab_size (`int`, *optional*): ids at or above it are refused.
-        where (`str`): file and line, for messages.
-    Returns:
-        `ResponseRow`, or None where the row holds no response tokens.
     Raises:
-        DataError: for everything that is not such a row.
+        DataError: beginning with `where` (file and line), for everything that is not such a row.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: a {type(record).__name__}; allowed: a JSON object with ids and spans, or prompt_ids and response_ids.")
@@ -78,26 +73,22 @@ def row_from_record(record: Any, *, vocab_size: int | None, where: str) -> Respo
     if "ids" in record:
         ids = _token_ids(record, "ids", vocab_size, where)
         spans = _spans(record.get("spans"), len(ids), where)
-        if not spans:
-            return None
-        # What the last response is followed by was never answered, and trains nothing.
-        prompt, following = ids[: spans[0][0]], ids[spans[0][0] : spans[-1][1]]
     else:
         prompt = _token_ids(record, "prompt_ids", vocab_size, where)
-        if record.get("response_ids") == []:
-            return None
-        following, spans = _token_ids(record, "response_ids", vocab_size, where), ()
+        ids = prompt + (() if record.get("response_ids") == [] else _token_ids(record, "response_ids", vocab_size, where))
+        spans = ((len(prompt), len(ids)),) if len(ids) > len(prompt) else ()
+    if not spans:
+        return None
     opening = _token_ids(record, "opening", vocab_size, where) if "opening" in record else ()
+    begin, end = spans[0][0], spans[-1][1]  # What the last response is followed by was never answered, and trains nothing.
     source, ended = str(record.get("source", "unknown")), bool(record.get("ended", False))
-    return ResponseRow(source, prompt, following, float(temperature), ended, spans, opening)
+    return ResponseRow(source, ids[:begin], ids[begin:end], float(temperature), ended, spans, opening)
 
 
 def _token_ids(record: dict[str, Any], field: str, vocab_size: int | None, where: str) -> tuple[int, ...]:
     ids = record.get(field)
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise DataError(f"{where}: {field} is {type(ids).__name__}; allowed: a list of integers. Regenerate this row.")
-    if not ids:
-        raise DataError(f"{where}: {field} holds no tokens; allowed: one or more. Remove the row or regenerate it.")
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+        raise DataError(f"{where}: {field} is {json.dumps(ids)[:60]}; allowed: a list of one token id or more. Regenerate this row.")
     low, high = min(ids), max(ids)
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         limit = "" if vocab_size is None else f" to {vocab_size - 1}"
@@ -109,16 +100,14 @@ def _token_ids(record: dict[str, Any], field: str, vocab_size: int | None, where
 
 
 def _spans(spans: Any, length: int, where: str) -> tuple[tuple[int, int], ...]:
-    pairs = isinstance(spans, list) and all(isinstance(s, list) and len(s) == 2 and all(type(i) is int for i in s) for s in spans)
-    if not pairs:
-        raise DataError(f"{where}: spans is {json.dumps(spans)[:60]}; allowed: a list of [begin, end) pairs. Regenerate this row.")
-    last = 1  # Something must stand before the first response.
-    for begin, end in spans:
-        if not last <= begin <= end <= length:
-            raise DataError(
-                f"{where}: span [{begin}, {end}) of {length} ids; allowed: increasing spans from 1 on, inside the row. Regenerate this row."
-            )
-        last = end
+    good = isinstance(spans, list) and all(isinstance(s, list) and len(s) == 2 and all(type(i) is int for i in s) for s in spans)
+    edges = [edge for span in spans for edge in span] if good else []
+    # Something must stand before the first response.
+    if not good or edges != sorted(edges) or (edges and not 1 <= edges[0] <= edges[-1] <= length):
+        raise DataError(
+            f"{where}: spans is {json.dumps(spans)[:60]} of {length} ids; allowed: a list of increasing [begin, end) pairs from 1 on, "
+            "inside the row. Regenerate this row."
+        )
     return tuple((begin, end) for begin, end in spans if begin < end)
 
 
@@ -128,12 +117,12 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: naming file and line, for a file that cannot be read or is corrupt.
     """
+    number = 0
     try:
         if path.suffix == ".parquet":
             yield from _parquet_records(path)
             return
         opener = gzip.open if path.suffix == ".gz" else open
-        number = 0
         # Line by line, and never str.splitlines(): that also breaks at U+2028 and its like, which JSON allows inside strings.
         with opener(path, "rt", encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
@@ -146,12 +135,8 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
                         f"{path}, line {number}: not JSON ({error}); allowed: one JSON object a line. Cut a half-written line off."
                     ) from None
                 yield f"{path}, line {number}", record
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {number}: not UTF-8 text ({error.reason}); allowed: JSON lines. Restore the file.") from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}, after line {number}: a broken gzip file ({error}). Restore the file.") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}. Check the name and its permissions.") from error
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}, after line {number}: {error}. Restore it, or check its name and permissions.") from error
 
 
 def parquet() -> Any:
@@ -183,29 +168,20 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_responses(paths: Iterable[str | Path], *, vocab_size: int | None = None) -> list[ResponseRow]:
-    """Read response rows from files, one row at a time.
+    """Read response rows from files `*.jsonl`, `*.jsonl.gz` or `*.parquet`; ids at or above `vocab_size` are refused.
 
-    Args:
-        paths: files named `*.jsonl`, `*.jsonl.gz` or `*.parquet`; each row has `ids` and `spans`, or `prompt_ids` and `response_ids`, and
-            where known `source`, `temperature`, `ended`.
-        vocab_size (`int`, *optional*): ids at or above it are refused.
     Returns:
         `list[ResponseRow]`: in file order; a row that an earlier file or line already holds is read once, rows without response tokens are
         left out, counted in the log.
     Raises:
-        DataError: naming file and line where a row is no JSON object or holds ids outside the vocabulary; also when there is no row at all.
+        DataError: naming file and line of a malformed row; also when there is no row at all.
     """
     rows: dict[ResponseRow, None] = {}
     names = [Path(path) for path in paths]
     for path in names:
-        empty = 0
-        for where, record in read_records(path):
-            row = row_from_record(record, vocab_size=vocab_size, where=where)
-            if row is None:
-                empty += 1
-            else:
-                rows[row] = None
-        if empty:
+        found = [row_from_record(record, vocab_size=vocab_size, where=where) for where, record in read_records(path)]
+        rows.update((row, None) for row in found if row is not None)
+        if empty := found.count(None):
             logger.warning("%s: %d rows without response tokens are left out.", path, empty)
     if not rows:
         raise DataError(
