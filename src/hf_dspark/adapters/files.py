@@ -33,7 +33,7 @@ from hf_dspark.adapters.lora import (
 )
 from hf_dspark.errors import CheckpointError, UnsupportedOptionError
 from hf_dspark.hub.bundled import DRAFTER_NAME, bundled_drafter_path
-from hf_dspark.hub.files import cached_path, hub_arguments, read_json
+from hf_dspark.hub.files import cached_path, check_shapes, hub_arguments, read_json
 from hf_dspark.utils.files import follow_umask
 from hf_dspark.version import __version__
 
@@ -55,19 +55,12 @@ _ESSENTIALS = (
 Drafter = TypeVar("Drafter", bound=PreTrainedModel)
 
 
-# -------------------------------------------------------------------------------------------------------- fingerprint
-
-
 def fingerprint(drafter: PreTrainedModel) -> str:
-    """SHA-256 of a drafter's own weights and of the config fields that give them their meaning; adapters do not count.
+    """SHA-256 (64 hexadecimal digits) of a drafter's own weights, without adapters, and of the config fields that give them their meaning.
 
     Weights are hashed as bfloat16, so a checkpoint has one fingerprint whether it is loaded in float32 or in bfloat16. In float16 it has
     another: small weights do not survive that dtype. Changes too small for bfloat16 are not noticed.
 
-    Args:
-        drafter (`DSparkDrafter` or a PEFT wrapper of one): with or without adapters, bound or not.
-    Returns:
-        `str`: 64 hexadecimal digits. A merged drafter's is another than its base's.
     Raises:
         RuntimeError: if an adapter is merged in place with its layers still there.
     """
@@ -91,11 +84,7 @@ def fingerprint(drafter: PreTrainedModel) -> str:
 
 
 def check_fitted_to(calibration: Mapping[str, Any], drafter: PreTrainedModel, source: str) -> None:
-    """Refuse a calibration that says that it was fitted to other weights. One that does not say passes, and so do weights in float16.
-
-    Raises:
-        CheckpointError: naming both fingerprints.
-    """
+    """Refuse a calibration that says that it was fitted to other weights. One that does not say passes, and so do weights in float16."""
     stated = calibration.get("drafter_fingerprint")
     if stated is None or drafter.dtype == torch.float16:
         return
@@ -105,9 +94,6 @@ def check_fitted_to(calibration: Mapping[str, Any], drafter: PreTrainedModel, so
             f"The calibration of {source} was fitted to a drafter with fingerprint {str(stated)[:16]}, this one's is {found[:16]}. "
             "Temperatures of other weights say nothing: calibrate this drafter, or load the one that they belong to."
         )
-
-
-# ------------------------------------------------------------------------------------------------------------- saving
 
 
 def save_adapter(
@@ -124,8 +110,6 @@ def save_adapter(
         folder (`str` or `Path`): made where it is missing; other files in it stay.
         adapter_name (`str`, *optional*): by default the active adapter.
         state_dict (`dict[str, torch.Tensor]`, *optional*): stands in for the drafter's own, where that one is sharded.
-    Returns:
-        `Path`: the folder.
     Raises:
         ValueError: for a name that is not loaded; RuntimeError: if no adapter is active, or several are, and none is named.
     """
@@ -137,7 +121,7 @@ def save_adapter(
         raise RuntimeError(
             f"One adapter is saved at a time; active: {', '.join(active) or 'none'}, loaded: {', '.join(loaded) or 'none'}. Name one."
         )
-    name = active[0] if adapter_name is None else adapter_name
+    name = adapter_name or active[0]
     if name not in loaded:
         raise UnsupportedOptionError(f"The drafter holds no adapter {name!r}; loaded: {', '.join(loaded) or 'none'}. Name one of these.")
     tensors = get_peft_model_state_dict(drafter, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
@@ -161,9 +145,10 @@ def save_adapter(
         config.save_pretrained(made)
         save_file(tensors, Path(made, WEIGHTS_FILE), metadata={"format": "pt"})
         Path(made, SIDECAR_FILE).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-        follow_umask(*(Path(made, file) for file in (WEIGHTS_FILE, CONFIG_FILE, SIDECAR_FILE)))
-        for file in (WEIGHTS_FILE, CONFIG_FILE, SIDECAR_FILE):
-            os.replace(Path(made, file), folder / file)
+        files = [Path(made, file) for file in (WEIGHTS_FILE, CONFIG_FILE, SIDECAR_FILE)]
+        follow_umask(*files)
+        for file in files:
+            os.replace(file, folder / file.name)
     return folder
 
 
@@ -175,9 +160,6 @@ def _base_name(drafter: PreTrainedModel) -> str | None:
     except CheckpointError:
         bundled = False
     return DRAFTER_NAME if bundled else name
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
 
 
 def load_adapter(
@@ -195,12 +177,9 @@ def load_adapter(
         drafter (`DSparkDrafter`): changed in place; may hold other adapters.
         source (`str` or `Path`): folder or Hub repository, written by `save_adapter` or by PEFT. What PEFT wrote has no fingerprint:
             it is loaded with a warning.
-        adapter_name (`str`): under which it is loaded, whatever it was called before.
         trainable (`bool`): whether its weights get gradients; all others are frozen.
         check_base (`bool`): False loads it onto another base of the same shapes, on purpose.
         hub: `revision`, `token`, `cache_dir`, .. as in `from_pretrained`.
-    Returns:
-        `DSparkDrafter`: the same drafter.
     Raises:
         CheckpointError: for an adapter of another base; for missing, unexpected or mis-shaped tensors, all in one list; for files that
             cannot be read. Nothing has changed.
@@ -211,14 +190,14 @@ def load_adapter(
 
     check_not_merged(drafter)
     where, hub = os.fspath(source), hub_arguments(hub)
-    config_path, weights_path = cached_path(where, CONFIG_FILE, **hub), cached_path(where, WEIGHTS_FILE, **hub)
-    if config_path is None or weights_path is None:
-        absent = " and ".join(file for file, path in ((CONFIG_FILE, config_path), (WEIGHTS_FILE, weights_path)) if path is None)
+    paths = {file: cached_path(where, file, **hub) or "" for file in (CONFIG_FILE, WEIGHTS_FILE)}
+    absent = " and ".join(file for file, path in paths.items() if not path)
+    if absent:
         raise CheckpointError(f"{where!r} holds no {absent}; an adapter is a folder or repository as save_adapter or PEFT writes it.")
     _check_base(drafter, where, read_json(where, SIDECAR_FILE, **hub), check_base)
     try:
-        config = PeftConfig.from_pretrained(str(Path(config_path).parent))
-        tensors = load_file(weights_path)
+        config = PeftConfig.from_pretrained(str(Path(paths[CONFIG_FILE]).parent))
+        tensors = load_file(paths[WEIGHTS_FILE])
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"The adapter {where!r} cannot be read ({type(error).__name__}: {error}). Download it again.") from error
     return install_adapter(drafter, config, tensors, adapter_name, trainable=trainable, source=where)
@@ -233,16 +212,10 @@ def install_adapter(
     trainable: bool = False,
     source: str = "adapter_state_dict",
 ) -> Drafter:
-    """Put an adapter that is in memory into a drafter, strictly, and make it the active one.
+    """Put an adapter (a `peft.PeftConfig` or `dict`, and tensors by PEFT's names) into a drafter, strictly, and make it the active one.
 
     Not through transformers' `load_adapter`, which (seen in 5.24) takes weights of the base and of other adapters for missing where the
-    adapter's name is part of theirs.
-
-    Args:
-        config (`peft.PeftConfig` or `dict`): of the adapter.
-        tensors (`dict[str, torch.Tensor]`): by the names that PEFT stores.
-    Raises:
-        CheckpointError: listing what does not fit; ValueError: for the name. Nothing has changed.
+    adapter's name is part of theirs. Where it raises, nothing has changed.
     """
     from peft import get_peft_config, set_peft_model_state_dict
 
@@ -263,11 +236,7 @@ def install_adapter(
 
 
 def adapter_base(source: str, hub: dict[str, Any]) -> tuple[bool, str | None]:
-    """Whether a folder or repository holds an adapter, and the name of the drafter under it; None where that lies beside it.
-
-    Raises:
-        CheckpointError: if the adapter does not say which drafter it is for.
-    """
+    """Whether a folder or repository holds an adapter, and the name of the drafter under it; None where that lies beside it."""
     config = read_json(source, CONFIG_FILE, **hub)
     if config is None or cached_path(source, "config.json", **hub) is not None:
         return config is not None, None
@@ -310,15 +279,5 @@ def _check_tensors(drafter: PreTrainedModel, source: str, config: Any, tensors: 
             twin = inject_adapter_in_model(copy.deepcopy(config), type(drafter)(copy.deepcopy(drafter.config)), low_cpu_mem_usage=True)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"The adapter {source!r} does not fit this drafter: {error} Load the drafter it was made for.") from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(twin, save_embedding_layers=False).items()}
-    lines = [f"  missing: {name} {expected[name]}" for name in sorted(expected.keys() - found.keys())]
-    lines += [f"  unexpected: {name} {found[name]}" for name in sorted(found.keys() - expected.keys())]
-    shared = sorted(expected.keys() & found.keys())
-    lines += [f"  mis-shaped: {name} is {found[name]}, expected {expected[name]}" for name in shared if expected[name] != found[name]]
-    if lines:
-        raise CheckpointError(
-            f"The tensors of the adapter {source!r} do not fit its configuration on this drafter. Nothing was loaded.\n"
-            + "\n".join(lines)
-            + f"\nDownload it again, or check that {CONFIG_FILE} belongs to these weights and that the drafter is the one it was made for."
-        )
+    expected = get_peft_model_state_dict(twin, save_embedding_layers=False)
+    check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source, CONFIG_FILE)

@@ -51,35 +51,26 @@ TARGET_GROUPS: dict[str, tuple[str, ...]] = {
 DEFAULT_TARGETS = ("attention", "mlp", "fc", "head", "confidence")
 
 
-# ------------------------------------------------------------------------------------------------------------ looking
-
-
 def plain_drafter(drafter: Any) -> Any:
     """The drafter itself, out of a PEFT wrapper or as it is; a budget set on the wrapper becomes the drafter's.
 
-    Args:
-        drafter (`DSparkDrafter`, `peft.PeftModel` or `peft.PeftMixedModel`): around a drafter.
-    Returns:
-        `DSparkDrafter`: with the wrapper's adapter layers inside.
     Raises:
-        UnsupportedOptionError: for a kind of adapter that works in the wrapper's own forward (prompt learning), which drafting never calls.
+        UnsupportedOptionError: for prompt learning, which works in the wrapper's forward, and for what holds no drafter.
     """
-    inner = drafter
-    while not _is_drafter(inner):
-        configs = vars(inner).get("peft_config") or vars(inner).get("_peft_config") or {}
-        learned = [name for name, config in configs.items() if getattr(config, "is_prompt_learning", False)]
-        if learned:
-            raise UnsupportedOptionError(
-                f"Adapter {learned[0]!r} is of type {configs[learned[0]].peft_type.value}: it adds virtual tokens in its wrapper's "
-                "forward, which drafting does not call. Use an adapter inside the layers, such as LoRA (hf_dspark.adapters.add_lora)."
-            )
-        below = vars(inner).get("_modules", {})
-        following = below.get("base_model", below.get("model"))
-        if following is None:
-            raise UnsupportedOptionError(f"A DSparkDrafter, or a PEFT wrapper of one, is needed; got {type(drafter).__name__}.")
-        if "budget" in vars(inner):
-            following.budget = vars(inner).pop("budget")
-        inner = following
+    if _is_drafter(drafter):
+        return drafter
+    configs = getattr(drafter, "peft_config", None) or {}
+    learned = [name for name, config in configs.items() if getattr(config, "is_prompt_learning", False)]
+    if learned:
+        raise UnsupportedOptionError(
+            f"Adapter {learned[0]!r} is of type {configs[learned[0]].peft_type.value}: it adds virtual tokens in its wrapper's "
+            "forward, which drafting does not call. Use an adapter inside the layers, such as LoRA (hf_dspark.adapters.add_lora)."
+        )
+    inner: Any = getattr(getattr(drafter, "base_model", None), "model", None)
+    if not _is_drafter(inner):
+        raise UnsupportedOptionError(f"A DSparkDrafter, or a PEFT wrapper of one, is needed; got {type(drafter).__name__}.")
+    if "budget" in vars(drafter):
+        inner.budget = vars(drafter).pop("budget")
     return inner
 
 
@@ -118,11 +109,7 @@ def _peft_modules(drafter: nn.Module) -> tuple[list[Any], list[Any]]:
 
 
 def check_not_merged(drafter: nn.Module) -> None:
-    """Refuse a drafter whose adapters are merged in place, with the adapter still there.
-
-    Raises:
-        RuntimeError: naming the way out.
-    """
+    """Refuse, with a RuntimeError, a drafter whose adapters are merged in place, with the adapter still there."""
     if any(layer.merged for layer in _peft_modules(drafter)[0]):
         raise RuntimeError(
             "This drafter's base weights hold a merged adapter, which is still loaded too; they must be apart for this. Call "
@@ -131,20 +118,16 @@ def check_not_merged(drafter: nn.Module) -> None:
 
 
 def check_adapter_name(drafter: nn.Module, name: str) -> None:
-    """Refuse a name that cannot be an adapter's, or is one's already.
-
-    Raises:
-        ValueError: telling which names can be.
-    """
-    parts = {part for module, _ in drafter.named_modules() for part in module.split(".")} - set(adapter_names(drafter))
+    """Refuse, with a ValueError, a name that cannot be an adapter's, or is one's already."""
+    loaded = adapter_names(drafter)
     wrong = ""
     if not name.replace("-", "_").isidentifier() or name.startswith("lora"):
         wrong = "it is part of tensors' names"
     elif name in (BASE, "__base__"):
         wrong = "it means the drafter without adapters"
-    elif name in adapter_names(drafter):
-        wrong = f"it is loaded already (loaded: {', '.join(adapter_names(drafter))})"
-    elif name in parts:
+    elif name in loaded:
+        wrong = f"it is loaded already (loaded: {', '.join(loaded)})"
+    elif any(name in module.split(".") for module, _ in drafter.named_modules()):
         wrong = "a module of the drafter is called so"
     if wrong:
         raise ValueError(
@@ -163,18 +146,12 @@ def warn_of_calibration(drafter: PreTrainedModel) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- adding
-
-
 def target_pattern(drafter: Any, targets: Sequence[str] = DEFAULT_TARGETS) -> str:
     """The regular expression of the module names that an adapter shall change, for `peft.LoraConfig(target_modules=...)`.
 
     Args:
-        drafter (`DSparkDrafter`): whose modules are looked up.
         targets (`Sequence[str]`): groups (`attention`, `mlp`, `head`, `confidence`) and single names (`q_proj`, `k_proj`, `v_proj`,
             `o_proj`, `gate_proj`, `up_proj`, `down_proj`, `fc`, `markov_w1`, `markov_w2`, `head_gate`, `joint_proj`, `confidence_proj`).
-    Returns:
-        `str`: matched against whole names.
     Raises:
         ValueError: for an unknown name, a single name that this drafter does not have, or when nothing is left.
     """
@@ -205,18 +182,15 @@ def add_lora(
 ) -> Drafter:
     """Put a fresh LoRA adapter into a drafter, active and alone trainable; until it is trained, drafts are unchanged.
 
-    Each targeted weight W becomes W + (alpha / rank) B A. The drafter stays a `DSparkDrafter`: bind it, train it with `Trainer`, and
-    generate with it as before. The confidence head gets an adapter on its weight; its bias stays the base's.
+    Each targeted weight W becomes W + (alpha / rank) B A; the confidence head's bias stays the base's.
 
     Source: Hu et al., 2021 (arXiv 2106.09685), through PEFT.
 
     Args:
         drafter (`DSparkDrafter`): gets the adapter in place; every weight of its own is frozen.
-        rank (`int`): of A and B, 1 or more.
         alpha (`float`, *optional*): scale; `2 * rank` by default.
         targets (`Sequence[str]`): see `target_pattern`.
         dropout (`float`): in [0, 1), on the adapter's inputs while training; PEFT does not apply it to an embedding.
-        adapter_name (`str`): to switch to it, and to save it.
     Returns:
         `DSparkDrafter`: the same drafter.
     Raises:
@@ -231,8 +205,9 @@ def add_lora(
         raise ValueError(f"Got rank={rank}, alpha={alpha}, dropout={dropout}; allowed: rank 1 or more, alpha above 0, dropout in [0, 1).")
     check_adapter_name(drafter, adapter_name)
     check_not_merged(drafter)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_pattern(drafter, targets), lora_dropout=dropout)
-    inject(drafter, config, adapter_name)
+    inject(
+        drafter, LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_pattern(drafter, targets), lora_dropout=dropout), adapter_name
+    )
     warn_of_calibration(drafter)
     return drafter
 
@@ -247,21 +222,12 @@ def inject(drafter: PreTrainedModel, config: Any, adapter_name: str) -> None:
     drafter.train(training)
 
 
-# ---------------------------------------------------------------------------------------------------------- switching
-
 _GUARD = threading.Lock()
 _CALLS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def check_choice(drafter: Any, name: str | None) -> None:
-    """Refuse the name of an adapter that is not loaded.
-
-    Args:
-        drafter (`DSparkDrafter` or a PEFT wrapper of one).
-        name (`str`, *optional*): an adapter's name, `"base"`, or None.
-    Raises:
-        UnsupportedOptionError: listing those that are; RuntimeError: where adapters are merged in place.
-    """
+    """Refuse the name of an adapter that is not loaded, and any where adapters are merged in place; `"base"` and None pass."""
     if name is None:
         return
     drafter = plain_drafter(drafter)
@@ -276,15 +242,9 @@ def check_choice(drafter: Any, name: str | None) -> None:
 
 @contextmanager
 def adapter_for_call(drafter: PreTrainedModel, name: str | None) -> Iterator[None]:
-    """While open, the drafter drafts with one of its adapters, or with none; afterwards it is as it was, whatever happened.
+    """While open, the drafter drafts with this adapter (`"base"`: none; None: what is active); afterwards it is as it was.
 
     Calls with a drafter that holds adapters wait for one another across threads, so that none changes what another drafts with.
-
-    Args:
-        drafter (`DSparkDrafter`): not a wrapper.
-        name (`str`, *optional*): an adapter's name, `"base"` for none, or None for what is active as the drafter stands.
-    Raises:
-        UnsupportedOptionError: for an adapter that is not loaded.
     """
     check_choice(drafter, name)
     layers, wrapped = _peft_modules(drafter)
@@ -317,16 +277,12 @@ def _choose(layer: Any, names: list[str], disabled: bool) -> None:
     layer.enable_adapters(not disabled)
 
 
-# ------------------------------------------------------------------------------------------------------------ merging
-
-
 @torch.no_grad()
 def merge_adapter(drafter: Drafter, adapter_name: str | None = None) -> Drafter:
-    """Bake an adapter into the weights: W + (alpha / rank) B A, in W's dtype. Other adapters are dropped.
+    """Bake an adapter into the weights: W + (alpha / rank) B A, in W's dtype. Other adapters and the calibration are dropped.
 
-    What is left is a plain drafter, without PEFT, all of it trainable, whose `save_pretrained` writes an ordinary checkpoint. Its
-    fingerprint is its own: adapters of the base no longer fit it. In float32 it drafts what the unmerged one drafts up to rounding; in
-    bfloat16 the sum is rounded once more, which may change a draft. The text is the target's in any case.
+    What is left is a plain drafter, all of it trainable, with a fingerprint of its own: adapters of the base no longer fit it. In bfloat16
+    the sum is rounded once more, which may change a draft, never the text.
 
     Args:
         drafter (`DSparkDrafter`): changed in place.
@@ -339,10 +295,11 @@ def merge_adapter(drafter: Drafter, adapter_name: str | None = None) -> Drafter:
     """
     refuse_wrapper(drafter, "merge_and_unload")
     check_choice(drafter, adapter_name)
+    loaded = adapter_names(drafter)
     chosen = active_adapters(drafter) if adapter_name is None else (adapter_name,)
     if not chosen or BASE in chosen:
         raise RuntimeError(
-            f"There is no active adapter to merge; loaded: {', '.join(adapter_names(drafter)) or 'none'}. Name one, or load one with "
+            f"There is no active adapter to merge; loaded: {', '.join(loaded) or 'none'}. Name one, or load one with "
             "drafter.load_adapter(folder)."
         )
     check_not_merged(drafter)
@@ -351,7 +308,7 @@ def merge_adapter(drafter: Drafter, adapter_name: str | None = None) -> Drafter:
         raise ValueError(
             f"Adapter {', '.join(chosen)} is not finite, in {broken[0]}; allowed: numbers. Nothing was merged: train it again."
         )
-    dropped = [name for name in adapter_names(drafter) if name not in chosen]
+    dropped = [name for name in loaded if name not in chosen]
     if dropped:
         logger.warning("Merging %s; the drafter loses its other adapters: %s.", ", ".join(chosen), ", ".join(dropped))
     unload(drafter, list(chosen))

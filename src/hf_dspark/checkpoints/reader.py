@@ -16,7 +16,7 @@ from hf_dspark.checkpoints.formats import parse_config
 from hf_dspark.checkpoints.formats.foreign import Format
 from hf_dspark.checkpoints.formats.own import clean_errors
 from hf_dspark.checkpoints.tensor_files import EMBEDDING_KEY, LM_HEAD_KEY, TensorRecord, check_tensors, list_tensors
-from hf_dspark.configuration_dspark import DSparkConfig
+from hf_dspark.configuration_dspark import DSparkConfig, check_block_size
 from hf_dspark.errors import CheckpointError
 from hf_dspark.hub.files import cached_path, commit_of, hub_arguments, read_json
 
@@ -42,13 +42,9 @@ def open_drafter(
 ) -> StoredDrafter:
     """Read a checkpoint's config and the headers of its files, and check that they agree.
 
-    Args:
-        source (`str`): folder or Hub repository.
-        arguments (`dict`): those of `from_pretrained`; `config` and fields of `DSparkConfig` are taken out of it, and `revision` becomes
-            the commit that it stands for, so that whatever is read comes from one commit.
-        expected_tensors (`Callable`): from a config to every tensor that the drafter itself needs; meta tensors will do.
-    Returns:
-        `StoredDrafter`.
+    From `arguments`, those of `from_pretrained`, `config` and fields of `DSparkConfig` are taken, and `revision` becomes the commit that it
+    stands for, so that whatever is read comes from one commit. `expected_tensors` gives every tensor that a config needs.
+
     Raises:
         CheckpointError: for an unknown format, or tensors that do not fit the config.
         ValueError: for a block longer than the checkpoint's.
@@ -94,12 +90,7 @@ def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tupl
     form, stored = parse_config(raw, source)
     fields = {field.name for field in dataclasses.fields(DSparkConfig)} - {"dtype"}
     overrides = {key: arguments.pop(key) for key in list(arguments) if key in fields}
-    block_size = overrides.get("block_size", stored.block_size)
-    if block_size > stored.block_size:
-        raise ValueError(
-            f"{source!r} was trained for blocks of {stored.block_size} tokens; got block_size={block_size}. Acceptance collapses beyond "
-            f"what was trained: use 1..{stored.block_size}."
-        )
+    block_size = check_block_size(overrides.get("block_size"), stored.block_size)
     if isinstance(given, DSparkConfig):
         return form, given, None
     own_block = None if {"confidence_temperatures", "copy_weights", "copy_confidence"} & overrides.keys() else stored.block_size
@@ -137,11 +128,7 @@ def _check_vocabulary_map(config: DSparkConfig, found: Mapping[str, TensorRecord
 
 
 def _calibration(source: str, config: DSparkConfig, own_block: int | None, hub: dict[str, Any]) -> dict[str, Any] | None:
-    """The calibration beside the checkpoint; its temperatures and copying go into the config where that has none.
-
-    Raises:
-        CheckpointError: if the file cannot be used, or says something else than the config.
-    """
+    """The calibration beside the checkpoint; its temperatures and copying go into the config, which must not say something else."""
     record = read_calibration(source, **hub) if own_block is not None else None
     if record is None:
         return None

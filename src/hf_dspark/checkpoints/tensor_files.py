@@ -6,8 +6,7 @@ is refused, all of it at once.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.hub.files import cached_path, in_cache
+from hf_dspark.hub.files import cached_path, check_shapes, in_cache, read_json
 
 EMBEDDING_KEY = "embed_tokens.weight"
 LM_HEAD_KEY = "lm_head.weight"
@@ -46,41 +46,28 @@ class TensorRecord:
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(self.name)
 
-    def read_rows(self, rows_at_once: int = 4096) -> Iterable[tuple[int, torch.Tensor]]:
-        """Yield `(first row, rows)` in order, so that a large matrix is never in memory whole."""
-        with safe_open(self.path, framework="pt") as file:
-            stored = file.get_slice(self.name)
-            for first in range(0, self.shape[0], rows_at_once):
-                yield first, stored[first : first + rows_at_once]
-
 
 def list_tensors(source: str, variant: str | None = None, *, headers_only: bool = False, **hub: Any) -> dict[str, TensorRecord]:
-    """Read the headers of a checkpoint's safetensors files, single or sharded.
+    """Read the headers of a checkpoint's safetensors files, single or sharded; what it returns is by tensor name.
 
-    Args:
-        source (`str`): folder or Hub repository.
-        variant (`str`, *optional*): as in `from_pretrained`.
-        headers_only (`bool`): fetch no more than the headers from the Hub; such records cannot be read.
-        hub: `HUB_ARGUMENTS`.
-    Returns:
-        `dict[str, TensorRecord]`: by tensor name.
+    With `headers_only` no more than the headers is fetched from the Hub, and the records cannot be read.
+
     Raises:
         CheckpointError: if there are no safetensors files, a shard is missing or damaged, or the index names absent tensors.
     """
-    single, index = (_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    single, index = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     found = tensors_of(source, single, headers_only, **hub)
     if found is not None:
         return found
-    index_path = cached_path(source, index, **hub)
-    if index_path is None:
+    listed = read_json(source, index, **hub)
+    if listed is None:
         pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if cached_path(source, name, **hub)]
         hint = f" It has {pickled[0]}, a pickle, which is never read: convert it to safetensors." if pickled else ""
         raise CheckpointError(f"{source!r} holds neither {single} nor {index}.{hint}")
-    try:
-        weight_map: dict[str, str] = json.loads(Path(index_path).read_text(encoding="utf-8"))["weight_map"]
-        strays = sorted({shard for shard in weight_map.values() if Path(shard).name != shard or not shard.endswith(".safetensors")})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} of {source!r} is not a safetensors index ({error!r}). Download it again.") from error
+    weight_map = listed.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index} of {source!r} is not a safetensors index. Download it again.")
+    strays = sorted({shard for shard in weight_map.values() if Path(shard).name != shard or not shard.endswith(".safetensors")})
     if strays:
         raise CheckpointError(
             f"{index} of {source!r} names files outside its own folder, or that are no safetensors: {', '.join(strays)[:200]}. "
@@ -121,42 +108,18 @@ def tensors_of(source: str, file: str, headers_only: bool = False, **hub: Any) -
         raise CheckpointError(f"{file} of {source!r} is damaged ({error}). Download it again.") from error
 
 
-def _with_variant(filename: str, variant: str | None) -> str:
-    return filename if variant is None else filename.replace("safetensors", f"{variant}.safetensors", 1)
-
-
 def check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, TensorRecord], source: str) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the expected ones.
-
-    Args:
-        expected (`Mapping[str, torch.Tensor]`): by name; only shape and kind of dtype count, so meta tensors will do.
-    Raises:
-        CheckpointError: one error that lists every missing, unexpected, mis-shaped and mis-typed tensor.
-    """
-    missing = [f"  missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in found]
-    unexpected = [f"  unexpected: {name} {found[name].shape}" for name in found if name not in expected]
-    shaped, typed = [], []
-    for name in (name for name in expected if name in found):
-        want, got = expected[name], found[name]
-        if tuple(want.shape) != got.shape:
-            shaped.append(f"  mis-shaped: {name} is {got.shape}, expected {tuple(want.shape)}")
-        if got.dtype not in (_FLOATING if want.is_floating_point() else _INTEGER):
-            typed.append(f"  mis-typed: {name} is {got.dtype}, expected " + ("floating point" if want.is_floating_point() else "integers"))
-    if missing or unexpected or shaped or typed:
-        raise CheckpointError(
-            f"The tensors of {source!r} do not fit its config: {len(missing)} missing, {len(unexpected)} unexpected, "
-            f"{len(shaped)} mis-shaped, {len(typed)} mis-typed. Nothing was loaded.\n"
-            + "\n".join((*missing, *unexpected, *shaped, *typed))
-            + "\nDownload it again, or check that config.json belongs to these weights."
-        )
+    """Refuse a checkpoint whose tensors are not exactly the expected ones (meta tensors will do), listing all that is wrong."""
+    mistyped = [
+        f"{name} is {found[name].dtype}, expected {'floating point' if want.is_floating_point() else 'integers'}"
+        for name, want in expected.items()
+        if name in found and found[name].dtype not in (_FLOATING if want.is_floating_point() else _INTEGER)
+    ]
+    check_shapes(expected, {name: record.shape for name, record in found.items()}, source, mistyped=mistyped)
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse weights that hold NaN or infinity: they would draft noise without an error.
-
-    Raises:
-        CheckpointError: listing every such tensor.
-    """
+    """Refuse weights that hold NaN or infinity, listing every such tensor: they would draft noise without an error."""
     wrong = [
         name
         for name, tensor in tensors.items()
@@ -167,16 +130,18 @@ def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
 
 
 def same_weights(stored: TensorRecord, weight: torch.Tensor) -> bool:
-    """Compare a stored matrix with one in memory `(rows, columns)`, within one rounding step of the coarser of the two dtypes."""
+    """Compare a stored matrix with one in memory, within one rounding step of the coarser dtype, some rows at once."""
     if stored.shape != tuple(weight.shape):
         return False
-    for first, rows in stored.read_rows():
-        own = weight[first : first + rows.shape[0]].detach().to("cpu")
-        if own.dtype == rows.dtype:
-            if not torch.equal(own, rows):
+    with safe_open(stored.path, framework="pt") as file:
+        matrix = file.get_slice(stored.name)
+        for first in range(0, stored.shape[0], 4096):
+            rows, own = matrix[first : first + 4096], weight[first : first + 4096].detach().to("cpu")
+            if own.dtype == rows.dtype:
+                same = torch.equal(own, rows)
+            else:
+                step = max(torch.finfo(own.dtype).eps, torch.finfo(rows.dtype).eps)
+                same = torch.allclose(own.float(), rows.float(), rtol=step, atol=1e-6)
+            if not same:
                 return False
-            continue
-        step = max(torch.finfo(own.dtype).eps, torch.finfo(rows.dtype).eps)
-        if not torch.allclose(own.float(), rows.float(), rtol=step, atol=1e-6):
-            return False
     return True

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -35,16 +37,7 @@ def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(source: str, filename: str, **hub: Any) -> dict[str, Any] | None:
-    """Read a JSON file of a folder or repository; None where there is no such file.
-
-    Args:
-        source (`str`): folder or Hub repository.
-        filename (`str`): its name there.
-        hub: `HUB_ARGUMENTS`.
-    Raises:
-        CheckpointError: if the file is not a JSON object.
-        HubError: if it cannot be fetched.
-    """
+    """Read a JSON object from a file of a folder or repository; None where there is no such file."""
     path = cached_path(source, filename, **hub)
     if path is None:
         return None
@@ -123,4 +116,29 @@ def _check_download(path: Path, source: str) -> None:
         raise CheckpointError(
             f"{path.name} of {source!r} arrived damaged: its SHA-256 is {digest[:16]}.., the Hub's is {blob.name[:16]}... "
             "It was deleted. Load it again."
+        )
+
+
+def check_shapes(
+    expected: Mapping[str, torch.Tensor],
+    found: Mapping[str, tuple[int, ...]],
+    source: str,
+    config_file: str = "config.json",
+    mistyped: Sequence[str] = (),
+) -> None:
+    """Refuse tensors that are not exactly the expected ones, with every missing, unexpected, mis-shaped and mis-typed one in one list."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    shared = [name for name in wanted if name in found]
+    wrong = {
+        "missing": [f"{name} {wanted[name]}" for name in wanted if name not in found],
+        "unexpected": [f"{name} {found[name]}" for name in found if name not in wanted],
+        "mis-shaped": [f"{name} is {found[name]}, expected {wanted[name]}" for name in shared if wanted[name] != found[name]],
+        "mis-typed": mistyped,
+    }
+    if any(wrong.values()):
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
+        raise CheckpointError(
+            f"The tensors of {source!r} do not fit its {config_file}: {counts}. Nothing was loaded.\n"
+            + "\n".join(f"  {kind}: {name}" for kind, names in wrong.items() for name in names)
+            + f"\nDownload it again, or check that {config_file} belongs to these weights."
         )

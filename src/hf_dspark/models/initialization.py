@@ -14,14 +14,7 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def copy_last_layers(target: PreTrainedModel, drafter: nn.Module) -> list[str]:
-    """Copy the target's last layers into a drafter's, in place, where shapes agree; logs what was copied.
-
-    Args:
-        target (`PreTrainedModel` or a PEFT wrapper): whose decoder is copied.
-        drafter (`nn.Module`): has `layers` and `norm`, named as in Qwen3.
-    Returns:
-        `list[str]`: names of the drafter's parameters that were written.
-    """
+    """Copy the target's last layers into a drafter's, in place, where shapes agree; logs and returns the names of what was copied."""
     own_layers = cast(nn.ModuleList, drafter.layers)
     decoder = target.get_decoder()
     theirs = next((m for name in ("layers", "h") if isinstance(m := getattr(decoder, name, None), nn.ModuleList)), None)
@@ -37,27 +30,26 @@ def copy_last_layers(target: PreTrainedModel, drafter: nn.Module) -> list[str]:
         if theirs is None or len(theirs) < -i:
             continue
         layer, prefix = theirs[i], f"layers.{i + len(own_layers)}"
-        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            copy_into(f"{prefix}.self_attn.{name}.weight", getattr(getattr(attention, name, None), "weight", None))
-        for name in ("q_norm", "k_norm"):
-            copy_into(f"{prefix}.self_attn.{name}.weight", _rms_scale(getattr(attention, name, None)))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            copy_into(f"{prefix}.mlp.{name}.weight", getattr(getattr(mlp, name, None), "weight", None))
-        copy_into(f"{prefix}.input_layernorm.weight", _rms_scale(getattr(layer, "input_layernorm", None)))
+        for name in (*(f"self_attn.{one}_proj" for one in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            copy_into(f"{prefix}.{name}.weight", getattr(_find(layer, name), "weight", None))
+        for name in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm"):
+            copy_into(f"{prefix}.{name}.weight", _rms_scale(_find(layer, name)))
         # The norm before the MLP has another name in Gemma, where our name is a norm after the attention, as in OLMo 2.
-        before_mlp = getattr(layer, "pre_feedforward_layernorm", None)
+        before_mlp = _find(layer, "pre_feedforward_layernorm")
         if before_mlp is None and not hasattr(layer, "post_feedforward_layernorm"):
-            before_mlp = getattr(layer, "post_attention_layernorm", None)
+            before_mlp = _find(layer, "post_attention_layernorm")
         copy_into(f"{prefix}.post_attention_layernorm.weight", _rms_scale(before_mlp))
-    copy_into("norm.weight", _rms_scale(getattr(decoder, "norm", None)))
-    logger.info(
-        "Copied %d of the backbone's tensors from the last layers of %s: %s.",
-        len(copied),
-        type(target).__name__,
-        ", ".join(copied) or "none has the same name and shape",
-    )
+    copy_into("norm.weight", _rms_scale(_find(decoder, "norm")))
+    names = ", ".join(copied) or "none has the same name and shape"
+    logger.info("Copied %d of the backbone's tensors from the last layers of %s: %s.", len(copied), type(target).__name__, names)
     return copied
+
+
+def _find(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,7 @@ def load_target(
     revision: str | None = None,
     **model_options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a target and its tokenizer, ready to generate.
+    """Load a target, in evaluation mode, and its tokenizer, which pads on the left and has a pad token.
 
     Args:
         name (`str` or `Path`): bundled name, folder or Hub id.
@@ -59,9 +60,6 @@ def load_target(
         device (*optional*): where the model goes; where `from_pretrained` leaves it by default (`device_map` spreads it).
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         model_options: passed to `AutoModelForCausalLM.from_pretrained`.
-    Returns:
-        the model in evaluation mode and its tokenizer, which pads on the left and has a pad token (the end-of-text token where it brought
-        none).
     Raises:
         CheckpointError: if there is no such model, or it cannot be read.
     """
@@ -69,10 +67,8 @@ def load_target(
 
     source = resolve_target(name)
     model = _load(AutoModelForCausalLM, "target", name, source, dtype, device, revision, model_options)
-    try:
+    with _clear_errors("target", name, revision):
         tokenizer = AutoTokenizer.from_pretrained(source, **({} if revision is None else {"revision": revision}))
-    except OSError as error:
-        raise _unreadable("target", name, revision, error) from error
     tokenizer.padding_side = "left"  # A batch is continued at its right end.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -87,16 +83,11 @@ def load_drafter(
     revision: str | None = None,
     **model_options: Any,
 ) -> DSparkDrafter:
-    """Load a drafter, in any format that `DSparkDrafter.from_pretrained` reads.
+    """Load a drafter, in any format that `DSparkDrafter.from_pretrained` reads, in evaluation mode and not yet bound to a target.
 
     Args:
-        name (`str` or `Path`): bundled name, folder or Hub id.
-        dtype (`str` or `torch.dtype`): as in `load_target`.
-        device (*optional*): where the drafter goes; where `from_pretrained` leaves it by default.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        name, dtype, device, revision: as in `load_target`.
         model_options: passed to `DSparkDrafter.from_pretrained`.
-    Returns:
-        the drafter in evaluation mode, not yet bound to a target (`generate` binds it).
     Raises:
         CheckpointError: if there is no such checkpoint, or it is partial, foreign or malformed.
     """
@@ -115,38 +106,30 @@ def _load(
 ) -> Any:
     """A model in the chosen dtype, on its device, in evaluation mode."""
     chosen = parse_dtype(dtype)
-    place = _place(device, options)
     where = {} if revision is None else {"revision": revision}
-    try:
+    with _clear_errors(role, name, revision):
         model = model_class.from_pretrained(source, dtype="auto" if chosen == FAST else chosen, **where, **options)
-    except OSError as error:
-        raise _unreadable(role, name, revision, error) from error
-    model = _affordable(model, chosen, place)
+    known = "device_map" not in options and (device is not None or not torch.cuda.is_available())
+    if chosen == FAST and known and model.dtype == torch.bfloat16 and not getattr(model, "is_quantized", False):
+        place = torch.device(device or "cpu")
+        if not has_bf16(place):
+            warn_once(
+                logger,
+                f"{device_name(place)} does not compute in bfloat16, the dtype of this checkpoint, so it is loaded in float32, which is "
+                "several times faster here. Give dtype=torch.bfloat16 (--dtype bf16) to have it in bfloat16 all the same.",
+            )
+            model = model.float()
     return (model if device is None else model.to(device)).eval()
 
 
-def _place(device: str | torch.device | None, model_options: Mapping[str, Any]) -> torch.device | None:
-    """Where a model will be used; None where that is open."""
-    if "device_map" in model_options or (device is None and torch.cuda.is_available()):
-        return None
-    return torch.device(device or "cpu")
-
-
-def _affordable(model: Any, dtype: torch.dtype | str, device: torch.device | None) -> Any:
-    """A model as it is, or in float32 where its own dtype was to be taken, that is bfloat16, and the device does not compute in it."""
-    if dtype != FAST or device is None or model.dtype != torch.bfloat16 or getattr(model, "is_quantized", False) or has_bf16(device):
-        return model
-    warn_once(
-        logger,
-        f"{device_name(device)} does not compute in bfloat16, the dtype of this checkpoint, so it is loaded in float32, which is several "
-        "times faster here. Give dtype=torch.bfloat16 (--dtype bf16) to have it in bfloat16 all the same.",
-    )
-    return model.float()
-
-
-def _unreadable(role: str, name: str | os.PathLike[str], revision: str | None, error: OSError) -> CheckpointError:
-    where = f"{os.fspath(name)!r}" + (f" at revision {revision!r}" if revision is not None else "")
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return CheckpointError(
-        f"cannot load the {role} {where}: {reason} (check the spelling, the network, and for a private or gated repository `hf auth login`)"
-    )
+@contextmanager
+def _clear_errors(role: str, name: str | os.PathLike[str], revision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f"{os.fspath(name)!r}" + (f" at revision {revision!r}" if revision is not None else "")
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(
+            f"cannot load the {role} {where}: {reason} (check the spelling, the network, and for a private or gated repository "
+            "`hf auth login`)"
+        ) from error

@@ -29,11 +29,7 @@ _PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "re
 
 
 class DSparkPreTrainedModel(PreTrainedModel):
-    """What every drafter does with files, adapters and calibrations.
-
-    Args:
-        config (`DSparkConfig`): as its subclass takes it.
-    """
+    """What every drafter does with files, adapters and calibrations."""
 
     def __init__(self, config: DSparkConfig) -> None:
         super().__init__(config)
@@ -41,8 +37,6 @@ class DSparkPreTrainedModel(PreTrainedModel):
         self.calibration: dict[str, Any] | None = None
         self._carried: dict[str, TensorRecord] = {}
         self._adapter_folder: str | None = None
-
-    # -------------------------------------------------------------------------------------------------------------- files
 
     @classmethod
     def from_pretrained(
@@ -119,12 +113,9 @@ class DSparkPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Write the drafter, or, where it holds an adapter, that adapter alone: a few megabytes, without the drafter.
 
-        An adapter's folder is for `load_adapter` on the drafter that it was trained on, or for `from_pretrained`, which
-        finds that drafter by its name. For an ordinary checkpoint call `hf_dspark.adapters.merge_adapter` first.
+        An adapter's folder is for `load_adapter` on the drafter that it was trained on, or for `from_pretrained`, which finds that drafter
+        by its name. For an ordinary checkpoint call `hf_dspark.adapters.merge_adapter` first. Arguments are transformers' own.
 
-        Args:
-            save_directory (`str` or `Path`): made where it is missing.
-            state_dict, is_main_process, push_to_hub, kwargs: as in `PreTrainedModel.save_pretrained`.
         Raises:
             RuntimeError: if several adapters are active, or none (`save_adapter` takes a name).
         """
@@ -161,8 +152,6 @@ class DSparkPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             return dict(cls(copy.deepcopy(config)).state_dict())
 
-    # ----------------------------------------------------------------------------------------------------------- adapters
-
     def load_adapter(
         self,
         peft_model_id: str | None = None,
@@ -176,12 +165,8 @@ class DSparkPreTrainedModel(PreTrainedModel):
     ) -> None:
         """transformers' method, with the checks of `hf_dspark.adapters.files.load_adapter`, which takes the other `kwargs`.
 
-        Args:
-            peft_model_id (`str`): folder or Hub repository.
-            adapter_name (`str`, *optional*): `"default"` where None.
-            peft_config (`peft.PeftConfig` or `dict`), adapter_state_dict: an adapter in memory instead, whose base is not checked.
-            is_trainable (`bool`): whether it gets gradients.
-            hotswap: only `False` and `"auto"`.
+        `peft_config` with `adapter_state_dict` is an adapter in memory, whose base is not checked. `hotswap` can only be False or "auto".
+
         Raises:
             CheckpointError, ValueError: as there. Nothing has changed.
         """
@@ -197,26 +182,16 @@ class DSparkPreTrainedModel(PreTrainedModel):
             raise ValueError("load_adapter needs a folder or repository, or peft_config together with adapter_state_dict.")
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """Drop adapters; without the last one this is a plain drafter again, all of it trainable.
-
-        Args:
-            adapter_names (`list[str]` or `str`): loaded ones.
-        Raises:
-            ValueError: for one that is not loaded.
-        """
+        """Drop adapters, which must be loaded; without the last one this is a plain drafter again, all of it trainable."""
         super().delete_adapter(adapter_names)
         if not self._hf_peft_config_loaded:
             unload(self)
-
-    # -------------------------------------------------------------------------------------------------------- calibration
 
     def set_calibration(self, record: Mapping[str, Any]) -> Self:
         """Calibrate the confidences, and set copying as the record says; the drafter's own budget becomes the load-aware one.
 
         Args:
-            record (`dict`): from `hf-dspark calibrate` or `OnlineCalibration.record()`: `temperatures` and what they were fitted on.
-        Returns:
-            the drafter itself.
+            record (`dict`): from `hf-dspark calibrate` or `OnlineCalibration.record()`.
         Raises:
             CheckpointError: for a record that is none, or is for another block size.
         """
