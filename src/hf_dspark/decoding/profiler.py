@@ -352,8 +352,9 @@ def _measure_rows(target: Target, drafter: DSparkDrafter, rows: int, contexts: S
     few: dict[int, float] = {}
     for context in contexts:
         first = context == contexts[0]
-        # The shape of the curve is taken at the first context; what tokens cost does not depend on it, what width costs does.
-        lengths = sorted({1, 2, (gamma + 1) // 2, gamma}) if first else []
+        # The shape of the curve is taken at the first context; what tokens cost does not depend on it, what width costs does. Half a block
+        # with its anchor is a power of two where the whole is one: matrix products of 16 tokens may cost less than of 13.
+        lengths = sorted({1, min(2, gamma), max(gamma // 2, 1), gamma}) if first else []
         some = sorted({rows // 4, rows // 2, rows * 3 // 4} - {0, 1, rows}) if first else []
         even = [(n,) * rows for n in (0, *lengths)]
         widths = sorted({(gamma + 1) // 2, gamma} if first else {gamma}) if rows > 1 else []
