@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from hf_dspark.adapters.files import CONFIG_FILE as ADAPTER_CONFIG
@@ -27,7 +28,6 @@ DECODED = "results/decoded.json"
 IMAGES = tuple(Path(folder, name) for name in ("training_curve.png", "reliability.png") for folder in ("", "results"))
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
-_TASK: dict[str, Any] = {"task_type": "text-generation", "task_name": "Speculative decoding"}
 
 
 def render_card(
@@ -39,15 +39,12 @@ def render_card(
     licence: str | None = None,
     tags: list[str] | None = None,
 ) -> ModelCard:
-    """The card of a saved drafter or adapter, with its measured results as `model-index` metadata.
+    """The card of a saved drafter or adapter, from the files in its folder, with its measured results as `model-index` metadata.
 
     Args:
-        folder (`Path`): what `save_pretrained` wrote, and the result files that lie in it.
         name (`str`): how a reader loads it: a repository, or the folder's name.
         title (`str`, *optional*): heading; `name` where None.
         target (`str`, *optional*): its target's name; what the files say where None.
-        licence (`str`, *optional*): the Hub's name of a licence, for instance `apache-2.0`.
-        tags (`list[str]`, *optional*): further ones.
     Raises:
         CheckpointError: for a file that is not what its name says.
     """
@@ -80,43 +77,27 @@ def render_card(
             base_fingerprint=sidecar.get("base_fingerprint"),
             target=target,
             target_name=TARGET_NAME if name == DRAFTER_NAME else None,
-            shape=_shape(config) if config and not adapter else None,
+            config=config,
             results=_results(decoded) if decoded else None,
             training=_training(recipe, sorted(path.name for path in folder.glob("recipe*.json"))) if "arguments" in recipe else None,
             images=[image for image in IMAGES if (folder / image).is_file()],
-            calibration=_calibration(calibration, config),
-            limits=_limits(decoded, recipe, bool(config.get("enable_confidence_head", True)), adapter),
+            calibration=calibration,
+            thinking=sorted({one["thinking"] for one in recipe.get("data", {}).get("folders", []) if one.get("thinking") is not None}),
             licence=licence,
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, TemplateError) as error:
         raise CheckpointError(
             f"A result file in {folder} is not one that this version writes ({type(error).__name__}: {error}). Remove it, or measure again."
         ) from error
 
 
 def write_training_card(folder: Path, recipe: Mapping[str, Any], drafter: PreTrainedModel) -> None:
-    """Write `README.md` and `recipe.json` into a saved drafter's folder.
-
-    Args:
-        folder (`Path`): that `save_pretrained` or `save_adapter` wrote; nothing happens where it does not exist.
-        recipe: a finished run's.
-        drafter (`DSparkDrafter`): for its target's name.
-    """
+    """Write `README.md` and `recipe.json`, a finished run's, into a saved drafter's folder, if there is one."""
     if not folder.is_dir():
         return
     atomic_write_json(folder / "recipe.json", recipe, indent=1)
     card = render_card(folder, name=folder.name, title=folder.resolve().parent.name, target=drafter.config.target_name)
     atomic_write_text(folder / "README.md", str(card))
-
-
-def _shape(config: Mapping[str, Any]) -> str:
-    rank = config.get("markov_rank")
-    head = f"a {config.get('markov_head_type')} Markov head of rank {rank}" if rank else "no sequential head (DFlash)"
-    parts = [f"{config.get('block_size')} tokens a block", f"{config.get('num_hidden_layers')} backbone layers", head]
-    parts += ["a confidence head"] if config.get("enable_confidence_head") else []
-    parts += [f"a draft vocabulary of {config['draft_vocab_size']:,} tokens"] if config.get("draft_vocab_size") else []
-    parts += ["n-gram copies from the text mixed into its drafts"] if config.get("copy_weights") else []
-    return ", ".join(parts)
 
 
 def _results(decoded: Mapping[str, Any]) -> str:
@@ -158,37 +139,6 @@ def _training(recipe: Mapping[str, Any], files: list[str]) -> str:
     return f"{text}. Every option: {', '.join(f'[{file}]({file})' for file in files)}."
 
 
-def _calibration(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    temperatures = record.get("temperatures") or config.get("confidence_temperatures")
-    if not config.get("enable_confidence_head"):
-        return "It has no confidence head: it decodes with the budget `full` or `static:N`."
-    if not temperatures:
-        return "The confidence head is not calibrated. `hf-dspark calibrate` does that, on prompts like those that will be served."
-    text = f"Confidence temperatures {' '.join(f'{t:.2f}' for t in temperatures)}"
-    if "after" not in record:
-        return f"{text}; what they were fitted on is not recorded here."
-    data = record["data"]
-    return (
-        f"{text}, fitted on {sum(one['rounds_fitted'] for one in data):,} rounds ({', '.join(one['file'] for one in data)}). On held-out "
-        f"rounds the calibration error of prefix survival falls from {record['before']['ece']:.1%} to {record['after']['ece']:.1%} "
-        f"([{CALIBRATION}]({CALIBRATION}))."
-    )
-
-
-def _limits(decoded: Mapping[str, Any], recipe: Mapping[str, Any], confidence: bool, adapter: bool) -> list[str]:
-    limits = ["It drafts for its own target. A fine-tuned target is decoded as exactly; expect fewer accepted tokens."]
-    if decoded:
-        limits.append("Acceptance was measured on the sets above only; text of other kinds may be drafted less well.")
-    thinking = {one["thinking"] for one in recipe.get("data", {}).get("folders", []) if one.get("thinking") is not None}
-    if thinking == {False}:
-        limits.append("The training data was written with thinking mode off: expect fewer accepted tokens where the target thinks.")
-    if not confidence and not adapter:
-        limits.append("Without a confidence head, the threshold and load-aware budgets cannot be used.")
-    if adapter:
-        limits.append("Confidence temperatures of its base were measured without it: calibrate again with the adapter active.")
-    return limits
-
-
 def _machine(record: Mapping[str, Any]) -> str:
     machine = record["machine"]
     return machine.get("gpu") or f"{machine['cpu']}, {machine.get('cpu_count', machine.get('cores'))} cores"
@@ -197,28 +147,15 @@ def _machine(record: Mapping[str, Any]) -> str:
 def _metadata(decoded: Mapping[str, Any], calibration: Mapping[str, Any]) -> list[EvalResult]:
     """Measured tau by prompt set and temperature, and the calibration's error, as the Hub's metadata takes them."""
     found = [
-        EvalResult(
-            **_TASK,
-            dataset_type=source,
-            dataset_name=source,
-            metric_type="tau",
-            metric_name=f"tokens a round ({key.replace('=', ' = ')})",
-            metric_value=round(float(tau), 4),
-        )
+        (source, source, "tau", round(float(tau), 4), f"tokens a round ({key.replace('=', ' = ')})")
         for key, part in decoded.get("decoded", {}).items()
         if key.startswith("T=")
         for source, tau in part["by_source"].items()
     ]
     if "after" in calibration:
-        source = ", ".join(one["file"] for one in calibration["data"])
-        found.append(
-            EvalResult(
-                **_TASK,
-                dataset_type=source,
-                dataset_name=f"{source}, held out",
-                metric_type="ece",
-                metric_name="calibration error of prefix survival",
-                metric_value=round(float(calibration["after"]["ece"]), 5),
-            )
-        )
-    return found
+        files, error = ", ".join(one["file"] for one in calibration["data"]), round(float(calibration["after"]["ece"]), 5)
+        found.append((files, f"{files}, held out", "ece", error, "calibration error of prefix survival"))
+    return [
+        EvalResult("text-generation", kind, name, metric, value, "Speculative decoding", metric_name=label)
+        for kind, name, metric, value, label in found
+    ]

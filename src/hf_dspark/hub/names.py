@@ -13,28 +13,17 @@ from hf_dspark.hub.bundled import DRAFTER_NAME, TARGET_NAME, bundled_drafter_pat
 
 
 def resolve_target(name: str | os.PathLike[str]) -> str:
-    """Returns the folder or Hub id of a target.
-
-    Args:
-        name (`str` or `Path`): `smollm2` for the bundled target, a folder, or a Hub id.
-    Raises:
-        CheckpointError: for any other name, a folder without a config, or if the bundled target cannot be provided.
-    """
+    """The folder or Hub id of a target; `smollm2` is the bundled one."""
     return str(bundled_target_path()) if name == TARGET_NAME else _folder_or_repo(name, "target", DRAFTER_NAME)
 
 
 def resolve_drafter(name: str | os.PathLike[str]) -> str:
-    """Returns the folder or Hub id of a drafter or adapter.
-
-    Args:
-        name (`str` or `Path`): `smollm2-dspark` for the bundled drafter, a folder, or a Hub id.
-    Raises:
-        CheckpointError: for any other name, a folder without a config, or if the bundled drafter is missing.
-    """
+    """The folder or Hub id of a drafter or adapter; `smollm2-dspark` is the bundled one."""
     return str(bundled_drafter_path()) if name == DRAFTER_NAME else _folder_or_repo(name, "drafter", TARGET_NAME)
 
 
 def _folder_or_repo(name: str | os.PathLike[str], role: str, other_role_name: str) -> str:
+    """A name, with a CheckpointError for what is none, and for a folder without a config."""
     text = os.fspath(name)
     if text == other_role_name:
         raise CheckpointError(f"{text!r} cannot be the {role}: the bundled target is {TARGET_NAME!r}, its drafter {DRAFTER_NAME!r}")

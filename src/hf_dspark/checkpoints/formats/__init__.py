@@ -21,11 +21,7 @@ WRITTEN = {"deepspec": to_deepspec, "speculators": to_speculators}
 
 
 def recognise_format(config: Mapping[str, Any], source: str) -> Format | None:
-    """Say which format a parsed `config.json` belongs to; None for this package's own.
-
-    Raises:
-        CheckpointError: for a format that cannot be read, by its name and with the reason.
-    """
+    """Say which format a parsed `config.json` belongs to (None: this package's own); others are refused by name, with the reason."""
     listed = config.get("architectures")
     architectures = [str(name) for name in listed] if isinstance(listed, (list, tuple)) else []
     model_type, dflash = config.get("model_type"), config.get("dflash_config")
@@ -65,10 +61,6 @@ def recognise_format(config: Mapping[str, Any], source: str) -> Format | None:
 
 
 def parse_config(raw: Mapping[str, Any], source: str, **overrides: Any) -> tuple[Format | None, DSparkConfig]:
-    """The format (None: this package's own) and the config of a parsed `config.json`; `overrides` stand in for stored fields.
-
-    Raises:
-        CheckpointError: for a format or a config that cannot be read.
-    """
+    """The format (None: this package's own) and the config of a parsed `config.json`; `overrides` stand in for stored fields."""
     form = recognise_format(raw, source)
     return form, own_config(raw, source, **overrides) if form is None else form.read_config(raw, source, **overrides)

@@ -82,11 +82,7 @@ DEEPSPEC_GEMMA4 = Format("deepspec-gemma4", "DeepSpec Gemma4DSparkModel", _gemma
 
 
 def to_deepspec(drafter: PreTrainedModel, target: PreTrainedModel | None, carried: Mapping[str, TensorRecord]) -> Written:
-    """Config and tensors as DeepSpec writes them, with the target's matrices from `carried` (the drafter's own files) or the target.
-
-    Raises:
-        CheckpointError: for a reduced vocabulary, windows or a first slot that DeepSpec does not have, or without the target's weights.
-    """
+    """Config and tensors as DeepSpec writes them, with the target's matrices from `carried` (the drafter's own files) or the target."""
     config: DSparkConfig = drafter.config
     refuse(
         "deepspec",

@@ -32,13 +32,7 @@ BACKBONE_KEYS = (
 )
 HEAD_KEYS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
 DEEPSPEC_KEYS = {
-    *HEAD_KEYS,
-    "block_size",
-    "num_target_layers",
-    "target_layer_ids",
-    "mask_token_id",
-    "num_anchors",
-    "confidence_temperatures",
+    *(*HEAD_KEYS, "block_size", "num_target_layers", "target_layer_ids", "mask_token_id", "num_anchors", "confidence_temperatures")
 }
 _OWN_KEYS = {
     *("sample_from_anchor", "draft_vocab_size", "backbone", "attention_k_eq_v", "raw_embeddings", "window_from_anchor"),
@@ -59,53 +53,33 @@ _HARMLESS_KEYS = {
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """One format: how its config becomes flat keys, and its tensor names ours."""
 
-    Args:
-        name (`str`): short, as `hf-dspark info` and `convert` show it.
-        title (`str`): for messages.
-        flatten (`Callable`): from the parsed `config.json` and its source to flat keys.
-        prefixes: stored beginnings of tensor names, and what they are called here.
-        must_carry (`bool`): whether copies of the target's embedding and head must lie in the files.
-        requires: flat keys that must be there beside those that every format needs.
-        refuses: keys of other formats that must not be set.
-    """
-
-    name: str
-    title: str
-    flatten: Callable[[Mapping[str, Any], str], Flat]
-    prefixes: tuple[tuple[str, str], ...] = ()
-    must_carry: bool = False
-    requires: tuple[str, ...] = ()
-    refuses: tuple[str, ...] = ()
+    name: str  # as `hf-dspark info` and `convert` show it
+    title: str  # for messages
+    flatten: Callable[[Mapping[str, Any], str], Flat]  # from the parsed `config.json` and its source
+    prefixes: tuple[tuple[str, str], ...] = ()  # stored beginnings of tensor names, and what they are called here
+    must_carry: bool = False  # whether copies of the target's embedding and head must lie in the files
+    requires: tuple[str, ...] = ()  # flat keys that must be there beside those that every format needs
+    refuses: tuple[str, ...] = ()  # keys of other formats that must not be set
 
     def rename(self, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The same records under this package's names; where an old and a new name meet, the new one wins."""
-        renamed: dict[str, Any] = {}
+        renamed = {}
         for name, record in stored.items():
             old, new = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
-            if old:
-                renamed.setdefault(new + name[len(old) :], record)
-            else:
-                renamed[name] = record
+            renamed[new + name[len(old) :]] = stored.get(new + name[len(old) :], record)
         return renamed
 
     def read_config(self, raw: Mapping[str, Any], source: str, **overrides: Any) -> DSparkConfig:
-        """Translate a config of this format; `overrides` stand in for stored fields.
-
-        Raises:
-            CheckpointError: listing every key that is missing, and every key that would change the meaning of the tensors.
-        """
+        """Translate a config, refusing missing keys and those that would change the meaning of the tensors; `overrides` win over it."""
         try:
             flat = self.flatten({key: value for key, value in raw.items() if key not in self.refuses}, source)
-        except CheckpointError:
-            raise
-        except KeyError as error:
-            raise CheckpointError(
-                f"config.json of {source!r} is not a {self.title} config that can be read. Missing keys: {error}."
-            ) from error
-        except (TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
-            raise CheckpointError(f"config.json of {source!r} is not one of {self.title}: {type(error).__name__}: {error}.") from error
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            reason = f"Missing keys: {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"config.json of {source!r} is not a {self.title} config that can be read. {reason}.") from error
         required = [*REQUIRED, *self.requires]
         required += ["markov_head_type"] if flat.get("markov_rank") else []
         required += ["confidence_head_with_markov"] if flat.get("enable_confidence_head") else []
@@ -130,9 +104,6 @@ class Format:
             return DSparkConfig(**{**fields, "architectures": ["DSparkDrafter"], **overrides})
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
 def target_keys(raw: Mapping[str, Any]) -> Flat:
     """The target, as formats tell it whose config is a copy of the target's."""
     return {"target_model_type": raw.get("model_type"), "target_name": raw.get("_name_or_path") or None}
@@ -152,9 +123,6 @@ def windows(raw: Mapping[str, Any], window: Any, *, inclusive: bool = False) -> 
     if not isinstance(window, int) or window < 1:
         raise CheckpointError(f"layers have sliding attention, but sliding_window is {window!r}; allowed: a positive number.")
     return {"layer_types": kinds, "use_sliding_window": True, "sliding_window": window + (1 if inclusive else 0)}
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def refuse(form: str, reasons: Mapping[str, bool]) -> None:

@@ -31,11 +31,7 @@ _LARGEST = {
 
 
 def own_config(raw: Mapping[str, Any], source: str, **overrides: Any) -> DSparkConfig:
-    """The config of a checkpoint in this package's own format; `overrides` stand in for stored fields.
-
-    Raises:
-        CheckpointError: listing every missing key that a default would fill silently, or every value that cannot be.
-    """
+    """The config of a checkpoint in this package's own format, where no default fills a key silently; `overrides` win over it."""
     missing = [key for key in (*REQUIRED, "markov_head_type", "rope_parameters") if raw.get(key) is None]
     missing += ["num_target_layers"] if "num_target_layers" not in raw else []
     if missing:

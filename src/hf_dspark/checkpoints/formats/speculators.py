@@ -82,11 +82,7 @@ SPECULATORS = Format("speculators", "speculators dspark or dflash", _flat)
 
 def to_speculators(drafter: PreTrainedModel, target: PreTrainedModel | None, carried: Mapping[str, TensorRecord]) -> Written:
     """Config and tensors as speculators' trainer writes them since its release 0.8, with rows of the target's head where the draft
-    vocabulary is reduced.
-
-    Raises:
-        CheckpointError: for a backbone or windows that speculators does not have, or without the target's weights where they are needed.
-    """
+    vocabulary is reduced."""
     config: DSparkConfig = drafter.config
     slides = "sliding_attention" in (config.layer_types or ())
     refuse(
