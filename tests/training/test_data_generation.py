@@ -347,7 +347,7 @@ def test_the_trainer_reads_the_commands_folder(options, whole, tmp_path):
     [
         ([], "nothing to answer"),
         (["--system", "w9", "--prompts", "x.jsonl"], "go with --self-prompt"),
-        (["--self-prompt", "1", "--format", "csv"], "unknown format 'csv'"),
+        (["--self-prompt", "1", "--format", "csv"], "'csv' is not one of"),
         (["--prompts", "x.jsonl"], "no prompt file 'x.jsonl'"),
         (["--self-prompt", "1", "--self-temperature", "0"], "self_temperature is 0"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,10 +18,7 @@ from hf_dspark.errors import DataError
 from hf_dspark.training.configuration import DataSettings, Opening
 
 if TYPE_CHECKING:
-    from hf_dspark.training.data_folder import ResponseFolder
     from hf_dspark.training.prompts import Prompt
-
-FORMATS = ("jsonl", "parquet")
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class DataOptions:
     ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in flight; a row that ends makes room for the next.")] = 64
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Stop by the clock; the same command goes on later.")] = None
-    format: Annotated[str, typer.Option(help="jsonl, or parquet once all is answered.")] = "jsonl"
+    format: Annotated[Literal["jsonl", "parquet"], typer.Option(help="jsonl, or parquet once all is answered.")] = "jsonl"
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the target on the Hub.")] = None
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -68,6 +65,7 @@ def data(**options: Any) -> None:
     from hf_dspark.training.prompts import prompt_key, read_openings, read_prompts
     from hf_dspark.training.rows import parquet
 
+    # What can be wrong by itself is found before the target is loaded.
     openings = [Opening(f"self-{number}", system=system) for number, system in enumerate(run.system or (), start=1)]
     openings += [opening for path in run.begin or () for opening in read_openings(path)]
     settings = DataSettings(**{**take(DataSettings, options), "openings": tuple(openings) or (Opening(),)})
@@ -76,8 +74,6 @@ def data(**options: Any) -> None:
         raise DataError("nothing to answer: give --prompts FILE, --self-prompt N, or both.")
     if openings and not settings.self_prompts:
         raise DataError("--system and --begin go with --self-prompt N, the number of prompts that the target is to write.")
-    if run.format not in FORMATS:
-        raise DataError(f"unknown format {run.format!r}; allowed: {', '.join(FORMATS)}.")
     if run.format == "parquet":
         parquet()
     device = pick_device(run.device)
@@ -104,7 +100,15 @@ def data(**options: Any) -> None:
         folder.save({"complete": done})
         if done and run.format == "parquet":
             folder.compact()
-    _tell(run, folder, done, {"tokens": maker.tokens, "seconds": seconds, "tokens_per_s": maker.tokens / seconds if maker.tokens else None})
+    if run.as_json:
+        speed = {"tokens": maker.tokens, "seconds": seconds, "tokens_per_s": maker.tokens / seconds if maker.tokens else None}
+        counts = {"rows": folder.rows, "response_tokens": folder.response_tokens, "skipped": folder.skipped}
+        print_json({"output": str(run.output), "complete": done, **counts, "run": speed})
+        return
+    end = "" if done else "; not complete, run the same command again to go on"
+    lines = [f"{folder.rows} rows, {folder.response_tokens:,} response tokens in {run.output}{end}"]
+    lines += [f"skipped {count}: {reason}" for reason, count in folder.skipped.items()]
+    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _facts(run: DataOptions, settings: DataSettings, prompts: list[Prompt], excluded: frozenset[str]) -> dict[str, Any]:
@@ -127,22 +131,3 @@ def _facts(run: DataOptions, settings: DataSettings, prompts: list[Prompt], excl
         "versions": {"hf_dspark": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__},
         "complete": False,
     }
-
-
-def _tell(run: DataOptions, folder: ResponseFolder, done: bool, speed: dict[str, Any]) -> None:
-    if run.as_json:
-        print_json(
-            {
-                "output": str(run.output),
-                "complete": done,
-                "rows": folder.rows,
-                "response_tokens": folder.response_tokens,
-                "skipped": folder.skipped,
-                "run": speed,
-            }
-        )
-        return
-    end = "" if done else "; not complete, run the same command again to go on"
-    lines = [f"{folder.rows} rows, {folder.response_tokens:,} response tokens in {run.output}{end}"]
-    lines += [f"skipped {count}: {reason}" for reason, count in folder.skipped.items()]
-    Console().print("\n".join(lines), highlight=False, soft_wrap=True)

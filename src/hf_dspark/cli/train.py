@@ -59,8 +59,8 @@ def train(
     Several processes: `accelerate launch -m hf_dspark train ..`.
     """
     if drafter is not None:
-        _refuse_given(context, "--drafter brings them along", "layers", "block_size", "head", "rank", "taps", "mask_token", "draft_vocab")
-        _refuse_given(context, "--drafter brings its weights along", "start", "head_start", "start_from", "target_name")
+        names = [one.name for one in fields(DrafterShape)]
+        _refuse_given(context, "--drafter brings its own along", *names, "start_from", "target_name")
     run, config = _chosen(options)
     shape = DrafterShape(**take(DrafterShape, options))
     import torch
@@ -72,15 +72,13 @@ def train(
     device, model, tokenizer, rows = _prepare(run)
     torch.manual_seed(config["seed"])  # a fresh drafter's weights, where none of the target's take their place
     if drafter is not None:
-        made, facts = _whole_drafter(drafter, model, run, device)
+        made, facts = _existing(drafter, model, run, device, whole=True)
     else:
         dtype = parse_dtype(run.dtype)
         if isinstance(dtype, str):
             dtype = torch.bfloat16 if model.dtype == torch.float16 else model.dtype
-        name = run.target_name or plain_name(run.target)
-        made, facts = make_drafter(
-            model, tokenizer, rows.train_rows, rows.held_out_rows, shape, dtype=dtype, device=device, target_name=name
-        )
+        place: dict[str, Any] = {"dtype": dtype, "device": device, "target_name": run.target_name or plain_name(run.target)}
+        made, facts = make_drafter(model, tokenizer, rows.train_rows, rows.held_out_rows, shape, **place)
         facts["arguments"] = {"shape": asdict(shape)}
     if start_from is not None:
         facts["started_from_step"] = load_weights(made, start_from)
@@ -118,22 +116,16 @@ def finetune(
     run, config = _chosen({**options, "ce_start": ce, "ce_end": ce})
     import torch
 
-    from hf_dspark.adapters.files import fingerprint
     from hf_dspark.adapters.lora import DEFAULT_TARGETS, add_lora
-    from hf_dspark.models.loading import load_drafter
-    from hf_dspark.training.new_drafter import size_of
 
     device, model, _, rows = _prepare(run)
-    if lora_rank == 0:
-        made, facts = _whole_drafter(drafter, model, run, device)
-    else:
-        made = load_drafter(drafter, dtype=computing(run.dtype), device=device).bind(model)
-        facts = {"base": plain_name(drafter), "base_fingerprint": fingerprint(made)}
+    made, facts = _existing(drafter, model, run, device, whole=lora_rank == 0)
+    if lora_rank:
         targets = tuple(lora_target or DEFAULT_TARGETS)
+        lora: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha, "targets": targets, "dropout": lora_dropout}
         torch.manual_seed(config["seed"])
-        add_lora(made, rank=lora_rank, alpha=lora_alpha, targets=targets, dropout=lora_dropout, adapter_name=adapter_name)
-        lora = {"rank": lora_rank, "alpha": lora_alpha, "targets": targets, "dropout": lora_dropout, "name": adapter_name}
-        facts |= {"lora": lora, **size_of(made), "mask_token_id": made.config.mask_token_id}
+        add_lora(made, adapter_name=adapter_name, **lora)
+        facts["lora"] = {**lora, "name": adapter_name}
     _run(run, config, made, model, rows, facts)
 
 
@@ -181,20 +173,22 @@ def _prepare(run: RunOptions) -> tuple[torch.device, PreTrainedModel, PreTrained
     return device, target, tokenizer, load_data(run.data, target, max_tokens=run.max_tokens)
 
 
-def _whole_drafter(name: str, target: PreTrainedModel, run: RunOptions, device: torch.device) -> tuple[DSparkDrafter, dict[str, Any]]:
-    """An existing drafter, all of whose weights are to be trained, and facts about it; an adapter on it becomes part of it."""
+def _existing(
+    name: str, target: PreTrainedModel, run: RunOptions, device: torch.device, *, whole: bool
+) -> tuple[DSparkDrafter, dict[str, Any]]:
+    """A drafter that is to be trained further, and facts about it; if as a whole, an adapter on it becomes part of it."""
     from hf_dspark.adapters.files import fingerprint
     from hf_dspark.adapters.lora import adapter_names, merge_adapter
     from hf_dspark.models.loading import load_drafter
-    from hf_dspark.training.new_drafter import size_of
 
     drafter = load_drafter(name, dtype=computing(run.dtype), device=device).bind(target)
-    if adapter_names(drafter):
+    if whole and adapter_names(drafter):
         merge_adapter(drafter)
     facts = {"base": plain_name(name), "base_fingerprint": fingerprint(drafter)}
-    drafter.requires_grad_(True)
-    drafter.drop_calibration()  # It is that of the weights that are about to change.
-    return drafter, {**facts, **size_of(drafter), "mask_token_id": drafter.config.mask_token_id}
+    if whole:
+        drafter.requires_grad_(True)
+        drafter.drop_calibration()  # It is that of the weights that are about to change.
+    return drafter, facts
 
 
 def _run(
@@ -204,10 +198,12 @@ def _run(
     from hf_dspark.checkpoints.card import write_training_card
     from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
     from hf_dspark.evaluation.metrics import machine_record
+    from hf_dspark.training.new_drafter import size_of
     from hf_dspark.training.run_folder import writing
     from hf_dspark.training.trainer import Trainer
     from hf_dspark.utils.files import atomic_write_json
 
+    recipe |= {**size_of(drafter), "mask_token_id": drafter.config.mask_token_id}
     if run.epochs is not None:
         if not run.epochs > 0:
             raise ValueError(f"epochs is {run.epochs}; allowed: above 0. Give --steps for a shorter run.")
@@ -217,18 +213,9 @@ def _run(
     if run.decode_prompts and rows.held_out_rows:
         decode = DecodedTau(target, spread_prompts(rows.held_out_rows, run.decode_prompts), max_new_tokens=run.decode_tokens)
     bar = RunBar("training", silent=int(os.environ.get("RANK", "0")) > 0)  # of several launched processes one speaks
+    hooks: dict[str, Any] = {"announce": lambda event: _show(bar, settings, event), "decode": decode}
     identity = {name: recipe[name] for name in ("base_fingerprint",) if name in recipe}
-    trainer = Trainer(
-        drafter,
-        target,
-        rows.train_rows,
-        rows.held_out_rows,
-        settings,
-        run.output,
-        announce=lambda event: _show(bar, settings, event),
-        decode=decode,
-        identity=identity,
-    )
+    trainer = Trainer(drafter, target, rows.train_rows, rows.held_out_rows, settings, run.output, **hooks, identity=identity)
 
     def save() -> None:
         with writing(run.output / "recipe.json"):
@@ -264,7 +251,12 @@ def _run(
         for name in ("best", "final"):
             with writing(run.output / name / "README.md"):
                 write_training_card(run.output / name, recipe, drafter)
-        _tell(recipe["result"], run)
+        if run.as_json:
+            print_json({"output": str(run.output), **recipe["result"]})
+        else:
+            best = f"best at step {progress.best_step} (score {figure(progress.best_score, 3)})"
+            told = f"{progress.step} steps, {progress.anchors:,} anchors, {recipe['result']['minutes']:.1f} minutes; {best}. "
+            Console().print(f"{told}Drafter: {run.output / 'best'}", highlight=False, soft_wrap=True)
     trainer.close()
 
 
@@ -275,18 +267,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return value.name if isinstance(value, Path) else plain_name(value) if isinstance(value, str) else value
-
-
-def _tell(result: dict[str, Any], run: RunOptions) -> None:
-    if run.as_json:
-        print_json({"output": str(run.output), **result})
-        return
-    Console().print(
-        f"{result['steps']} steps, {result['anchors']:,} anchors, {result['minutes']:.1f} minutes; best at step {result['best_step']} "
-        f"(score {figure(result['best_score'], 3)}). Drafter: {run.output / 'best'}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def _show(bar: RunBar, config: TrainingConfig, event: dict[str, Any]) -> None:

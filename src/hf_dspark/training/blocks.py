@@ -35,13 +35,7 @@ class BlockTargets:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A batch with its anchors drawn and its blocks cut: everything of a step that needs no model.
-
-    Args:
-        batch (`Batch`): rows of the step.
-        anchor_positions (`torch.Tensor` of shape `(batch, anchors)`): from `sample_anchors`.
-        targets (`BlockTargets`): labels, previous tokens, masks.
-    """
+    """A batch with its anchors drawn, `(batch, anchors)`, and its blocks cut: everything of a step that needs no model."""
 
     batch: Batch
     anchor_positions: Tensor
@@ -71,10 +65,9 @@ def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generat
     Args:
         loss_mask (`torch.Tensor` of shape `(batch, sequence)`): bool, True on response tokens.
         num_anchors (`int`): at most this many anchors a row.
-        generator (`torch.Generator`, *optional*): CPU generator of the draw; the same state gives the same anchors.
+        generator (`torch.Generator`, *optional*): CPU generator of the draw.
     Returns:
-        `tuple` of `torch.Tensor` of shape `(batch, anchors)`: increasing positions (0 where there is none), and a bool tensor that is True
-            where the anchor exists.
+        increasing positions `(batch, anchors)`, 0 where there is none, and a bool tensor that is True where the anchor exists.
     """
     candidates = loss_mask.clone()
     candidates[:, -1:] = False
@@ -89,14 +82,7 @@ def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generat
 
 
 def block_targets(input_ids: Tensor, loss_mask: Tensor, anchor_positions: Tensor, anchor_valid: Tensor, block_size: int) -> BlockTargets:
-    """Labels, previous tokens and masks of the blocks behind the given anchors.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(batch, sequence)`): token ids, padded on the right.
-        loss_mask (`torch.Tensor` of shape `(batch, sequence)`): bool, True on response tokens.
-        anchor_positions, anchor_valid (`torch.Tensor` of shape `(batch, anchors)`): from `sample_anchors`.
-        block_size (`int`): gamma, tokens predicted behind one anchor.
-    """
+    """Labels, previous tokens and masks of the blocks behind anchors from `sample_anchors` in ids `(batch, sequence)`."""
     batch, sequence = input_ids.shape
     previous = anchor_positions.unsqueeze(-1) + torch.arange(block_size, device=input_ids.device)
     here = previous + 1

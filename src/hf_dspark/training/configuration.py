@@ -4,12 +4,18 @@ from these fields."""
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hf_dspark.errors import DataError
 
 SHORTEST_SELF_PROMPT = 3  # tokens that a self-prompt adds to its opening at least
+
+
+_RANGES = {
+    "least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le), "below": ("below", operator.lt),
+}  # fmt: skip
 
 
 def option(
@@ -22,15 +28,8 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field that is an option of the command line too.
-
-    Args:
-        default: value where the option is left out.
-        help (`str`): what the option does.
-        flag (`str`, *optional*): the option's name; that of the field where None.
-        least, most (`float`, *optional*): range, ends included.
-        above, below (`float`, *optional*): range, ends excluded.
-    """
+    """A dataclass field that is an option of the command line too, named `flag` or after the field. Its range has its ends, `least` and
+    `most`, or lacks them, `above` and `below`."""
     return field(default=default, metadata={"help": help, "flag": flag, "least": least, "most": most, "above": above, "below": below})
 
 
@@ -38,27 +37,16 @@ def _check(record: Any, error: type[ValueError] = ValueError) -> None:
     """Refuse a field that is out of its range or none of its choices."""
     hints = get_type_hints(type(record))
     for one in fields(record):
-        value, limits = getattr(record, one.name), one.metadata
-        allowed = []
-        if get_origin(hints[one.name]) is Literal:
-            choices = get_args(hints[one.name])
-            fits = value in choices
-            allowed.append(", ".join(choices))
+        value, hint = getattr(record, one.name), hints[one.name]
+        if get_origin(hint) is Literal:
+            fits, allowed = value in get_args(hint), ", ".join(get_args(hint))
         else:
-            fits = True
+            limits = [(*_RANGES[name], one.metadata[name]) for name in _RANGES if one.metadata.get(name) is not None]
             values = value if isinstance(value, tuple) else () if value is None else (value,)
-            for name, words, holds in (
-                ("least", "at least", lambda v, limit: v >= limit),
-                ("above", "above", lambda v, limit: v > limit),
-                ("most", "at most", lambda v, limit: v <= limit),
-                ("below", "below", lambda v, limit: v < limit),
-            ):
-                limit = limits.get(name)
-                if limit is not None:
-                    fits = fits and all(holds(v, limit) for v in values)
-                    allowed.append(f"{words} {limit}")
+            fits = all(holds(v, limit) for v in values for _, holds, limit in limits)
+            allowed = " and ".join(f"{words} {limit}" for words, _, limit in limits)
         if not fits:
-            raise error(f"{one.name} is {value!r}; allowed: {' and '.join(allowed)}. Correct this option.")
+            raise error(f"{one.name} is {value!r}; allowed: {allowed}. Correct this option.")
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,7 @@ class TrainingConfig:
     the elapsed share of that wall-clock time, evaluation and checkpoints included, over all resumes, and no two runs are the same.
 
     Source: paper section 3.2 (warm-up 4%, clip 1.0, loss weights). Differs: the cross entropy starts with weight 1.0, since its initial
-        value is 15 to 56 nats
-    and the gradient of the L1 distance nearly vanishes there.
+    value is 15 to 56 nats and the gradient of the L1 distance nearly vanishes there.
 
     Raises:
         ValueError: naming the field that is out of range.
@@ -154,11 +141,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DrafterShape:
-    """What a fresh drafter looks like and where its weights start.
-
-    Raises:
-        ValueError: naming the field that is out of range.
-    """
+    """What a fresh drafter looks like and where its weights start; a `ValueError` names the field that is out of range."""
 
     layers: int = option(2, "Backbone layers.", least=1)
     block_size: int = option(7, "Tokens drafted a round; 1 is a one-token drafter in the manner of MTP-1.", least=1)
@@ -193,13 +176,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How responses are made. All of it but the counts stays the same for a folder's life.
-
-    Args:
-        openings (`tuple[Opening, ...]`): how self-prompts begin; the other fields are options.
-    Raises:
-        DataError: naming the field that is out of range.
-    """
+    """How responses are made, the same for a folder's life but for the counts; a `DataError` names the field that is out of range."""
 
     temperatures: tuple[float, ...] = option(
         (0.0,), "Of responses; give several to mix, one a prompt. Default: 0.", flag="--temperature", least=0, below=math.inf

@@ -30,20 +30,14 @@ def start_sequential_head(
 ) -> int:
     """Start W1 and W2 so that B = W2 W1[x] is the best rank-r fit to the target's logits given the last token alone.
 
-    With h(x) the mean of the target's last hidden states over positions that hold token x, and e_j the rows of its lm_head,
-    the fit is that of the weighted, doubly centred matrix (h(x) - h_mean) . (e_j - e_mean): what the last token adds to the
-    logits beyond what holds on average. Its factors have the target's width, so the decomposition is exact and cheap.
+    With h(x) the mean of the target's last hidden states over positions that hold token x, and e_j the rows of its lm_head, the fit is that
+    of the weighted, doubly centred matrix (h(x) - h_mean) . (e_j - e_mean): what the last token adds to the logits beyond what holds on
+    average. Its factors have the target's width, so the decomposition is exact and cheap.
 
     Source: none; Eckart-Young on the bigram table that the head's random start has to learn from sparse gradients.
 
-    Args:
-        drafter (`DSparkDrafter`): bound; its head is written to, nothing else. Without a head nothing happens.
-        target (`PreTrainedModel`): whose states and lm_head are read.
-        rows: training rows; as many from the top as `max_tokens` allows are read.
-        states (`TargetStates`): of this target.
-        max_tokens (`int`): tokens of the rows to read.
     Returns:
-        `int`: tokens read, 0 where the target's head is not a plain linear layer or there is no head to start.
+        `int`: tokens read, from the top of the rows; 0 where the target's head is not a plain linear layer or there is no head to start.
     """
     head, lm_head = drafter.markov_head, target.get_output_embeddings()
     if head is None:
@@ -55,13 +49,11 @@ def start_sequential_head(
         return 0
     vocab_size = drafter.config.vocab_size
     sums = torch.zeros(vocab_size, drafter.config.hidden_size)
-    counts = torch.zeros(vocab_size)
-    following = torch.zeros(vocab_size)
-    read = 0
+    counts, following, read = torch.zeros(vocab_size), torch.zeros(vocab_size), 0
     for row in rows:
         if read >= max_tokens:
             break
-        ids = torch.tensor(row.prompt_ids + row.response_ids)
+        ids = torch.tensor(row.ids)
         _, last = states.of_batch(ids[None], torch.tensor([len(ids)]))
         for begin, end in row.spans:
             here = ids[begin - 1 : end]
@@ -72,12 +64,9 @@ def start_sequential_head(
     seen = sums / counts.clamp(min=1)[:, None]
     means = (sums + _PRIOR_COUNT * _predicted_states(target, seen, counts)) / (counts + _PRIOR_COUNT)[:, None]
 
-    draft_ids = drafter.draft_token_ids
-    rows_of_head = lm_head.weight.detach().float().cpu()
-    rows_of_head = rows_of_head if draft_ids is None else rows_of_head[draft_ids.cpu()]
-    following = following if draft_ids is None else following[draft_ids.cpu()]
-    w1, w2 = low_rank_bigram(means, rows_of_head, counts + 0.01, following + 0.1, head.rank)
-    _write(head, w1, w2)
+    drafted = slice(None) if drafter.draft_token_ids is None else drafter.draft_token_ids.cpu()
+    rows_of_head = lm_head.weight.detach().float().cpu()[drafted]
+    _write(head, *low_rank_bigram(means, rows_of_head, counts + 0.01, following[drafted] + 0.1, head.rank))
     return read
 
 
@@ -99,13 +88,11 @@ def low_rank_bigram(states: Tensor, head: Tensor, weights: Tensor, following: Te
     Minimises sum_ij p_i q_j ((h_i - h_mean) . (e_j - e_mean) - w1_i . w2_j)^2 with p, q the normalised weights.
 
     Args:
-        states (`torch.Tensor` of shape `(V, d)`): h_i, float32.
-        head (`torch.Tensor` of shape `(V_draft, d)`): e_j, float32.
-        weights (`torch.Tensor` of shape `(V,)`): counts of the previous token, positive.
-        following (`torch.Tensor` of shape `(V_draft,)`): counts of the next token, positive.
+        states, head (`torch.Tensor` of shape `(V, d)` and `(V_draft, d)`): h_i and e_j, float32.
+        weights, following (`torch.Tensor` of shape `(V,)` and `(V_draft,)`): counts of the previous and the next token, positive.
         rank (`int`): r; columns beyond the rank of the product are zero.
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: W1 `(V, r)` and W2 `(V_draft, r)`.
+        W1 `(V, r)` and W2 `(V_draft, r)`.
     """
     p, q = (weights / weights.sum())[:, None], (following / following.sum())[:, None]
     h, e = states - (p * states).sum(0), head - (q * head).sum(0)

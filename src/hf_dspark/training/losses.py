@@ -16,21 +16,16 @@ from transformers import PreTrainedModel
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.training.blocks import Blocks, BlockTargets
 from hf_dspark.training.configuration import LossWeights
-from hf_dspark.training.target_states import TargetHead, TargetProbabilities, TargetStates, row_blocks
+from hf_dspark.training.target_states import TargetHead, TargetProbabilities, TargetStates, places, row_blocks
 
 DraftLogits = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def position_weights(block_size: int, decay: float) -> Tensor:
-    """w_k = exp(-(k - 1) / decay) for k = 1..block_size.
+    """w_k = exp(-(k - 1) / decay) for k = 1..block_size, float32 `(block_size,)`.
 
     Source: paper Eq. 9 (there decay = block_size; released configs use 4.0 at block 7).
 
-    Args:
-        block_size (`int`): gamma.
-        decay (`float`): tokens after which the weight has fallen to 1/e.
-    Returns:
-        `torch.Tensor` of shape `(block_size,)`: float32, 1 at the first position.
     Raises:
         ValueError: if decay is not positive.
     """
@@ -40,22 +35,12 @@ def position_weights(block_size: int, decay: float) -> Tensor:
 
 
 def weight_totals(targets: BlockTargets, weights: LossWeights, label_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What the terms of a step are divided by: sums of w_k over all supervised positions of all its parts.
-
-    Args:
-        targets (`BlockTargets`): of the whole step.
-        weights (`LossWeights`): whose decay gives w_k.
-        label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): as in `dspark_loss`.
-    Returns:
-        `tuple` of scalars: over positions whose label is in the draft vocabulary (for the CE), and over all.
-    """
+    """What the terms of a step are divided by: sums of w_k over the supervised positions of all its parts, first over those whose label is
+    in the draft vocabulary (for the CE), then over all; `label_index` as in `dspark_loss`."""
     mask, ids = targets.position_mask, targets.target_ids
     w = position_weights(mask.shape[-1], weights.decay).to(mask.device) * mask
     known = torch.ones_like(mask) if label_index is None else label_index.to(ids.device)[ids] >= 0
     return (w * known).sum(), w.sum()
-
-
-# ------------------------------------------------------------------------------------------------------------------ metrics
 
 
 @dataclass
@@ -113,9 +98,9 @@ class LossResult:
     def tally(self, rows: Tensor | None = None) -> Tally:
         """Metrics of all rows, or of those in a bool tensor of shape `(batch,)`.
 
-        `tau_sampled` and `tau_greedy` are teacher-forced estimates of the accepted length a round including the bonus token (paper's
-        convention), over blocks that are supervised to their end: 1 + E[accepted prefix] with acceptance 1 - TV for T = 1, and with arg-max
-        agreement for T = 0. They overstate decoding by about a tenth.
+        `tau_sampled` and `tau_greedy` are teacher-forced estimates of the accepted length a round including the bonus token, over blocks
+        that are supervised to their end: 1 + E[accepted prefix] with acceptance 1 - TV for T = 1, and with arg-max agreement for T = 0.
+        They overstate decoding by about a tenth.
         """
         mask = self.position_mask if rows is None else self.position_mask & rows.to(self.position_mask.device).view(-1, 1, 1)
         whole = mask.all(dim=-1)
@@ -131,9 +116,6 @@ class LossResult:
         if self.confidence_error is not None:
             tally.add("confidence_error", (self.confidence_error * mask).sum(), mask.sum())
         return tally
-
-
-# --------------------------------------------------------------------------------------------------------------------- loss
 
 
 @dataclass(frozen=True)
@@ -246,9 +228,7 @@ class _ChunkedLoss(torch.autograd.Function):
             p_t = target(positions.target_hidden[first : int(rows[-1]) + 1])
             for block in row_blocks(raw.shape[0], raw.shape[1], device):
                 here, of = slice(start + block.start, start + block.stop), rows[block] - first
-                *found, slope = positions.compare(
-                    raw[block], TargetProbabilities(p_t.inside[of], p_t.outside[of], p_t.best[of]), here, needs_grad
-                )
+                *found, slope = positions.compare(raw[block], p_t.rows(of), here, needs_grad)
                 for values, piece in zip(measured, found, strict=True):
                     values[here] = piece
                 if slopes is not None and slope is not None:
@@ -299,9 +279,6 @@ def dspark_loss(
 
     Source: paper Eqs. 8-12. Differs: the weights are normalised by their sum.
 
-    Memory in bytes, for n = chunk_positions and m <= n distinct target positions: n V_d (2 logits in bf16 + 2 their gradient) + m (2 V + 4
-    V_d), and on a CPU a few blocks of 4 MiB (on an accelerator 16 n V_d + 8 m V); 31 MB for n = 256, m = 128, V = 49,152, V_d = 12,288.
-
     Args:
         hidden (`torch.Tensor` of shape `(batch, anchors, block_size, hidden)`): h from the drafter.
         latent (`torch.Tensor` of shape `(batch, anchors, block_size, rank)`, *optional*): the sequential head's latents.
@@ -313,7 +290,7 @@ def dspark_loss(
         weights (`LossWeights`): coefficients.
         parameters: tensors used by `draft_logits` that want a gradient (the head's second matrix).
         label_index (`torch.Tensor` of shape `(vocab,)`, *optional*): draft index of each target id, -1 where it has none.
-        chunk_positions (`int`): n above: positions whose logits exist at one time.
+        chunk_positions (`int`): positions whose logits exist at one time; 31 MB for 256 of them with V = 49,152 and V_draft = 12,288.
         totals (*optional*): `weight_totals` of the whole step where this call sees a part of it, which may be without a supervised
             position; the losses of all parts then add up to that of the whole.
     Raises:
@@ -352,46 +329,27 @@ def dspark_loss(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- module
-
-
 class BlockObjective(nn.Module):
     """The loss of blocks under a drafter and its frozen target, as one module whose forward uses every weight, so that it can be sharded.
 
-    The target is no submodule: it is neither saved nor sharded with this.
-
-    Args:
-        drafter (`DSparkDrafter`): bound to the target.
-        target (`transformers.PreTrainedModel`): frozen.
-        chunk_positions (`int`): block positions whose logits exist at one time.
-        states_memory_gib (`float`): see `TargetStates`.
-    Attributes:
-        seconds_of (`dict[str, float]`): where the time of the calls since it was last emptied went.
-        label_index (`torch.Tensor` of shape `(vocab,)` or None): draft index of each target id, -1 where it has none.
+    The target is no submodule: it is neither saved nor sharded with this. `seconds_of` says where the time of the calls since it was last
+    emptied went. Arguments and `label_index` as in `dspark_loss` and `TargetStates`.
     """
 
     def __init__(self, drafter: DSparkDrafter, target: PreTrainedModel, *, chunk_positions: int, states_memory_gib: float = 0.0) -> None:
         super().__init__()
-        self.drafter = drafter
-        self.chunk_positions = chunk_positions
+        self.drafter, self.chunk_positions = drafter, chunk_positions
         self.device = next(drafter.parameters()).device
         self.states = TargetStates(target, drafter.config.target_layer_ids, memory_gib=states_memory_gib)
         ids = drafter.draft_token_ids
         text_config = target.config.get_text_config(decoder=True)
         self.head = TargetHead(target.get_output_embeddings(), ids, softcap=getattr(text_config, "final_logit_softcapping", None))
-        self.label_index: Tensor | None = None
-        if ids is not None:
-            self.label_index = torch.full((text_config.vocab_size,), -1, dtype=torch.long, device=self.device)
-            self.label_index[ids] = torch.arange(ids.numel(), device=self.device)
+        self.label_index = None if ids is None else places(text_config.vocab_size, ids.to(self.device), self.device)
         self.seconds_of: dict[str, float] = {}
 
     def forward(self, blocks: Blocks, weights: LossWeights, totals: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, LossResult]:
-        """The target's states, drafter and loss of some rows' blocks.
+        """The target's states, drafter and loss of the blocks of a whole step, or of a part of it with the `weight_totals` of the whole.
 
-        Args:
-            blocks (`Blocks`): of a whole step, or a part of it.
-            weights (`LossWeights`): coefficients.
-            totals (*optional*): `weight_totals` of the whole step, where the blocks are a part.
         Returns:
             the loss, which carries the gradient, and the whole result.
         """
@@ -429,5 +387,4 @@ class BlockObjective(nn.Module):
         return base if latent is None or head is None else base + head.project(latent)
 
     def _target_probabilities(self, hidden: Tensor) -> TargetProbabilities:
-        found = self.head(hidden.to(self.states.device))
-        return TargetProbabilities(found.inside.to(self.device), found.outside.to(self.device), found.best.to(self.device))
+        return self.head(hidden.to(self.states.device)).to(self.device)

@@ -9,11 +9,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let malloc reuse large blocks instead of returning them to the system at every free, where the C library is glibc.
+    """Let glibc's malloc reuse large blocks instead of returning them to the system at every free.
 
-    A training step on a CPU frees and allocates buffers of tens of megabytes all the time. By default glibc maps each one anew, and the
-    kernel clears its pages one fault at a time; that can cost a third of the step. The memory stays with the process. For programs, not
-    for libraries: it changes the whole process.
+    A training step on a CPU frees and allocates buffers of tens of megabytes all the time; mapping each one anew can cost a third of the
+    step. For programs, not for libraries: it changes the whole process.
     """
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no such function

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.training.configuration import DrafterShape
-from hf_dspark.training.data import response_tokens
 from hf_dspark.training.initial_head import start_sequential_head
 from hf_dspark.training.rows import ResponseRow
 from hf_dspark.training.target_states import TargetStates
@@ -30,18 +29,17 @@ def make_drafter(
     device: torch.device | str,
     target_name: str | None = None,
 ) -> tuple[DSparkDrafter, dict[str, Any]]:
-    """Make a fresh drafter, and say what it was made from.
+    """Make a fresh drafter, bound to its target, and say what it was made from.
 
     Args:
-        target (`PreTrainedModel`): the causal LM to draft for.
-        tokenizer: its tokenizer.
+        target, tokenizer: the causal LM to draft for.
         rows, held_out: response rows; the draft vocabulary is chosen on the first and measured on the second.
         shape (`DrafterShape`): what to make.
         dtype (`torch.dtype`), device: of the drafter.
         target_name (`str`, *optional*): written into the config.
     Returns:
-        the drafter, bound, and facts for a recipe: parameters, bytes, mask token, coverage of the draft vocabulary,
-        tokens that the head's start was read from.
+        the drafter, and facts for a recipe: parameters, bytes, mask token, coverage of the draft vocabulary, tokens that the head's start
+        was read from.
     Raises:
         ValueError: for a shape that does not fit the target.
     """
@@ -94,13 +92,11 @@ def size_of(drafter: torch.nn.Module) -> dict[str, int]:
 
 
 def mask_id_of(tokenizer: PreTrainedTokenizerBase, mask_token: str | None) -> int | None:
-    """The id of a mask token given as its text or its id; None where none is given.
-
-    Raises:
-        ValueError: if the text is not one token of the tokenizer.
-    """
-    if mask_token is None or mask_token.isdecimal():
-        return None if mask_token is None else int(mask_token)
+    """The id of a mask token given as its text or its id; a `ValueError` if the text is not one token."""
+    if mask_token is None:
+        return None
+    if mask_token.isdecimal():
+        return int(mask_token)
     found = tokenizer.convert_tokens_to_ids(mask_token)
     if found is None or (found == tokenizer.unk_token_id and mask_token != tokenizer.unk_token):
         raise ValueError(
@@ -110,25 +106,16 @@ def mask_id_of(tokenizer: PreTrainedTokenizerBase, mask_token: str | None) -> in
 
 
 def frequent_tokens(rows: Iterable[ResponseRow], size: int, *, always: Iterable[int] = (), vocab_size: int) -> Tensor:
-    """The most frequent response tokens: a reduced draft vocabulary.
+    """The most frequent response tokens, and `always` (those that end a text): a reduced draft vocabulary, increasing ids `(size,)`.
 
-    Args:
-        rows: training rows only, or the coverage measured on held-out rows means nothing.
-        size (`int`): ids to choose.
-        always: ids that are in it whatever their count (those that end a text).
-        vocab_size (`int`): of the target; ids never seen fill up from the lowest, should the data hold too few.
-    Returns:
-        `torch.Tensor` of shape `(size,)`: target ids, int64, increasing.
+    The rows are training rows only, or the coverage measured on held-out rows means nothing. Ids never seen fill up from the lowest.
+
     Raises:
-        ValueError: if size is not in 1..vocab_size or smaller than the ids that must be in it, or an id is outside.
+        ValueError: if size is not in 1..vocab_size or smaller than the ids that must be in it.
     """
     forced = sorted(set(always))
     if not max(1, len(forced)) <= size <= vocab_size:
         raise ValueError(f"draft vocabulary of {size}; allowed: {max(1, len(forced))} to {vocab_size}. Choose another --draft-vocab.")
-    if forced and not 0 <= forced[0] <= forced[-1] < vocab_size:
-        raise ValueError(
-            f"ids {forced} must be in the draft vocabulary; allowed: 0 to {vocab_size - 1}. Check the tokenizer's special ids."
-        )
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for row in rows:
         ids = torch.tensor(list(chain.from_iterable(row.responses)))
@@ -140,8 +127,5 @@ def frequent_tokens(rows: Iterable[ResponseRow], size: int, *, always: Iterable[
 def coverage(rows: Iterable[ResponseRow], token_ids: Tensor) -> tuple[int, int]:
     """Response tokens inside a draft vocabulary, and response tokens in all (numerator, denominator)."""
     known = set(token_ids.tolist())
-    inside = total = 0
-    for row in rows:
-        inside += sum(token in known for response in row.responses for token in response)
-        total += response_tokens(row)
-    return inside, total
+    tokens = [token for row in rows for response in row.responses for token in response]
+    return sum(token in known for token in tokens), len(tokens)

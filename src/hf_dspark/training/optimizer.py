@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hf_dspark.errors import CheckpointError
 from hf_dspark.utils.hardware import device_name, has_bf16
@@ -20,9 +21,9 @@ logger = logging.getLogger(__name__)
 class MasterOptimizer:
     """AdamW or Muon on float32 copies of the parameters, which themselves stay in the dtype they compute in.
 
-    Muon orthogonalises the momentum of a matrix; it is for matrices between hidden states, which the caller names. Norms, biases and the
-    sequential head's vocabulary matrices stay with AdamW, and Muon's updates are scaled to the size of AdamW's, so that one learning rate
-    serves both. Gradients of the parts of a step are added up in float32, and over processes where there are several.
+    Muon orthogonalises the momentum of matrices between hidden states, which the caller names; everything else stays with AdamW. Muon's
+    updates are scaled to the size of AdamW's, so that one learning rate serves both. Gradients of the parts of a step are added up in
+    float32, and over processes where there are several.
 
     Source: torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`.
 
@@ -50,15 +51,12 @@ class MasterOptimizer:
         self.masters = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
         self._reduce = reduce
         chosen = {id(parameter) for parameter in matrices} if kind == "muon" else set()
-        muons = [i for i, parameter in enumerate(self.parameters) if id(parameter) in chosen]
-        others = [i for i, parameter in enumerate(self.parameters) if id(parameter) not in chosen]
         # Each optimizer with the indices of its masters.
         self.parts: list[tuple[torch.optim.Optimizer, list[int]]] = []
-        if others:
-            of_others = [self.masters[i] for i in others]
-            self.parts.append((torch.optim.AdamW(of_others, lr=0.0, weight_decay=weight_decay, fused=True), others))
-        if muons:
-            self.parts.append((_muon([self.masters[i] for i in muons], weight_decay), muons))
+        for make, muons in ((_adamw, False), (_muon, True)):
+            indices = [i for i, parameter in enumerate(self.parameters) if (id(parameter) in chosen) == muons]
+            if indices:
+                self.parts.append((make([self.masters[i] for i in indices], weight_decay), indices))
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -77,7 +75,7 @@ class MasterOptimizer:
         """Accumulate, reduce, clip, step, copy back and drop the gradients.
 
         Returns:
-            `float`: gradient norm before clipping, the same in every process. When it is not finite no parameter changes.
+            `float`: gradient norm before clipping, the same in every process; where it is not finite no parameter changes.
         """
         self.accumulate()
         if self._reduce is not None:
@@ -103,27 +101,13 @@ class MasterOptimizer:
             parameter.copy_(master)
 
     def state_dict(self, keep: bool = True) -> dict[str, Any]:
-        """Masters and the optimizers' states, put together from their shards where there are several; all processes must call it.
-
-        Args:
-            keep (`bool`): False in processes that will not write them; sharded tensors are None there.
-        """
-        states = []
-        for optimizer, _ in self.parts:
-            state = optimizer.state_dict()
-            moments = {
-                index: {name: gathered(value, keep) if torch.is_tensor(value) else value for name, value in of_one.items()}
-                for index, of_one in state["state"].items()
-            }
-            states.append({**state, "state": moments})
-        return {"masters": [gathered(master, keep) for master in self.masters], "optimizers": states}
+        """Masters and the optimizers' states, put together from their shards where there are several; all processes must call it. Sharded
+        tensors are None where `keep` is False: in processes that will not write them."""
+        state = {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer, _ in self.parts]}
+        return tree_map(lambda value: gathered(value, keep) if torch.is_tensor(value) else value, state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, whatever the number of processes was.
-
-        Raises:
-            CheckpointError: if the tensors have other shapes than this drafter's, or belong to another optimizer.
-        """
+        """Restore what `state_dict` returned, whatever the number of processes was; a `CheckpointError` where it does not fit."""
         saved = state["masters"]
         if [tuple(t.shape) for t in saved] != [tuple(t.shape) for t in self.masters]:
             raise CheckpointError(
@@ -147,6 +131,10 @@ class MasterOptimizer:
             }
             optimizer.load_state_dict({**stored, "state": moments})
         self._copy_back()
+
+
+def _adamw(masters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(masters, lr=0.0, weight_decay=weight_decay, fused=True)
 
 
 def _muon(masters: list[Tensor], weight_decay: float) -> torch.optim.Optimizer:

@@ -8,20 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_dspark.training.losses import BlockObjective, Tally
 
 
 class Processes:
-    """The launched processes, or one that is alone.
-
-    Args:
-        accelerator (`accelerate.Accelerator`): of this process.
-        device (`torch.device`): that the drafter is on.
-    Raises:
-        ValueError: if that is not the process's own device, among several.
-    """
+    """The launched processes, or one that is alone; a `ValueError` where the drafter's device is not the process's own, among several."""
 
     def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
         self.accelerator = accelerator
@@ -34,12 +27,6 @@ class Processes:
                 f"the drafter is on {device}, its process's own device is {own}; allowed: the same. Leave --device at auto under "
                 "accelerate launch."
             )
-
-    def start_alike(self, drafter: nn.Module) -> None:
-        """Start every process from the first one's weights."""
-        if self.count > 1:
-            for tensor in drafter.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
 
     def agree(self, value: Any) -> Any:
         """The first process's value in all processes: their clocks differ."""

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,7 @@ _CHECKPOINTS = 2  # the newest ones stay
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what torch, safetensors and the system raise when a file cannot be written into one error.
-
-    Raises:
-        OutputError: naming the path and the reason.
-    """
+    """Turn what torch, safetensors and the system raise when a file cannot be written into one `OutputError`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -46,12 +42,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """The output folder of one run.
-
-    Args:
-        path (`Path`): created when missing.
-        writes (`bool`): False in all processes but one, where every write does nothing.
-    """
+    """The output folder of one run, created when missing; without `writes` (in all processes but one) every write does nothing."""
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
@@ -107,7 +98,7 @@ class RunFolder:
         return path
 
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint and its path, None where there is none; what a kill left half-written is removed."""
+        """As `newest_state`; what a kill left half-written is removed."""
         if self.writes:
             for half_written in [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]:
                 shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
@@ -115,11 +106,7 @@ class RunFolder:
 
 
 def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run's folder, read; None where there is none.
-
-    Raises:
-        CheckpointError: if the file cannot be read.
-    """
+    """The newest checkpoint of a run's folder and its path, None where there is none; a `CheckpointError` if it cannot be read."""
     found = sorted((run / "checkpoints").glob("step-*/state.pt"))
     if not found:
         return None
@@ -137,7 +124,7 @@ def drafter_identity(drafter: DSparkDrafter) -> dict[str, Any]:
     config = drafter.config
     names = ("block_size", "target_layer_ids", "mask_token_id", "markov_rank", "markov_head_type", "num_hidden_layers")
     found: dict[str, Any] = {name: getattr(config, name) for name in names}
-    found["target_layer_ids"] = list(found["target_layer_ids"])
+    found["target_layer_ids"] = list(config.target_layer_ids)
     found["dtype"] = str(drafter.dtype).removeprefix("torch.")
     ids = drafter.draft_token_ids
     found["draft_ids"] = None if ids is None else hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
@@ -148,13 +135,9 @@ def drafter_identity(drafter: DSparkDrafter) -> dict[str, Any]:
 
 
 def load_weights(drafter: DSparkDrafter, run: Path) -> int:
-    """Start `drafter` from the newest checkpoint of another run: its weights, nothing of its optimizer or schedule.
+    """Start a drafter from the newest checkpoint of another run: its weights and, since row j of the head's second matrix belongs to draft
+    id j, its draft vocabulary; nothing of its optimizer or schedule.
 
-    The draft vocabulary comes along: row j of the head's second matrix belongs to its draft id j.
-
-    Args:
-        drafter (`DSparkDrafter`): of the same shapes.
-        run (`Path`): that run's output folder.
     Returns:
         `int`: the step of the checkpoint.
     Raises:
@@ -167,10 +150,8 @@ def load_weights(drafter: DSparkDrafter, run: Path) -> int:
     masters, parameters = state["optimizer"]["masters"], [p for p in drafter.parameters() if p.requires_grad]
     if [m.shape for m in masters] != [p.shape for p in parameters]:
         raise CheckpointError(f"{path} holds tensors of other shapes than this drafter's; use the same layers, rank and vocabulary.")
-    there, here = state["fingerprint"], drafter_identity(drafter)
-    differing = [name for name in ("block_size", "target_layer_ids", "mask_token_id", "markov_head_type") if there.get(name) != here[name]]
-    if differing:
-        listed = ", ".join(f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in differing)
+    kind = ("block_size", "target_layer_ids", "mask_token_id", "markov_head_type")
+    if listed := differences(state["fingerprint"], drafter_identity(drafter), kind):
         raise CheckpointError(f"{path} is of another kind of drafter ({listed}); allowed: the same. Give the options of that run.")
     with torch.no_grad():
         for parameter, master in zip(parameters, masters, strict=True):
@@ -178,6 +159,12 @@ def load_weights(drafter: DSparkDrafter, run: Path) -> int:
         for name, buffer in state["buffers"].items():
             drafter.get_buffer(name).copy_(buffer)
     return state["progress"]["step"]
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> str:
+    """What differs between the identities of two runs, for messages."""
+    differing = (name for name in names if there.get(name) != here.get(name))
+    return ", ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in differing)
 
 
 def flat_metrics(prefix: str, values: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ to disk."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,11 @@ class TargetStates:
     """Hidden states of the tapped layers and last hidden states of a frozen target, by one pass of its decoder and never of its lm_head.
 
     The rows are padded on the right and the decoder is causal, so no padding mask is passed: padding cannot reach a real token, and
-        attention takes its fast
-    causal path.
+    attention takes its fast causal path.
 
     With `memory_gib` the states of rows stay in the host's memory for the next pass over the data. Then every row goes through the target
-    alone, so that its states do not depend on the batch in which it came up first, and a resumed run sees the states of the uninterrupted
-    one. What does not fit is computed again; nothing is evicted, since a pass over the data visits every row once and would evict just what
-    it needs next.
+    alone, so that its states do not depend on its batch, and a resumed run sees the states of the uninterrupted one. Nothing is evicted: a
+    pass over the data would evict just what it needs next.
 
     Args:
         target (`transformers.PreTrainedModel`): a causal LM; its weights are read only.
@@ -52,33 +51,20 @@ class TargetStates:
         return len(self._rows)
 
     def __call__(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass.
+        """One pass over ids `(batch, sequence)`, padded on the right.
 
-        Args:
-            input_ids (`torch.Tensor` of shape `(batch, sequence)`): padded on the right.
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: tapped states `(batch, sequence, taps * hidden)`, and last hidden states after the final
-                norm `(batch, sequence, hidden)`. Ordinary tensors without gradient history.
+            tapped states `(batch, sequence, taps * hidden)`, and last hidden states after the final norm `(batch, sequence, hidden)`;
+            ordinary tensors without gradient history.
         """
-        was_training = self.target.training
-        self.target.eval()
-        try:
-            with torch.inference_mode(), self._taps.open():
-                last = self.decoder(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
-        finally:
-            self.target.train(was_training)
+        with _frozen(self.target), self._taps.open():
+            last = self.decoder(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
         # Outside inference mode: the concatenation and the copy are ordinary tensors that backward may save.
         return self._taps.take(), last.clone()
 
     def of_batch(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """States of a padded batch, from memory where they are there.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(batch, sequence)`): padded on the right.
-            lengths (`torch.Tensor` of shape `(batch,)`): tokens of each row without padding.
-        Returns:
-            As `__call__`; zeros at padding where memory is in use.
-        """
+        """States of a batch as `__call__` returns them, from memory where they are there (then zeros at padding); `lengths` `(batch,)` are
+        tokens without padding."""
         if not self._remembers:
             return self(input_ids)
         rows = [self._row(ids[:length]) for ids, length in zip(input_ids, lengths.tolist(), strict=True)]
@@ -90,9 +76,9 @@ class TargetStates:
 
     def _row(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         key = tuple(ids.tolist())
-        found = self._rows.get(key)
-        if found is not None:
-            return found[0].to(self.device, non_blocking=True), found[1].to(self.device, non_blocking=True)
+        if key in self._rows:
+            taps, last = self._rows[key]
+            return taps.to(self.device, non_blocking=True), last.to(self.device, non_blocking=True)
         taps, last = (t[0] for t in self(ids[None]))
         size = taps.nbytes + last.nbytes
         if size <= self._free_bytes:
@@ -115,15 +101,23 @@ class TargetProbabilities:
     outside: Tensor
     best: Tensor
 
+    def rows(self, which: Tensor) -> TargetProbabilities:
+        return TargetProbabilities(self.inside[which], self.outside[which], self.best[which])
+
+    def to(self, device: torch.device) -> TargetProbabilities:
+        return TargetProbabilities(self.inside.to(device), self.outside.to(device), self.best.to(device))
+
+
+def places(count: int, ids: Tensor | slice, device: torch.device) -> Tensor:
+    """The place of each of so many numbers among some of them, -1 where it is not one of those."""
+    found = torch.full((count,), -1, dtype=torch.long, device=device)
+    found[ids] = torch.arange(len(found[ids]), device=device)
+    return found
+
 
 def row_blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows for elementwise work: on a CPU as many as its cache holds a few copies of, all at once on an accelerator.
-
-    Args:
-        count (`int`): rows.
-        width (`int`): float32 numbers of a row.
-        device (`torch.device`): where they are.
-    """
+    """Slices of `count` rows of `width` float32 numbers for elementwise work: on a CPU as many as its cache holds a few copies of, all at
+    once on an accelerator."""
     size = max(1, _CACHED_NUMBERS // width) if device.type == "cpu" else max(1, count)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
@@ -146,28 +140,21 @@ class TargetHead:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         if type(output_embeddings) is nn.Linear:
-            weight, bias = output_embeddings.weight.detach(), output_embeddings.bias
-            order: Tensor | slice = slice(None)
+            self._weight, self._bias = output_embeddings.weight.detach(), output_embeddings.bias
             if draft_token_ids is not None:
-                ids = draft_token_ids.to(weight.device)
-                others = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+                ids = draft_token_ids.to(self._weight.device)
+                others = torch.ones(len(self._weight), dtype=torch.bool, device=ids.device)
                 others[ids] = False
                 order = torch.cat([ids, others.nonzero().squeeze(1)])
-            self._weight, self._bias = weight[order], None if bias is None else bias.detach()[order]
+                self._weight, self._bias = self._weight[order], None if self._bias is None else self._bias.detach()[order]
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> TargetProbabilities:
-        """p_t at the given positions.
-
-        Args:
-            hidden (`torch.Tensor` of shape `(m, hidden)`): the target's last hidden states, after its final norm.
-        Returns:
-            `TargetProbabilities`: float32.
-        """
+        """p_t, float32, at m positions; `hidden` `(m, hidden)` are the target's last hidden states, after its final norm."""
         logits = self._head(hidden) if self._weight is None else F.linear(hidden.to(self._weight.dtype), self._weight, self._bias)
         count, vocab = logits.shape
-        size = vocab if self._ids is None else self._ids.numel()
-        ids = None if self._ids is None or self._weight is not None else self._ids.to(logits.device)
+        size = vocab if self._ids is None else len(self._ids)
+        columns = slice(size) if self._ids is None or self._weight is not None else self._ids.to(logits.device)
         inside = torch.empty(count, size, device=logits.device)
         best = torch.empty(count, dtype=torch.long, device=logits.device)
         for block in row_blocks(count, vocab, logits.device):
@@ -175,33 +162,19 @@ class TargetHead:
             if self._softcap is not None:
                 z = torch.tanh(z / self._softcap) * self._softcap
             best[block] = z.argmax(dim=-1)
-            p = z.softmax(dim=-1)
-            inside[block] = p[:, :size] if ids is None else p[:, ids]
-        if self._ids is None:
-            return TargetProbabilities(inside, torch.zeros_like(inside[:, 0]), best)
-        if ids is None:
-            best = best.masked_fill(best >= size, -1)
-        else:
-            index = torch.full((vocab,), -1, dtype=torch.long, device=logits.device)
-            index[ids] = torch.arange(size, device=logits.device)
-            best = index[best]
-        return TargetProbabilities(inside, (1 - inside.sum(dim=-1)).clamp_(min=0), best)
+            inside[block] = z.softmax(dim=-1)[:, columns]
+        outside = torch.zeros_like(inside[:, 0]) if self._ids is None else (1 - inside.sum(dim=-1)).clamp_(min=0)
+        return TargetProbabilities(inside, outside, places(vocab, columns, logits.device)[best])
 
     def check(self, states: TargetStates, ids: Tensor) -> None:
-        """Refuse a target whose logits are not its lm_head on its last hidden states.
+        """Refuse a target whose logits at some tokens `(1, n)` are not its lm_head on its last hidden states.
 
-        Args:
-            states (`TargetStates`): of the target.
-            ids (`torch.LongTensor` of shape `(1, n)`): any tokens.
         Raises:
             UnsupportedTargetError: telling by how much they differ.
         """
-        target, (_, last) = states.target, states(ids)
-        was_training = target.training
-        target.eval()
-        with torch.inference_mode():
-            expected = target(input_ids=ids.to(states.device), use_cache=False).logits[0].float().softmax(dim=-1)
-        target.train(was_training)
+        _, last = states(ids)
+        with _frozen(states.target):
+            expected = states.target(input_ids=ids.to(states.device), use_cache=False).logits[0].float().softmax(dim=-1)
         draft = expected if self._ids is None else expected[:, self._ids.to(expected.device)]
         error = float((draft - self(last[0]).inside).abs().max())
         if not error < _HEAD_TOLERANCE:
@@ -209,3 +182,15 @@ class TargetHead:
                 f"the target's lm_head on its last hidden states differs from its own logits by {error:.3g} in probability; allowed: "
                 f"below {_HEAD_TOLERANCE}. This target changes its logits after the head in a way that TargetHead lacks: extend it."
             )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)

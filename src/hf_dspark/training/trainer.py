@@ -27,7 +27,7 @@ from hf_dspark.training.losses import BlockObjective, LossResult, Tally, weight_
 from hf_dspark.training.optimizer import MasterOptimizer, gathered
 from hf_dspark.training.processes import Processes, shard
 from hf_dspark.training.rows import ResponseRow
-from hf_dspark.training.run_folder import RunFolder, drafter_identity, flat_metrics
+from hf_dspark.training.run_folder import RunFolder, differences, drafter_identity, flat_metrics
 
 _SKIPS_IN_A_ROW = 10
 # Cadence, memory, and how a step's rows are shared out do not change the run, or its rounding only.
@@ -56,12 +56,9 @@ class Progress:
 class Trainer:
     """Trains a bound drafter on responses of its frozen target.
 
-    MTP-1 (block_size 1) and DFlash (markov_rank 0) are configurations of the drafter, not other code. Batches, anchors and schedule are
-    functions of (seed, step), so a checkpoint needs no data state beyond the step.
-
-    Several processes (`accelerate launch`) share the rows of each step. Every process cuts the blocks of the whole step and divides its
-    share by the whole step's weights, so that the gradients add up to those of one process, whatever the number of processes and
-    accumulated parts.
+    Batches, anchors and schedule are functions of (seed, step), so a checkpoint needs no data state beyond the step. Several processes
+    (`accelerate launch`) share the rows of each step: every one cuts the blocks of the whole step and divides its share by the whole step's
+    weights, so that the gradients add up to those of one process, whatever the number of processes and accumulated parts.
 
     Files under `output`: `log.jsonl` (one event a line), `tensorboard/`, `checkpoints/step-*` (the last two, resumable after a kill at any
     moment), `best` and `final` (drafters for `from_pretrained`).
@@ -120,7 +117,9 @@ class Trainer:
         self.objective = BlockObjective(drafter, target, chunk_positions=config.chunk_positions, states_memory_gib=config.states_memory_gib)
         self.objective.head.check(self.objective.states, torch.tensor([self.rows[0].prompt_ids[:8] + self.rows[0].response_ids[:8]]))
         self._fingerprint = self._identify({**drafter_identity(drafter), "decodes": decode is not None, **(identity or {})})
-        self.processes.start_alike(drafter)
+        if self.processes.count > 1:  # All start from the first one's weights.
+            for tensor in drafter.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
         self.sharded = fsdp or getattr(self.processes.accelerator.state, "fsdp_plugin", None) is not None
         if self.sharded:
             if adapter_names(drafter):
@@ -136,8 +135,6 @@ class Trainer:
         self.progress = Progress()
         self._started = time.monotonic()
         self._skipped = 0
-
-    # -- one step -------------------------------------------------------------------------------------------------
 
     def batch_loss(self, batch: Batch, *, num_anchors: int, generator: torch.Generator, weights: LossWeights) -> LossResult:
         """Anchors, target states, drafter and loss of one whole batch; `.loss` carries the gradient."""
@@ -166,23 +163,14 @@ class Trainer:
         return [slice(start, min(rows, start + each)) for start in starts]
 
     def step(self, fraction: float) -> dict[str, Any]:
-        """One optimizer step; returns what the log records of it, nothing at steps that are not logged.
-
-        Args:
-            fraction (`float`): elapsed share of the run, from which the schedules follow.
-        """
+        """One optimizer step at an elapsed share of the run; returns what the log records of it, nothing at steps that are not logged."""
         config, step, objective = self.config, self.progress.step, self.objective
         clock = time.perf_counter()
         objective.seconds_of = {"backward_s": 0.0}
         # Dropout, where there is any, is a function of the step too.
         torch.manual_seed(self.generator("dropout", step, self.processes.index).initial_seed())
-        batch = self.batch_at(step)
-        blocks = cut_blocks(
-            batch,
-            num_anchors=config.num_anchors,
-            block_size=self.drafter.config.block_size,
-            generator=self.generator("anchors", step),
-        )
+        batch, gamma = self.batch_at(step), self.drafter.config.block_size
+        blocks = cut_blocks(batch, num_anchors=config.num_anchors, block_size=gamma, generator=self.generator("anchors", step))
         weights = config.loss_weights_at(fraction)
         totals = weight_totals(blocks.targets, weights, objective.label_index)
         tally, losses = Tally(), {"loss": 0.0}
@@ -236,8 +224,6 @@ class Trainer:
                 f"learning rate, or start from an earlier checkpoint in {self.files.checkpoints}."
             )
 
-    # -- the loop -------------------------------------------------------------------------------------------------
-
     def seconds(self) -> float:
         """Wall-clock seconds of this run, earlier parts of a resumed run included."""
         return self.progress.seconds + time.monotonic() - self._started
@@ -252,11 +238,7 @@ class Trainer:
     def train(self, *, stop_after: int | None = None) -> Progress:
         """Resume where the output folder stands, train to the end, evaluate, and save `best` and `final`.
 
-        Args:
-            stop_after (`int`, *optional*): leave after this many steps of this call, with a checkpoint and without the closing evaluation,
-                as an interrupted run would.
-        Returns:
-            `Progress`: the run's counters and its held-out curve.
+        With `stop_after` it leaves after so many steps of this call, with a checkpoint, as an interrupted run would.
         """
         config = self.config
         self._started = time.monotonic()
@@ -283,12 +265,9 @@ class Trainer:
             if record:
                 self._log_step(record)
             now = self.seconds()
-            evaluation_due, checkpoint_due = self.processes.agree(
-                (
-                    now - self.progress.last_evaluation >= 60 * config.evaluation_minutes,
-                    now - last_checkpoint >= 60 * config.checkpoint_minutes,
-                )
-            )
+            evaluation_due = now - self.progress.last_evaluation >= 60 * config.evaluation_minutes
+            checkpoint_due = now - last_checkpoint >= 60 * config.checkpoint_minutes
+            evaluation_due, checkpoint_due = self.processes.agree((evaluation_due, checkpoint_due))
             if evaluation_due and self.fraction() < 1:
                 self._evaluate_and_save(config.evaluation_rows)
             if checkpoint_due:
@@ -312,8 +291,6 @@ class Trainer:
         """Leave the process group, if there is one. Call it last in a process that was launched with others; training is over for it."""
         self.processes.leave()
 
-    # -- evaluation -----------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def evaluate(self, rows: Sequence[ResponseRow]) -> dict[str, Any]:
         """Teacher-forced metrics on held-out rows, over all, per temperature and per domain and temperature.
@@ -327,7 +304,7 @@ class Trainer:
             generator = self.generator("evaluation", number)
             result = self.batch_loss(collate(chunk), num_anchors=self.config.evaluation_anchors, generator=generator, weights=weights)
             keys = [("all", f"T={row.temperature:g}", f"{row.source} T={row.temperature:g}") for row in chunk]
-            for key in sorted({name for names in keys for name in names}):
+            for key in {name for names in keys for name in names}:
                 mine = torch.tensor([key in names for names in keys])
                 tallies.setdefault(key, Tally()).merge(result.tally(mine))
         if self.sharded:
@@ -391,8 +368,6 @@ class Trainer:
             self._save("best")
         self.progress.last_evaluation = self.seconds()
 
-    # -- files ----------------------------------------------------------------------------------------------------
-
     def _log(self, event: str, **fields: Any) -> None:
         record = {"event": event, "step": self.progress.step, "seconds": round(self.seconds(), 2), **fields}
         self.files.log(record)
@@ -449,10 +424,8 @@ class Trainer:
         if found is None:
             return False
         path, state = found
-        mine, theirs = self._fingerprint, state["fingerprint"]
-        differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-        if differing:
-            listed = ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in differing)
+        theirs = state["fingerprint"]
+        if listed := differences(theirs, self._fingerprint, sorted(self._fingerprint.keys() | theirs.keys())):
             raise CheckpointError(f"{path} belongs to another run ({listed}); allowed: the same. Use another output folder.")
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
