@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -58,9 +57,6 @@ def test_version(capsys):
         (["generate", "--prompt", " "], "empty"),
         (["generate", "--prompt", "x", "--limit", "2"], "--limit"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "--temperature"),
-        (["generate", "--prompt", "x", "--temperature", "inf"], "--temperature"),
-        (["generate", "--prompt", "x", "--top-p", "0"], "--top-p"),
-        (["generate", "--prompt", "x", "--top-p", "nan"], "--top-p"),
         (["generate", "--prompt", "x", "--batch-size", "0"], "--batch-size"),
         (["generate", "--prompt", "x", "--max-new-tokens", "-5"], "--max-new-tokens"),
         (["generate", "--prompt", "x", "--seed", "-1"], "--seed"),
@@ -85,6 +81,9 @@ def test_bad_options_are_one_line(capsys, arguments, expected):
         (["generate", "--prompt", "x", "--dtype", "int3"], "bf16"),
         (["generate", "--prompt", "x", "--device", "toaster"], "cpu"),
         (["demo", "--device", "cuda:99"], "cpu"),
+        (["generate", "--prompt", "x", "--temperature", "inf"], "temperature must be"),
+        (["generate", "--prompt", "x", "--top-p", "0"], "top_p must be"),
+        (["generate", "--prompt", "x", "--top-p", "nan"], "top_p must be"),
         (["generate", "--prompt", "x", "--top-p", "0.5"], "top_p"),
         (["generate", "--prompt", "x", "--drafter", "./no/such/folder"], "Hub id"),
         (["generate", "--prompt", "x", "--drafter", "smollm2"], "smollm2-dspark"),
@@ -114,100 +113,67 @@ def test_the_traceback_is_shown_on_request(capsys, monkeypatch, tmp_path):
         run(["generate", "--prompt", "x", "--drafter", str(tmp_path)])
 
 
-@pytest.fixture(scope="module")
-def tiny_pair(tmp_path_factory) -> tuple[Path, Path]:
-    """A tiny target with a tokenizer of one token a word, and a drafter for it, as folders."""
-    from tests.tiny import tiny_drafter, tiny_llama
-    from tests.words import word_tokenizer
-
-    folder = tmp_path_factory.mktemp("pair")
-    target = tiny_llama()
-    target.save_pretrained(folder / "target")
-    word_tokenizer(target.config).save_pretrained(folder / "target")
-    tiny_drafter(target).save_pretrained(folder / "drafter")
-    return folder / "target", folder / "drafter"
-
-
-@pytest.fixture
-def prompts(tmp_path) -> Path:
-    """Three prompts of different length."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"turns": [text]}) + "\n" for text in ("w5 w6 w7", "w8", "w9 w10 w11 w12 w13")),
-        encoding="utf-8",
-    )
-    return path
-
-
 def last_json(text: str) -> dict:
     """Returns the JSON object on the last line."""
     return json.loads(text.rstrip("\n").split("\n")[-1])
 
 
-def test_eval_reports_every_key(capsys, tmp_path, tiny_pair, prompts):
+def test_eval_reports_every_key(capsys, tmp_path, files):
     """One JSON object as the last line and in the output file, with overall figures, files, settings and machine."""
-    target, drafter = map(str, tiny_pair)
     out = tmp_path / "result.json"
-    arguments = ["--max-new-tokens", "12", "--batch-size", "2", "--dtype", "fp32", "--device", "cpu", "--json"]
-    pair = ["--target", target, "--drafter", drafter, "--prompts", str(prompts), "--output", str(out)]
-    assert run(["eval", *pair, *arguments]) == 0
+    arguments = ["--prompts", str(files.prompts), "--output", str(out), "--max-new-tokens", "12", "--batch-size", "2", "--device", "cpu"]
+    assert run(["eval", *files.pair, *arguments, "--json"]) == 0
     captured = capsys.readouterr()
     record = last_json(captured.out)
-    assert "evaluating: 3 of 3" in captured.err
+    assert "3 of 3" in captured.err
     assert record == json.loads(out.read_text(encoding="utf-8"))
     assert record["tau"] >= 1
     assert len(record["conditional_acceptance"]) >= 1
     assert record["speedup"] == pytest.approx(record["dspark_tokens_per_s"] / record["plain_tokens_per_s"])
     assert record["prompt_lookup_tokens_per_s"] > 0
     assert record["rows"] == record["identical_rows"] == 3  # fp32, greedy: the same text
-    assert record["files"]["prompts"]["tau"] == record["tau"]
+    assert record["files"]["words"]["tau"] == record["tau"]
     assert record["settings"]["seed"] == 0
     assert record["machine"]["versions"]["torch"]
 
 
-def test_generate_equals_the_plain_target(capsys, tiny_pair, prompts):
+def test_generate_equals_the_plain_target(capsys, files):
     """In fp32 the text of `generate` is the plain target's own, in a batch too."""
     from hf_dspark.evaluation.prompts import read_prompts
     from hf_dspark.evaluation.speed import Bench
     from hf_dspark.models.loading import load_drafter, load_target
 
-    target, drafter = map(str, tiny_pair)
-    pair = ["--target", target, "--drafter", drafter, "--prompts", str(prompts)]
-    settings = ["--max-new-tokens", "10", "--dtype", "fp32", "--device", "cpu"]
-    assert run(["generate", *pair, *settings, "--batch-size", "3", "--json"]) == 0
+    settings = ["--prompts", str(files.prompts), "--max-new-tokens", "10", "--device", "cpu", "--batch-size", "3", "--json"]
+    assert run(["generate", *files.pair, *settings]) == 0
     texts = [result["text"] for result in last_json(capsys.readouterr().out)["results"]]
-
-    model, tokenizer = load_target(target, dtype="fp32", device="cpu")
-    bench = Bench(model, load_drafter(drafter, dtype="fp32"), tokenizer, max_new_tokens=10)
-    plain = [bench.run("plain", bench.inputs([row])).tokens[0] for row in read_prompts(prompts)]
+    model, tokenizer = load_target(str(files.target), dtype="fp32", device="cpu")
+    bench = Bench(model, load_drafter(str(files.drafter), dtype="fp32"), tokenizer, max_new_tokens=10)
+    plain = [bench.run("plain", bench.inputs([row])).tokens[0] for row in read_prompts(files.prompts)]
     assert texts == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in plain]
 
 
-def test_a_stream_shows_the_same_text(capsys, tiny_pair):
+def test_a_stream_shows_the_same_text(capsys, files):
     """--stream prints the text that --json reports."""
-    target, drafter = map(str, tiny_pair)
-    pair = ["--target", target, "--drafter", drafter, "--prompt", "w5 w6"]
-    assert run(["generate", *pair, "--max-new-tokens", "8", "--dtype", "fp32", "--stream", "--json"]) == 0
+    assert run(["generate", *files.pair, "--prompt", "w5 w6", "--max-new-tokens", "8", "--stream", "--json"]) == 0
     out = capsys.readouterr().out
     assert last_json(out)["results"][0]["text"].strip() in out.rstrip("\n").rsplit("\n", 1)[0]
 
 
-def test_a_seed_repeats_the_text(capsys, tiny_pair):
+def test_a_seed_repeats_the_text(capsys, files):
     """Under sampling the same seed gives the same text, and some other seed another one."""
-    target, drafter = map(str, tiny_pair)
     texts = []
     for seed in ("1", "1", "2", "3"):
-        pair = ["--target", target, "--drafter", drafter, "--prompt", "w5 w6", "--temperature", "1", "--seed", seed]
-        assert run(["generate", *pair, "--max-new-tokens", "12", "--dtype", "fp32", "--json"]) == 0
+        sampled = ["--prompt", "w5 w6", "--temperature", "1", "--seed", seed, "--max-new-tokens", "12", "--json"]
+        assert run(["generate", *files.pair, *sampled]) == 0
         texts.append(last_json(capsys.readouterr().out)["results"][0]["text"])
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
 
 
-def test_demo_ends_with_the_figures(capsys, tiny_pair):
+def test_demo_ends_with_the_figures(capsys, files):
     """The demo's last line is a JSON object with speed, tau and the verdict of the fp32 leg; with --json it is the only one."""
-    target, drafter = map(str, tiny_pair)
-    assert run(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "8", "--device", "cpu"]) == 0
+    pair = ["--target", str(files.target), "--drafter", str(files.drafter), "--device", "cpu"]
+    assert run(["demo", *pair, "--max-new-tokens", "8"]) == 0
     out = capsys.readouterr().out
     record = last_json(out)
     assert record["identical"] is True
@@ -215,15 +181,14 @@ def test_demo_ends_with_the_figures(capsys, tiny_pair):
     assert record["speedup"] == pytest.approx(record["dspark_tokens_per_s"] / record["plain_tokens_per_s"])
     assert record["fp32_partings"] == []
     assert "speed-up" in out
-    assert run(["demo", "--target", target, "--drafter", drafter, "--max-new-tokens", "4", "--device", "cpu", "--json"]) == 0
+    assert run(["demo", *pair, "--max-new-tokens", "4", "--json"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_profile_prints_what_it_remembers(capsys, tmp_path, monkeypatch, tiny_pair):
+def test_profile_prints_what_it_remembers(capsys, tmp_path, monkeypatch, files):
     """The JSON line is the profile that the cache holds; a second time nothing is measured."""
     monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
-    target, drafter = map(str, tiny_pair)
-    arguments = ["profile", "--target", target, "--drafter", drafter, "--rows", "2", "--dtype", "fp32", "--device", "cpu"]
+    arguments = ["profile", *files.pair, "--rows", "2", "--device", "cpu"]
     assert run([*arguments, "--json"]) == 0
     record = last_json(capsys.readouterr().out)
     (path,) = (tmp_path / "profiles").iterdir()
@@ -234,58 +199,52 @@ def test_profile_prints_what_it_remembers(capsys, tmp_path, monkeypatch, tiny_pa
     assert "draft" in capsys.readouterr().out
 
 
-def test_bench_writes_cells_and_plots(capsys, tmp_path, monkeypatch, tiny_pair, prompts):
+def test_bench_writes_cells_and_plots(capsys, tmp_path, monkeypatch, files):
     """The file has a cell for each concurrency and budget, the folder two plots, stdout a table, stderr a line a cell."""
     monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
-    target, drafter = map(str, tiny_pair)
     out = tmp_path / "out.json"
     load = ["--concurrency", "1,2", "--budgets", "plain,full,load-aware", "--seconds", "0.1", "--repeats", "1", "--max-new-tokens", "8"]
-    how = ["--temperature", "1", "--verification", "token", "--dtype", "fp32", "--device", "cpu"]
-    where = ["--json", str(out), "--plots", str(tmp_path / "plots")]
-    assert run(["bench", "--target", target, "--drafter", drafter, "--prompts", str(prompts), *load, *how, *where]) == 0
+    how = ["--prompts", str(files.prompts), "--temperature", "1", "--verification", "token", "--device", "cpu"]
+    assert run(["bench", *files.pair, *load, *how, "--json", str(out), "--plots", str(tmp_path / "plots")]) == 0
     record = json.loads(out.read_text(encoding="utf-8"))
     cells = [(n, name) for n in (1, 2) for name in ("plain", "full", "load-aware")]
     assert [(c["concurrency"], c["budget"]) for c in record["cells"]] == cells
-    assert {"tokens_per_s", "user_tokens_per_s_median", "user_tokens_per_s_p5", "tau", "verified_tokens_per_request"} <= set(
-        record["cells"][0]
-    )
+    names = {"tokens_per_s", "user_tokens_per_s_median", "user_tokens_per_s_p5", "tau", "verified_tokens_per_request"}
+    assert names <= set(record["cells"][0])
     assert (record["settings"]["temperature"], record["settings"]["verification"]) == (1.0, "token")
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["budget.png", "frontier.png"]
     captured = capsys.readouterr()
     assert "load-aware" in captured.out
-    assert [f"{n} in flight, {name}" for n, name in cells] == [
-        line.split(":")[0] for line in captured.err.splitlines() if " in flight, " in line
-    ]
+    said = [line.split(":")[0] for line in captured.err.splitlines() if " in flight, " in line]
+    assert said == [f"{n} in flight, {name}" for n, name in cells]
 
 
 @pytest.mark.slow
-def test_calibrate_saves_beside_the_weights_once(capsys, tmp_path, tiny_pair):
+def test_calibrate_saves_beside_the_weights_once(capsys, tmp_path, files):
     """The drafter's folder gets calibration.json and temperatures in its config; a second time needs --replace, and may fit copies too."""
-    target, drafter = tiny_pair
-    folder = tmp_path / "drafter"
-    shutil.copytree(drafter, folder)
-    many = tmp_path / "many.jsonl"
-    many.write_text(
-        "".join(json.dumps({"prompt": f"w{4 + i % 80} w{5 + i % 61} w{6 + i % 7}"}) + "\n" for i in range(120)), encoding="utf-8"
-    )
-    pair = ["--target", str(target), "--drafter", str(folder), "--prompts", str(many), "--dtype", "fp32", "--device", "cpu"]
+    folder, many = tmp_path / "drafter", tmp_path / "many.jsonl"
+    shutil.copytree(files.drafter, folder)
+    lines = [json.dumps({"prompt": f"w{4 + i % 80} w{5 + i % 61} w{6 + i % 7}"}) + "\n" for i in range(120)]
+    many.write_text("".join(lines), encoding="utf-8")
+    pair = ["--target", str(files.target), "--drafter", str(folder), "--prompts", str(many), "--dtype", "fp32", "--device", "cpu"]
     calibrate = ["calibrate", *pair, "--max-new-tokens", "24", "--concurrency", "32", "--plots", str(tmp_path / "plots"), "--json"]
+
+    def stored(name: str) -> dict:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
     assert run(calibrate) == 0
     record = last_json(capsys.readouterr().out)
-    assert json.loads((folder / "calibration.json").read_text(encoding="utf-8")) == record
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["confidence_temperatures"] == record["temperatures"]
+    assert stored("calibration.json") == record
+    assert stored("config.json")["confidence_temperatures"] == record["temperatures"]
     assert (tmp_path / "plots" / "reliability.png").stat().st_size > 1000
     assert "is calibrated already" in fails(capsys, *calibrate)
     assert run([*calibrate, "--replace", "--copying", "3"]) == 0
-    record = last_json(capsys.readouterr().out)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    record, config = last_json(capsys.readouterr().out), stored("config.json")
     assert {"weights": config["copy_weights"], "confidence": config["copy_confidence"]} == record["copying"]
     assert len(config["copy_weights"]) == 3
     evaluate = ["eval", *pair, "--limit", "1", "--max-new-tokens", "4", "--json"]
-    for options, copying, verification in (
-        ([], 3, "block"),
-        (["--no-copying", "--verification", "token", "--temperature", "1"], 0, "token"),
-    ):
+    without = ["--no-copying", "--verification", "token", "--temperature", "1"]
+    for options, copying, verification in (([], 3, "block"), (without, 0, "token")):
         assert run([*evaluate, *options]) == 0
         settings = last_json(capsys.readouterr().out)["settings"]
         assert (settings["copying"], settings["verification"]) == (copying, verification)

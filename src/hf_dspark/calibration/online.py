@@ -6,6 +6,7 @@ Temperatures change between rounds and from finished rounds only, so the output 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from hf_dspark.budgets.budget import FinishedRound
-from hf_dspark.calibration.temperature_scaling import FEWEST_ROUNDS, FORMAT, Rounds, calibration_errors, fit_temperatures
+from hf_dspark.calibration.temperature_scaling import (
+    FEWEST_ROUNDS,
+    FORMAT,
+    Rounds,
+    expected_calibration_error,
+    fit_temperatures,
+    noise_of_error,
+)
 from hf_dspark.configuration_dspark import DSparkConfig
 
 logger = logging.getLogger(__name__)
@@ -74,9 +82,7 @@ class OnlineCalibration:
         self._block_size = 0
         self._verification: str | None = None
         self._copying: tuple[Sequence[float] | None, list[list[float]] | None] = (None, None)
-        self._logits = np.empty((0, 0))
-        self._judged = np.empty(0, dtype=np.int64)
-        self._accepted = np.empty(0, dtype=np.int64)
+        self._rounds: deque[tuple[np.ndarray, int, int]] = deque(maxlen=window)  # logits, judged, accepted of a round
 
     def check(self, config: DSparkConfig, copying: bool = True, verification: str | None = None) -> None:
         """Attach to a drafter; the first call starts from its temperatures, or from ones where they do not hold.
@@ -106,11 +112,7 @@ class OnlineCalibration:
             )
         self._verification = verification or self._verification
         if not self._block_size:
-            self._block_size = config.block_size
-            self._copying = copies
-            self._logits = np.full((self.window, self._block_size), np.nan)
-            self._judged = np.zeros(self.window, dtype=np.int64)
-            self._accepted = np.zeros(self.window, dtype=np.int64)
+            self._block_size, self._copying = config.block_size, copies
             fitted = config.confidence_temperatures if copying or config.copy_weights is None else None
             self.temperatures = [1.0] * self._block_size if fitted is None else list(fitted)
 
@@ -118,23 +120,13 @@ class OnlineCalibration:
         """Take in a finished round, and check the window every `every` rounds."""
         if finished.confidence_logits is None:
             return
-        logits = finished.confidence_logits.numpy()
-        for r, judged in enumerate(finished.judged):
+        logits = finished.confidence_logits.double().numpy()
+        for row, drafted, judged, accepted in zip(logits, finished.drafted, finished.judged, finished.accepted, strict=True):
             if judged:
-                place = self.seen % self.window
-                self._logits[place] = np.nan
-                self._logits[place, : finished.drafted[r]] = logits[r, : finished.drafted[r]]
-                self._judged[place] = judged
-                self._accepted[place] = finished.accepted[r]
+                self._rounds.append((np.append(row[:drafted], [np.nan] * (self._block_size - drafted)), judged, accepted))
                 self.seen += 1
         if self.seen >= self._next_check:
             self._check_window()
-
-    @property
-    def rounds(self) -> Rounds:
-        """The rounds in the window, in no particular order."""
-        held = min(self.seen, self.window)
-        return Rounds(self._logits[:held], self._judged[:held], self._accepted[:held])
 
     def record(self) -> dict[str, Any]:
         """The calibration record, for `drafter.set_calibration`, which saves it with the drafter.
@@ -149,21 +141,21 @@ class OnlineCalibration:
             "format": FORMAT,
             "temperatures": list(self.temperatures),
             **({} if weights is None else {"copying": {"weights": weights, "confidence": table}}),
-            "data": [{"online": True, "rounds": self.seen, "window": min(self.seen, self.window)}],
+            "data": [{"online": True, "rounds": self.seen, "window": len(self._rounds)}],
             "ece": self.history[-1].ece if self.history and self.history[-1].ece == self.history[-1].ece else None,
         }
 
     def _check_window(self) -> None:
-        rounds = self.rounds
-        temperatures = self.temperatures
+        rounds, temperatures = Rounds(*map(np.array, zip(*self._rounds, strict=True))), self.temperatures
         assert temperatures is not None
         errors: list[float] = []
         worst, drifted = 0.0, False
-        for samples, error, mean, deviation in calibration_errors(rounds, temperatures):
-            if samples < FEWEST_ROUNDS // 4:
+        for predicted, observed in rounds.positions(temperatures):
+            if len(predicted) < FEWEST_ROUNDS // 4:
                 continue
-            errors.append(error)
-            excess = error - mean
+            errors.append(expected_calibration_error(predicted, observed))
+            mean, deviation = noise_of_error(predicted)
+            excess = errors[-1] - mean
             worst = max(worst, excess)
             drifted |= excess > max(self.tolerance, self.alarm * deviation)
         self._next_check = self.seen + self.every
@@ -176,15 +168,12 @@ class OnlineCalibration:
         ece = float(np.mean(errors)) if errors else float("nan")
         self.history.append(OnlineState(self.seen, ece, worst, drifted, tuple(temperatures)))
 
-    def _refit(self, rounds: Rounds, old: Sequence[float]) -> list[float]:
+    def _refit(self, rounds: Rounds, old: list[float]) -> list[float]:
         """New temperatures of the leading positions that were judged often enough; those of the others stay."""
-        deep = 0
-        while deep < rounds.block_size and (rounds.judged > deep).sum() >= FEWEST_ROUNDS:
-            deep += 1
+        deep = sum(int((rounds.judged > k).sum()) >= FEWEST_ROUNDS for k in range(rounds.block_size))
         if deep == 0:
-            return list(old)
-        known = rounds.judged > 0
-        head = Rounds(rounds.logits[known][:, :deep], np.minimum(rounds.judged[known], deep), np.minimum(rounds.accepted[known], deep))
+            return old
+        head = Rounds(rounds.logits[:, :deep], np.minimum(rounds.judged, deep), np.minimum(rounds.accepted, deep))
         fitted = fit_temperatures(head, _COARSE_GRID)
-        logger.info("Confidence has drifted after %d rounds; temperatures %s -> %s.", self.seen, list(old[:deep]), fitted)
+        logger.info("Confidence has drifted after %d rounds; temperatures %s -> %s.", self.seen, old[:deep], fitted)
         return [*fitted, *old[deep:]]

@@ -17,16 +17,15 @@ FILE_NAME = "calibration.json"
 
 
 def check_calibration(record: Any, block_size: int | None, source: str) -> dict[str, Any]:
-    """A calibration record for blocks of this size, checked; SGLang's and TensorRT-LLM's files become records of this package.
+    """A calibration record for blocks of `block_size` tokens (any where None), checked; `source` is where it comes from, for the message.
 
-    Args:
-        record: what was read or made.
-        block_size (`int`, *optional*): gamma of the drafter; any where None.
-        source (`str`): where it comes from, for the message.
+    SGLang's `{temperatures, dataset, ..}` and TensorRT-LLM's `sts_temperatures`, which name no format, become records of this package.
+
     Raises:
         CheckpointError: for anything else.
     """
-    record = _as_ours(record)
+    if isinstance(record, Mapping) and "format" not in record:
+        record = {"format": FORMAT, **{"temperatures" if key == "sts_temperatures" else key: value for key, value in record.items()}}
     if not isinstance(record, Mapping) or record.get("format") != FORMAT or not isinstance(record.get("temperatures"), list):
         raise CheckpointError(
             f"The calibration of {source!r} is not one that this version reads (format {FORMAT}, with a list `temperatures`). "
@@ -61,14 +60,10 @@ def copying_of(record: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def note_calibration(config: dict[str, Any], record: Mapping[str, Any], foreign: bool) -> None:
-    """Write a record's numbers into the `config.json` beside it.
+    """Write a checked record's numbers into the `config.json` beside it.
 
-    Other formats have no key for n-gram copying, and temperatures that hold only with it must not be read there: both stay in the record.
-
-    Args:
-        config (`dict`): changed.
-        record (`dict`): checked.
-        foreign (`bool`): whether the config is of another format than this package's.
+    Other formats (`foreign`) have no key for n-gram copying, and temperatures that hold only with it must not be read there: both stay in
+    the record.
     """
     weights, table = copying_of(record)
     config["confidence_temperatures"] = [float(t) for t in record["temperatures"]]
@@ -76,15 +71,6 @@ def note_calibration(config: dict[str, Any], record: Mapping[str, Any], foreign:
         config["copy_weights"], config["copy_confidence"] = weights, table
     elif weights is not None:
         del config["confidence_temperatures"]
-
-
-def _as_ours(record: Any) -> Any:
-    """SGLang's `{temperatures, dataset, num_samples, ece_before, ece_after}` and TensorRT-LLM's `sts_temperatures` name no format."""
-    if not isinstance(record, Mapping) or "format" in record:
-        return record
-    temperatures = record.get("temperatures", record.get("sts_temperatures"))
-    others = {key: value for key, value in record.items() if key != "sts_temperatures"}
-    return {"format": FORMAT, **others, "temperatures": temperatures} if isinstance(temperatures, list) else record
 
 
 def for_sglang(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,11 +84,8 @@ def for_sglang(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None:
-    """The calibration beside a checkpoint, None where there is none.
+    """The calibration in a folder or Hub repository, None where there is none; `hub_arguments` as in `from_pretrained`.
 
-    Args:
-        source (`str`): folder or Hub repository.
-        hub_arguments: as in `from_pretrained`.
     Raises:
         CheckpointError: for a file that cannot be used.
     """
@@ -119,11 +102,7 @@ def read_calibration(source: str, **hub_arguments: Any) -> dict[str, Any] | None
 
 
 def find_calibration(source: str, **hub_arguments: Any) -> dict[str, Any]:
-    """The calibration in a folder or repository that holds one, whether or not it holds a drafter.
-
-    Raises:
-        CheckpointError: where there is none, or it cannot be used.
-    """
+    """`read_calibration`; raises a CheckpointError where there is none, too."""
     record = read_calibration(source, **hub_arguments)
     if record is None:
         raise CheckpointError(f"{source!r} holds no {FILE_NAME}. Name a folder or repository that one was written to.")

@@ -11,22 +11,22 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_dspark.cli import options as opt
-from hf_dspark.cli.common import figure, load_pair, print_json, progress
+from hf_dspark.cli.common import figure, print_json
+from hf_dspark.cli.dataclass_options import field_options
+from hf_dspark.cli.progress import progress
 
 if TYPE_CHECKING:
     from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 
+@field_options(opt.Pair)
 def profile(
-    target: opt.Target = "smollm2",
-    drafter: opt.Drafter = "smollm2-dspark",
     rows: Annotated[int, typer.Option(min=1, max=64, help="Largest batch to measure; 1, 2, 4 .. up to it are.")] = 32,
     sample: Annotated[bool, typer.Option("--sample", help="Rounds that draw tokens, instead of greedy ones.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what is stored.")] = False,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw the times to this file (.png).")] = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
     json: opt.Json = False,
+    **options: Any,
 ) -> None:
     """Measure what rounds cost on this machine, and store it for the load-aware budgets.
 
@@ -35,7 +35,7 @@ def profile(
     from hf_dspark.decoding.profiler import CostProfile
     from hf_dspark.evaluation.plots import plot_costs
 
-    model, _, loaded = load_pair(target, drafter, dtype, device)
+    model, _, loaded = opt.chosen(opt.Pair, options).load()
     with Console(stderr=True).status("measuring rounds"):
         found = CostProfile.cached(model, loaded, rows=rows, sample=sample, refresh=refresh)
     record = found.to_json()
@@ -56,18 +56,14 @@ def profile(
     Console().print(table)
 
 
+@field_options(opt.Decoding)
 def calibrate(
     prompts: opt.PromptFiles,
-    target: opt.Target = "smollm2",
-    drafter: opt.Drafter = "smollm2-dspark",
     others: Annotated[
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, readable=True, help="Prompts of another domain to judge on, not to fit; repeat it."),
     ] = None,
     limit: opt.Limit = None,
-    max_new_tokens: opt.MaxNewTokens = 128,
-    temperature: opt.Temperature = 0.0,
-    top_p: opt.TopP = 1.0,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
     copying: Annotated[
         int | None,
@@ -83,10 +79,8 @@ def calibrate(
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Fit anew what is calibrated already.")] = False,
     plots: Annotated[Path | None, typer.Option(file_okay=False, help="Draw reliability diagrams into this folder.")] = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    seed: opt.Seed = 0,
     json: opt.Json = False,
+    **options: Any,
 ) -> None:
     """Fit the temperatures of a drafter's confidences on decoded prompts, and judge them on prompts held out.
 
@@ -95,30 +89,30 @@ def calibrate(
     from hf_dspark.evaluation.calibrate import calibrate as run
     from hf_dspark.evaluation.plots import plot_reliability
     from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
-    from hf_dspark.evaluation.speed import Sampling
     from hf_dspark.utils.tokens import eos_token_ids
 
-    Sampling(temperature, top_p)
-    folder = _folder(drafter, output)
+    how = opt.chosen(opt.Decoding, options)
+    folder = _folder(how.drafter, output)
     paths = [*prompts, *(others or [])]
     texts = {path.stem: read_prompts(path, limit) for path in paths}
     if len(texts) < len(paths):
         raise ValueError("two prompt files have the same name, and results are reported under it; rename one")
-    model, tokenizer, loaded = load_pair(target, drafter, dtype, device)
-    if loaded.config.confidence_temperatures is not None and not replace:
+    model, tokenizer, drafter = how.load()
+    if drafter.config.confidence_temperatures is not None and not replace:
         raise ValueError(
-            f"{drafter!r} is calibrated already (temperatures {loaded.config.confidence_temperatures}); a confidence is calibrated "
+            f"{how.drafter!r} is calibrated already (temperatures {drafter.config.confidence_temperatures}); a confidence is calibrated "
             "once. Give --replace to fit anew, from confidences before calibration."
         )
     ids = {name: prompt_ids(tokenizer, rows) for name, rows in texts.items()}
     fit, judge = ({path.stem: ids[path.stem] for path in group} for group in (prompts, others or []))
     with progress("decoding files", len(texts)) as advance:
         record = run(
-            model, loaded, fit, others=judge, end_ids=eos_token_ids(model), max_new_tokens=max_new_tokens, temperature=temperature,
-            top_p=top_p, concurrency=concurrency, copying=copying, seed=seed, on_file=lambda: advance(1),
+            model, drafter, fit, others=judge, end_ids=eos_token_ids(model), max_new_tokens=how.max_new_tokens,
+            temperature=how.temperature, top_p=how.top_p, concurrency=concurrency, copying=copying, seed=how.seed,
+            on_file=lambda: advance(1),
         )  # fmt: skip
-    record = {"target": target, **record}
-    _save(drafter, loaded, record, folder)
+    record = {"target": how.target, **record}
+    _save(how.drafter, drafter, record, folder)
     if plots is not None:
         plot_reliability(record, plots)
     if json:

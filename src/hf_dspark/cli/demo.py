@@ -6,7 +6,7 @@ of other shapes round differently, and where the target's two best logits all bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,13 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hf_dspark.cli.common import figure, load_pair, pick_device, print_json, progress
-from hf_dspark.cli.options import Budget, Device, Drafter, MaxNewTokens, Target
+from hf_dspark.cli.common import figure, pick_device, print_json
+from hf_dspark.cli.dataclass_options import field_options
+from hf_dspark.cli.options import Speculation, chosen
+from hf_dspark.cli.progress import progress
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
 
-    from hf_dspark.evaluation.speed import Bench, Measured, Run
+    from hf_dspark.evaluation.speed import Bench, Measured
 
 # Three of what the embedded drafter was trained for, and two of kinds that it has seen less of.
 _STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -52,81 +54,72 @@ class _Leg:
         return self.measured.throughput("dspark").over(self.measured.throughput("plain"))
 
 
-def demo(
-    target: Target = "smollm2",
-    drafter: Drafter = "smollm2-dspark",
-    max_new_tokens: MaxNewTokens = 96,
-    budget: Budget = None,
-    device: Device = "auto",
-    quiet: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False,
-) -> None:
+@field_options(Speculation, only={"target", "drafter", "max_new_tokens", "budget", "device"}, max_new_tokens=96)
+def demo(quiet: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False, **options: Any) -> None:
     """Show plain and speculated text side by side, and what speculation gained.
 
     The last line is a JSON object. Exit code 1 if the texts differ in fp32, which they must not.
     """
-    from hf_dspark.budgets.named import make_budget
     from hf_dspark.evaluation.metrics import machine_record
-    from hf_dspark.evaluation.speed import Bench
     from hf_dspark.utils.hardware import has_bf16
 
-    if budget is not None:
-        make_budget(budget)  # a name that is unknown is refused before anything loads
-    machine = machine_record(pick_device(device))
+    how = chosen(Speculation, {**options, "dtype": "fp32"})
+    device = pick_device(how.device)
+    machine = machine_record(device)
     console = Console(quiet=quiet)
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
-    console.print(f"[bold]{escape(target)}[/bold] with the drafter [bold]{escape(drafter)}[/bold]", highlight=False)
+    console.print(f"[bold]{escape(how.target)}[/bold] with the drafter [bold]{escape(how.drafter)}[/bold]", highlight=False)
     console.print(f"{machine.get('gpu', machine['cpu'])}, {versions}\n", highlight=False, markup=False)
-
-    def leg(dtype: str, shown: Console | None) -> _Leg:
-        model, tokenizer, loaded = load_pair(target, drafter, dtype, device)
-        return _run(Bench(model, loaded, tokenizer, max_new_tokens=max_new_tokens, budget=budget), dtype, shown)
-
-    speed = "bf16" if has_bf16(pick_device(device)) else "fp32"
-    exact = leg("fp32", console if speed == "fp32" else None)
+    speed = "bf16" if has_bf16(device) else "fp32"
+    exact = _run(how.bench(), "fp32", console if speed == "fp32" else Console(quiet=True))
     console.print(f"fp32: {exact.identical} texts equal, token for token.\n", highlight=False)
-    fast = exact if speed == "fp32" else leg(speed, console)
+    fast = exact if speed == "fp32" else _run(replace(how, dtype=speed).bench(), speed, console)
     _print_table(console, exact, fast)
-    throughput = {method: fast.measured.throughput(method) for method in _STYLES}
     print_json(
         {
-            **{f"{method}_tokens_per_s": throughput[method].tokens_per_s for method in _STYLES},
+            **{f"{method}_tokens_per_s": fast.measured.throughput(method).tokens_per_s for method in _STYLES},
             "speedup": fast.speedup,
-            "tau": fast.measured.drafting.acceptance.tau,
+            "tau": fast.measured.acceptance.tau,
             "identical": not exact.differences,
-            "conditional_acceptance": fast.measured.drafting.acceptance.conditional_acceptance,
+            "conditional_acceptance": fast.measured.acceptance.conditional_acceptance,
             "fp32_speedup": exact.speedup,
-            "fp32_tau": exact.measured.drafting.acceptance.tau,
+            "fp32_tau": exact.measured.acceptance.tau,
             "fp32_partings": exact.differences,
             "bf16_partings": None if fast is exact else fast.differences,
             "dtype": speed,
-            "time": fast.measured.drafting.time.to_json(),
-            "target": target,
-            "drafter": drafter,
+            "time": fast.measured.time,
+            "target": how.target,
+            "drafter": how.drafter,
             "prompts": len(PROMPTS),
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": how.max_new_tokens,
             "machine": machine,
         }
     )
     raise typer.Exit(1 if exact.differences else 0)
 
 
-def _run(bench: Bench, dtype: str, console: Console | None) -> _Leg:
-    """Runs both methods on every prompt, taking turns at going first; streams the texts where a console is given."""
+def _run(bench: Bench, dtype: str, console: Console) -> _Leg:
+    """Runs both methods on every prompt, taking turns at going first; streams the texts unless the console is quiet."""
+    from transformers import TextStreamer
+
     from hf_dspark.evaluation.prompts import user_turn
     from hf_dspark.evaluation.speed import Measured
 
     leg = _Leg(dtype, Measured())
     bench.warm_up(bench.inputs([user_turn(PROMPTS[0])]), tuple(_STYLES))
-    with progress(dtype, len(PROMPTS), show=console is None) as advance:
+    with progress(dtype, len(PROMPTS), show=console.quiet) as advance:
         for number, prompt in enumerate(PROMPTS):
-            if console is not None:
-                console.print(Text(f"> {prompt}", style="bold"))
-            inputs = bench.inputs([user_turn(prompt)])
-            runs = {method: _show(bench, method, inputs, console) for method in sorted(_STYLES, reverse=number % 2 == 0)}
-            for method, run in runs.items():
-                leg.measured.runs[method].append(run)
-            if runs["plain"].tokens != runs["dspark"].tokens:
-                leg.differences.append({"prompt": number, **_difference(bench, inputs, *(runs[m].tokens[0] for m in _STYLES))})
+            console.print(Text(f"> {prompt}", style="bold"))
+            inputs, runs = bench.inputs([user_turn(prompt)]), {}
+            for method in sorted(_STYLES, reverse=number % 2 == 0):
+                console.print(_STYLES[method], highlight=False)
+                streamer = None if console.quiet else TextStreamer(bench.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                runs[method] = bench.run(method, inputs, streamer=streamer)
+                leg.measured.runs[method].append(runs[method])
+                console.print(f"[dim]{figure(runs[method].throughput.tokens_per_s, 1)} tokens/s[/dim]\n", highlight=False)
+            plain, other = (runs[method].tokens[0] for method in _STYLES)
+            if plain != other:
+                leg.differences.append({"prompt": number, **_difference(bench, inputs, plain, other)})
             advance(1)
     return leg
 
@@ -140,40 +133,23 @@ def _difference(bench: Bench, inputs: BatchEncoding, plain: list[int], other: li
     from hf_dspark.evaluation.metrics import common_prefix
 
     position = common_prefix(plain, other)
-    output = bench.target.generate(
-        **inputs,
-        **bench.sampling.options(),
-        max_new_tokens=position + 1,
-        pad_token_id=bench.tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    sizes = {"max_new_tokens": position + 1, "pad_token_id": bench.tokenizer.pad_token_id}
+    output = bench.target.generate(**inputs, **bench.sampling.options(), **sizes, return_dict_in_generate=True, output_logits=True)
     best, second = output.logits[-1][0].float().topk(2).values.tolist()
     return {"position": position, "top_two_gap": best - second}
 
 
-def _show(bench: Bench, method: str, inputs: BatchEncoding, console: Console | None) -> Run:
-    from transformers import TextStreamer
-
-    if console is None or console.quiet:
-        return bench.run(method, inputs)
-    console.print(_STYLES[method], highlight=False)
-    run = bench.run(method, inputs, streamer=TextStreamer(bench.tokenizer, skip_prompt=True, skip_special_tokens=True))
-    console.print(f"[dim]{figure(run.throughput.tokens_per_s, 1)} tokens/s[/dim]\n", highlight=False)
-    return run
-
-
 def _print_table(console: Console, exact: _Leg, fast: _Leg) -> None:
     legs = [exact] if fast is exact else [exact, fast]
+    measured = fast.measured
     table = Table(title=f"{fast.dtype} speed in tokens/s; tau counts the target's bonus token", show_footer=True)
     table.add_column("prompt", "all", overflow="ellipsis", no_wrap=True, max_width=24)
-    total = [*(fast.measured.throughput(method).tokens_per_s for method in _STYLES), fast.speedup, fast.measured.drafting.acceptance.tau]
+    total = [*(measured.throughput(method).tokens_per_s for method in _STYLES), fast.speedup, measured.acceptance.tau]
     for heading, value, digits in zip(("plain", "DSpark", "speed-up", "tau"), total, (1, 1, 2, 2), strict=True):
         table.add_column(heading, figure(value, digits), justify="right", no_wrap=True)
     table.add_column("text", "identical: " + ", ".join(f"{leg.dtype} {leg.identical}" for leg in legs))
     for number, prompt in enumerate(PROMPTS):
-        plain, dspark = (fast.measured.runs[method][number] for method in _STYLES)
-        speeds = [run.throughput.tokens_per_s for run in (plain, dspark)]
+        plain, dspark = (measured.runs[method][number] for method in _STYLES)
         assert dspark.stats is not None
         verdict = [
             f"{leg.dtype} differs from token {one['position']} on, best two logits {one['top_two_gap']:.3g} apart"
@@ -181,8 +157,9 @@ def _print_table(console: Console, exact: _Leg, fast: _Leg) -> None:
             for one in leg.differences
             if one["prompt"] == number
         ]
-        figures = [*(figure(s, 1) for s in speeds), figure(dspark.throughput.over(plain.throughput), 2), figure(dspark.stats.tau, 2)]
-        table.add_row(Text(prompt), *figures, "; ".join(verdict) or "identical")
+        speeds = [figure(run.throughput.tokens_per_s, 1) for run in (plain, dspark)]
+        ratios = [figure(dspark.throughput.over(plain.throughput), 2), figure(dspark.stats.tau, 2)]
+        table.add_row(Text(prompt), *speeds, *ratios, "; ".join(verdict) or "identical")
     console.print(table)
     if fast is not exact and fast.differences:
         console.print(

@@ -12,52 +12,39 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_dspark.cli import options as opt
-from hf_dspark.cli.common import check_parent, figure, load_pair, print_json, progress
+from hf_dspark.cli.common import check_parent, figure, print_json
+from hf_dspark.cli.dataclass_options import field_options
+from hf_dspark.cli.progress import progress
 
 DEFAULT_BUDGETS = "plain,full,static:1,static:2,static:4,threshold:0.5,load-aware,load-aware-lag2"
 _BENCH_PROMPTS = 512
 
 
+@field_options(opt.Speculation)
 def evaluate(
     prompts: opt.PromptFiles,
-    target: opt.Target = "smollm2",
-    drafter: opt.Drafter = "smollm2-dspark",
     limit: opt.Limit = None,
-    max_new_tokens: opt.MaxNewTokens = 128,
-    temperature: opt.Temperature = 0.0,
-    top_p: opt.TopP = 1.0,
-    batch_size: opt.BatchSize = 1,
-    budget: opt.Budget = None,
-    copying: opt.Copying = True,
-    verification: opt.Verification = "block",
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    seed: opt.Seed = 0,
     json: opt.Json = False,
     output: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="Also write the JSON object to this file.")] = None,
+    **options: Any,
 ) -> None:
     """Measure accepted length, acceptance by position, and speed against the plain target and prompt lookup.
 
     tau is the accepted length a round INCLUDING the target's own bonus token.
     """
     check_parent(output, "--output")
-    from hf_dspark.budgets.named import make_budget
+    how = opt.chosen(opt.Speculation, options)
     from hf_dspark.evaluation.prompts import read_prompts
-    from hf_dspark.evaluation.speed import Bench, Sampling
     from hf_dspark.evaluation.speed import evaluate as run
     from hf_dspark.utils.files import atomic_write_json
 
-    sampling = Sampling(temperature, top_p)
-    if budget is not None:
-        make_budget(budget)  # a name that is unknown is refused before anything loads
     files = {path.stem: read_prompts(path, limit) for path in prompts}
     if len(files) < len(prompts) or "all" in files:
         raise ValueError(f"results are reported under files' names: {', '.join(map(str, prompts))}; rename one of the same name, or `all`")
-    model, tokenizer, loaded = load_pair(target, drafter, dtype, device)
-    bench = Bench(model, loaded, tokenizer, sampling, max_new_tokens, budget, copying, verification, seed)
+    bench = how.bench()
     with progress("evaluating", sum(map(len, files.values()))) as advance:
-        found = run(bench, files, batch_size=batch_size, on_batch=advance)
-    record = {"target": target, "drafter": drafter, "prompts": [path.name for path in prompts], "limit": limit, **found}
+        found = run(bench, files, batch_size=how.batch_size, on_batch=advance)
+    record = {"target": how.target, "drafter": how.drafter, "prompts": [path.name for path in prompts], "limit": limit, **found}
     if output is not None:
         atomic_write_json(output, record)
     if json:
@@ -82,10 +69,9 @@ def _print_evaluation(record: Mapping[str, Any]) -> None:
     console.print(f"conditional acceptance by position: {by_position}", highlight=False)
 
 
+@field_options(opt.Decoding)
 def bench(
     prompts: opt.PromptFiles,
-    target: opt.Target = "smollm2",
-    drafter: opt.Drafter = "smollm2-dspark",
     concurrency: Annotated[str, typer.Option(help="Requests in flight: a list of numbers.")] = "1,2,4,8,16,32",
     budgets: Annotated[
         str,
@@ -96,19 +82,14 @@ def bench(
         ),
     ] = DEFAULT_BUDGETS,
     limit: opt.Limit = None,
-    max_new_tokens: opt.MaxNewTokens = 128,
-    temperature: opt.Temperature = 0.0,
-    top_p: opt.TopP = 1.0,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of a turn, about; it ends after as many tokens for all contenders.")] = 0.5,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each contender at each concurrency.")] = 24,
     json: Annotated[
         Path | None, typer.Option(dir_okay=False, writable=True, help="Write everything to this file, after each concurrency what is done.")
     ] = None,
     plots: Annotated[Path | None, typer.Option(file_okay=False, help="Draw plots into this folder.")] = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    seed: opt.Seed = 0,
     verification: opt.Verification = "block",
+    **options: Any,
 ) -> None:
     """Compare budgets under load: total tokens a second and tokens a second per user, with N requests in flight.
 
@@ -116,48 +97,45 @@ def bench(
     """
     check_parent(json, "--json")
     sizes, names = _numbers(concurrency), [name.strip() for name in budgets.split(",")]
-    from hf_dspark.evaluation.load_benchmark import Contender
+    how = opt.chosen(opt.Decoding, options)
+    from hf_dspark.evaluation.load_benchmark import Contender, Load
     from hf_dspark.evaluation.load_benchmark import bench as run
     from hf_dspark.evaluation.plots import plot_load
     from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
-    from hf_dspark.evaluation.speed import Sampling
     from hf_dspark.utils.files import atomic_write_json
     from hf_dspark.utils.tokens import eos_token_ids
 
-    sampling = Sampling(temperature, top_p)
     for name in names:
         Contender(name)
     files = [read_prompts(path, limit) for path in prompts]
     mixed = [rows[i % len(rows)] for i in range(max(map(len, files))) for rows in files][:_BENCH_PROMPTS]
-    model, tokenizer, loaded = load_pair(target, drafter, dtype, device)
-    about = {"target": target, "drafter": drafter, "prompt_files": [path.name for path in prompts], "limit": limit}
+    model, tokenizer, loaded = how.load()
+    about = {"target": how.target, "drafter": how.drafter, "prompt_files": [path.name for path in prompts], "limit": limit}
     end_ids = eos_token_ids(model)
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    load = Load(
+        model, loaded, prompt_ids(tokenizer, mixed), end_ids, pad_id, how.sampling, how.max_new_tokens, seconds=seconds, repeats=repeats,
+        seed=how.seed, verification=verification,
+    )  # fmt: skip
 
     def done(record: dict[str, Any]) -> None:
         """Shows the cells of a concurrency that is done, and writes all so far."""
         for cell in record["cells"]:
             if cell["concurrency"] == record["cells"][-1]["concurrency"]:
-                print(
-                    f"{cell['concurrency']} in flight, {cell['budget']}: {cell['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True
-                )
+                _say(f"{cell['concurrency']} in flight, {cell['budget']}: {cell['tokens_per_s']:.1f} tokens/s")
         if json is not None:
             atomic_write_json(json, about | record, indent=1)
 
-    print(
-        f"{len(names)} contenders at {concurrency} requests in flight; a missing cost profile is measured first",
-        file=sys.stderr,
-        flush=True,
-    )
+    _say(f"{len(names)} contenders at {concurrency} requests in flight; a missing cost profile is measured first")
     with progress("measuring", (repeats + 1) * len(sizes)) as advance:
-        record = about | run(
-            model, loaded, prompt_ids(tokenizer, mixed), end_ids=end_ids, pad_id=pad_id, concurrencies=sizes, budgets=names,
-            sampling=sampling, max_new_tokens=max_new_tokens, seconds=seconds, repeats=repeats, seed=seed, verification=verification,
-            on_turn=lambda: advance(1), on_concurrency=done,
-        )  # fmt: skip
+        record = about | run(load, concurrencies=sizes, budgets=names, on_turn=lambda: advance(1), on_concurrency=done)
     if plots is not None:
         plot_load(record, plots)
     _print_load(record)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:

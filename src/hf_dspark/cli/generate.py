@@ -8,55 +8,44 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_dspark.cli import options as opt
-from hf_dspark.cli.common import figure, load_pair, print_json, progress
+from hf_dspark.cli.common import figure, print_json
+from hf_dspark.cli.dataclass_options import field_options
+from hf_dspark.cli.options import Json, Speculation, chosen
+from hf_dspark.cli.progress import progress
 
 
+@field_options(Speculation)
 def generate(
-    target: opt.Target = "smollm2",
-    drafter: opt.Drafter = "smollm2-dspark",
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts, one a line.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of the file to use, from its top.")] = None,
-    batch_size: opt.BatchSize = 1,
-    temperature: opt.Temperature = 0.0,
-    top_p: opt.TopP = 1.0,
-    max_new_tokens: opt.MaxNewTokens = 128,
-    budget: opt.Budget = None,
-    copying: opt.Copying = True,
-    verification: opt.Verification = "block",
-    seed: opt.Seed = 0,
-    max_verify_tokens: opt.MaxVerifyTokens = None,
+    max_verify_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of one verification pass, anchors included; caps any budget.")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is decided.")] = False,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    json: opt.Json = False,
+    json: Json = False,
+    **options: Any,
 ) -> None:
     """Generate text with the drafter's help.
 
     A prompt file has one JSON object a line: {"turns": ["text"]}, {"prompt": "text"} or {"messages": [{"role": .., "content": ..}]}.
     """
-    _check(prompt, prompts, limit, stream, batch_size)
+    _check(prompt, prompts, limit, stream, options["batch_size"])
+    how = chosen(Speculation, options)
     from transformers import TextStreamer
 
-    from hf_dspark.budgets.named import make_budget
     from hf_dspark.evaluation.metrics import machine_record
     from hf_dspark.evaluation.prompts import read_prompts, user_turn
-    from hf_dspark.evaluation.speed import Bench, Measured, Sampling
+    from hf_dspark.evaluation.speed import Measured
 
-    sampling = Sampling(temperature, top_p)
-    if budget is not None:
-        make_budget(budget)  # a name that is unknown is refused before anything loads
     conversations = read_prompts(prompts, limit) if prompts is not None else [user_turn(prompt or "")]
-    model, tokenizer, loaded = load_pair(target, drafter, dtype, device)
-    chosen = make_budget(loaded.budget if budget is None else budget, max_verify_tokens)
-    bench = Bench(model, loaded, tokenizer, sampling, max_new_tokens, chosen, copying, verification, seed)
-    measured, results = Measured(), []
+    bench = how.bench(max_verify_tokens)
+    tokenizer, measured, results = bench.tokenizer, Measured(), []
     with progress("generating", len(conversations), show=not stream) as advance:
-        for first in range(0, len(conversations), batch_size):
-            batch = conversations[first : first + batch_size]
+        for first in range(0, len(conversations), how.batch_size):
+            batch = conversations[first : first + how.batch_size]
             if stream:
                 print(f"{'' if first == 0 else chr(10)}> {batch[0][-1]['content']}", flush=True)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
@@ -66,18 +55,18 @@ def generate(
             for conversation, text, tokens in zip(batch, texts, run.tokens, strict=True):
                 results.append({"prompt": conversation[-1]["content"], "text": text, "tokens": len(tokens)})
             advance(len(batch))
-    speed, drafting = measured.throughput("dspark"), measured.drafting
+    speed, counts = measured.throughput("dspark"), measured.acceptance
     if json:
-        record: dict[str, Any] = {"target": target, "drafter": drafter, "results": results, "tau": drafting.acceptance.tau}
-        record |= {"conditional_acceptance": drafting.acceptance.conditional_acceptance, **speed.to_json()}
-        record |= {"time": drafting.time.to_json(), "settings": {"batch_size": batch_size, **bench.settings()}}
-        print_json({**record, "machine": machine_record(model.device)})
+        record: dict[str, Any] = {"target": how.target, "drafter": how.drafter, "results": results, "tau": counts.tau}
+        record |= {"conditional_acceptance": counts.conditional_acceptance, **speed.to_json(), "time": measured.time}
+        record["settings"] = {"batch_size": how.batch_size, **bench.settings()}
+        print_json({**record, "machine": machine_record(bench.target.device)})
         return
     if not stream:
         print("\n\n".join(f"> {result['prompt']}\n{result['text']}" for result in results))
     Console(stderr=True).print(
         f"[dim]{speed.tokens} tokens, {figure(speed.tokens_per_s, 1)} tokens/s (not warmed up), "
-        f"tau {figure(drafting.acceptance.tau, 2)} (bonus token included)[/dim]"
+        f"tau {figure(counts.tau, 2)} (bonus token included)[/dim]"
     )
 
 

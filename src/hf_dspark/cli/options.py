@@ -1,53 +1,110 @@
-"""Options that several commands share."""
+"""Options that several commands share; commands take them with `field_options(RECORD)` and `chosen(RECORD, options)`."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from hf_dspark.cli.common import computing, load_quietly, pick_device
+from hf_dspark.cli.dataclass_options import take
 
-def finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_dspark.evaluation.speed import Bench
+    from hf_dspark.models.modeling_dspark import DSparkDrafter
 
-def nucleus(value: float) -> float:
-    if not 0 < value <= 1:
-        raise typer.BadParameter(f"{value} is not above 0 and at most 1.")
-    return value
-
+Record = TypeVar("Record")
 
 Target = Annotated[str, typer.Option(help="The target: `smollm2` (embedded), a folder or a Hub id.")]
 Drafter = Annotated[str, typer.Option(help="Its drafter: `smollm2-dspark` (embedded), a folder or a Hub id.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="New tokens a prompt at most.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts generated together.")]
-Temperature = Annotated[float, typer.Option(min=0.0, callback=finite, help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(callback=nucleus, help="Nucleus: above 0, at most 1 (all tokens).")]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="Verified tokens a round: `full`, `static:N`, `threshold:P`, `load-aware` or `load-aware-lag2`. Default: the drafter's own."
-    ),
-]
-Copying = Annotated[
-    bool, typer.Option("--copying/--no-copying", help="N-gram copying: draft what the text repeats, where the drafter has weights for it.")
-]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]
 Verification = Annotated[
     Literal["block", "token"],
     typer.Option(help="How drawn tokens are verified: over the whole block, which accepts more of them, or token by token."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-MaxVerifyTokens = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of one verification pass, anchors included; caps any budget.")
-]
 PromptFiles = Annotated[
     list[Path], typer.Option(exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts; give it again for more files.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Prompts of each file to use, from its top.")]
+
+
+@dataclass
+class Pair:
+    """Target and drafter, and how they compute."""
+
+    target: Target = "smollm2"
+    drafter: Drafter = "smollm2-dspark"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DSparkDrafter]:
+        """Target, tokenizer and drafter, without the loaders' own progress bars."""
+        from hf_dspark.models.loading import load_drafter, load_target, parse_dtype
+
+        parse_dtype(self.dtype)
+        how: dict[str, Any] = {"dtype": computing(self.dtype), "device": pick_device(self.device)}
+        with load_quietly(f"{self.target} and {self.drafter}"):
+            drafter = load_drafter(self.drafter, **how)  # first: it is small, and often the mistaken one
+            target, tokenizer = load_target(self.target, **how)
+        return target, tokenizer, drafter
+
+
+@dataclass
+class Decoding(Pair):
+    """How much is generated, and how tokens are chosen."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt at most.")] = 128
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0
+    top_p: Annotated[float, typer.Option(help="Nucleus: above 0, at most 1 (all tokens).")] = 1.0
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")] = 0
+
+    def __post_init__(self) -> None:
+        from hf_dspark.evaluation.speed import Sampling
+
+        self.sampling = Sampling(self.temperature, self.top_p)
+
+
+@dataclass
+class Speculation(Decoding):
+    """How drafts are made and verified."""
+
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 1
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Verified tokens a round: `full`, `static:N`, `threshold:P`, `load-aware` or `load-aware-lag2`. Default: the "
+            "drafter's own."
+        ),
+    ] = None
+    copying: Annotated[
+        bool,
+        typer.Option("--copying/--no-copying", help="N-gram copying: draft what the text repeats, where the drafter has weights for it."),
+    ] = True
+    verification: Verification = "block"
+
+    def __post_init__(self) -> None:
+        from hf_dspark.budgets.named import make_budget
+
+        super().__post_init__()
+        make_budget(self.budget or "full")  # a name that is unknown is refused before anything loads
+
+    def bench(self, max_verify_tokens: int | None = None) -> Bench:
+        """The loaded pair under these settings."""
+        from hf_dspark.budgets.named import make_budget
+        from hf_dspark.evaluation.speed import Bench
+
+        target, tokenizer, drafter = self.load()
+        budget = make_budget(self.budget or drafter.budget, max_verify_tokens)
+        return Bench(target, drafter, tokenizer, self.sampling, self.max_new_tokens, budget, self.copying, self.verification, self.seed)
+
+
+def chosen(record: type[Record], options: Mapping[str, Any]) -> Record:
+    """The record of a command's options."""
+    return record(**take(record, options))

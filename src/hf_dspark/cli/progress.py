@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -59,3 +61,17 @@ class RunBar:
         """Show a line above the bar."""
         if not self.silent:
             self.console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, total: int, *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A `RunBar` over so many steps; yields a function of the steps just done."""
+    done = 0
+    with RunBar(what, silent=not show) as bar:
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+            bar.update(done, total, f"{done} of {total}")
+
+        yield advance

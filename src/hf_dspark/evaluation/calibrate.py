@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Prompts = Sequence[Sequence[int]]
+Table = Sequence[Sequence[float]]
+
 # Prompts that weights of copies are fitted on: far more positions than the few numbers need.
 _COPY_PROMPTS = 128
 # Index of the confidence head's own logit in `FinishedRound.copy_features`.
@@ -48,97 +51,52 @@ class RoundRecorder:
     wants_copy_features = True
 
     def __init__(self) -> None:
-        self._parts: list[Recorded] = []
+        self.parts: list[Rounds] = []
 
     def on_round_end(self, finished: FinishedRound) -> None:
         rows = np.flatnonzero(finished.judged)
         if finished.confidence_logits is None or not len(rows):
             return
-        features = None if finished.copy_features is None else finished.copy_features.double().numpy()[rows]
-        logits = finished.confidence_logits.double().numpy()[rows] if features is None else features[..., _CONFIDENCE]
-        rounds = Rounds(logits, np.array(finished.judged)[rows], np.array(finished.accepted)[rows])
-        self._parts.append(Recorded(rounds, np.array(finished.requests)[rows], features))
-
-    def rounds(self) -> Recorded:
-        """All rounds.
-
-        Raises:
-            DataError: if there was none.
-        """
-        if not self._parts:
-            raise DataError("nothing was drafted: every answer ended with its first token; give more prompts, or more --max-new-tokens")
-        return Recorded.join(self._parts)
+        features = None if finished.copy_features is None else finished.copy_features.double().numpy()
+        logits = finished.confidence_logits.double().numpy() if features is None else features[..., _CONFIDENCE]
+        judged, accepted, requests = map(np.array, (finished.judged, finished.accepted, finished.requests))
+        self.parts.append(Rounds(logits, judged, accepted, requests, features).part(rows))
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """Rounds of decoding.
+def record_rounds(target: PreTrainedModel, drafter: DSparkDrafter, prompts: Prompts, **options: Any) -> Rounds:
+    """Decode prompts with the full budget; `options` as `serve` takes them.
 
-    Attributes:
-        rounds (`Rounds`): N of them.
-        requests (`numpy.ndarray` of shape `(N,)`): number of each round's request.
-        features (`numpy.ndarray` of shape `(N, gamma, 9)`, *optional*): `FinishedRound.copy_features`, with n-gram copying.
+    Raises:
+        DataError: if nothing was drafted.
     """
-
-    rounds: Rounds
-    requests: np.ndarray
-    features: np.ndarray | None
-
-    def part(self, rows: np.ndarray) -> Recorded:
-        """Some of the rounds, by index or mask."""
-        return Recorded(self.rounds.part(rows), self.requests[rows], None if self.features is None else self.features[rows])
-
-    def copy_confidence(self) -> list[list[float]]:
-        """The table that predicts best which tokens survive, of those whose predecessors did."""
-        assert self.features is not None
-        places = np.arange(self.rounds.block_size)
-        reached = (self.rounds.judged[:, None] > places) & (self.rounds.accepted[:, None] >= places)
-        return fit_copy_confidence(self.features[reached], (self.rounds.accepted[:, None] > places)[reached])
-
-    def adjusted(self, table: Sequence[Sequence[float]] | None) -> Rounds:
-        """The rounds with the logits that a table makes of theirs."""
-        if self.features is None or table is None:
-            return self.rounds
-        return replace(self.rounds, logits=adjusted(torch.from_numpy(self.features), table).numpy())
-
-    @classmethod
-    def join(cls, parts: Sequence[Recorded]) -> Recorded:
-        """Several records as one."""
-        features = [part.features for part in parts if part.features is not None]
-        requests = np.concatenate([part.requests for part in parts])
-        return cls(Rounds.join([part.rounds for part in parts]), requests, np.concatenate(features) if features else None)
-
-
-def record_rounds(target: PreTrainedModel, drafter: DSparkDrafter, prompts: Sequence[Sequence[int]], **options: Any) -> Recorded:
-    """Decode prompts with the full budget; `options` as `serve` takes them."""
     recorder = RoundRecorder()
     serve(target, drafter, prompts, budget=FullBudget(), round_callback=recorder, **options)
-    return recorder.rounds()
+    if not recorder.parts:
+        raise DataError("nothing was drafted: every answer ended with its first token; give more prompts, or more --max-new-tokens")
+    return Rounds.join(recorder.parts)
 
 
-def held_out(prompt: Sequence[int], share: float) -> bool:
-    """Whether a prompt is for judging, not for fitting: by its hash, so the same everywhere."""
-    digest = hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
-    return int.from_bytes(digest[:4], "big") < share * 2**32
+def held_out(prompt: Sequence[int]) -> bool:
+    """Whether a prompt is for judging, not for fitting: half of them are, by their hash, so the same everywhere."""
+    return hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()[0] < 128
 
 
 def calibrate(
     target: PreTrainedModel,
     drafter: DSparkDrafter,
-    files: Mapping[str, Sequence[Sequence[int]]],
+    files: Mapping[str, Prompts],
     *,
-    others: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    others: Mapping[str, Prompts] | None = None,
     end_ids: Sequence[int],
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     concurrency: int = 16,
-    test_share: float = 0.5,
     seed: int = 0,
     copying: int | None = None,
-    on_file: Callable[[], None] | None = None,
+    on_file: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Fit temperatures on part of the prompts, judge them on the others, and on files of other domains.
+    """Fit temperatures on half of the prompts, judge them on the others, and on files of other domains.
 
     Args:
         target, drafter (`DSparkDrafter`): a pair, with a confidence head.
@@ -146,7 +104,6 @@ def calibrate(
         others (`dict`, *optional*): prompts to judge on only.
         end_ids (`list[int]`): that end a text.
         max_new_tokens, temperature, top_p, concurrency, seed: of decoding.
-        test_share (`float`): share of the prompts to judge on.
         copying (`int`, *optional*): fit the weights of n-gram copies first, for matches of up to so many tokens, on up to 128 of the
             prompts; 0 is no copying; as the drafter has it where None. The drafter is left with these weights; `set_calibration` adds the
             temperatures.
@@ -158,74 +115,54 @@ def calibrate(
     """
     if drafter.confidence_head is None:
         raise DataError("this drafter has no confidence head, so there is nothing to calibrate; train one with a confidence head")
-    options: dict[str, Any] = {
-        "end_ids": end_ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "concurrency": concurrency,
-        "seed": seed,
-    }  # fmt: skip
+    sampling = {"temperature": temperature, "top_p": top_p}
+    options: dict[str, Any] = {"end_ids": end_ids, "max_new_tokens": max_new_tokens, "concurrency": concurrency, "seed": seed, **sampling}
     if copying is not None:
         # By turns from each file, so that all of them count.
-        turns = [p for row in zip_longest(*files.values()) for p in row if p is not None and not held_out(p, test_share)]
+        turns = [p for row in zip_longest(*files.values()) for p in row if p is not None and not held_out(p)]
         _choose_copying(target, drafter, turns, copying, options)
-    fitted_on, test_parts, data = _decode(target, drafter, files, test_share, options, on_file)
+
+    def decoded(prompts: Prompts) -> Rounds:
+        rounds = record_rounds(target, drafter, prompts, **options)
+        on_file()
+        return rounds
+
+    fit_parts, test_parts, data = [], {}, []
+    for name, prompts in files.items():
+        found = decoded(prompts)
+        for_test = np.array([held_out(prompt) for prompt in prompts])[found.requests]
+        fit_parts.append(found.part(~for_test))
+        test_parts[name] = found.part(for_test)
+        counts = {"rounds_fitted": len(fit_parts[-1]), "rounds_judged": len(test_parts[name])}
+        data.append({"file": name, "prompts": len(prompts), **counts})
+    fitted_on = Rounds.join(fit_parts)
+    if min(len(fitted_on), *map(len, test_parts.values())) < FEWEST_ROUNDS:
+        raise DataError(f"calibration needs at least {FEWEST_ROUNDS} rounds to fit and in each file; got {data}. Give more prompts.")
     weights = drafter.config.copy_weights
-    table = None if weights is None else fitted_on.copy_confidence()
+    table = None if weights is None else _copy_confidence(fitted_on)
     try:
-        temperatures = fit_temperatures(fitted_on.adjusted(table))
+        temperatures = fit_temperatures(_adjusted(fitted_on, table))
     except ValueError as error:
         raise DataError(str(error)) from error
     record: dict[str, Any] = {
         "format": FORMAT,
         "temperatures": temperatures,
         **({} if weights is None else {"copying": {"weights": list(weights), "confidence": table}}),
-        "sampling": {"temperature": temperature, "top_p": top_p, "verification": DEFAULT_VERIFICATION},
+        "sampling": {**sampling, "verification": DEFAULT_VERIFICATION},
         "max_new_tokens": max_new_tokens,
         "data": data,
         "bins": BINS,
-        **_before_and_after(Recorded.join(list(test_parts.values())), temperatures, table),
+        **_before_and_after(Rounds.join(list(test_parts.values())), temperatures, table),
         "files": {name: _before_and_after(part, temperatures, table) for name, part in test_parts.items()},
-        "others": {},
+        "others": {name: _before_and_after(decoded(prompts), temperatures, table) for name, prompts in (others or {}).items()},
         "drafter_fingerprint": fingerprint(drafter),
         "seed": seed,
         "machine": machine_record(target.device),
     }
-    record |= for_sglang(record)
-    for name, prompts in (others or {}).items():
-        record["others"][name] = _before_and_after(record_rounds(target, drafter, prompts, **options), temperatures, table)
-        if on_file is not None:
-            on_file()
-    return record
+    return record | for_sglang(record)
 
 
-def _decode(
-    target: PreTrainedModel,
-    drafter: DSparkDrafter,
-    files: Mapping[str, Sequence[Sequence[int]]],
-    test_share: float,
-    options: dict[str, Any],
-    on_file: Callable[[], None] | None,
-) -> tuple[Recorded, dict[str, Recorded], list[dict[str, Any]]]:
-    """Rounds to fit on, rounds to judge on by file, and what is said of each file."""
-    fit_parts: list[Recorded] = []
-    test_parts: dict[str, Recorded] = {}
-    data = []
-    for name, prompts in files.items():
-        found = record_rounds(target, drafter, prompts, **options)
-        for_test = np.array([held_out(prompt, test_share) for prompt in prompts])[found.requests]
-        fit_parts.append(found.part(~for_test))
-        test_parts[name] = found.part(for_test)
-        fitted, judged = len(fit_parts[-1].rounds), len(test_parts[name].rounds)
-        data.append({"file": name, "prompts": len(prompts), "rounds_fitted": fitted, "rounds_judged": judged})
-        if on_file is not None:
-            on_file()
-    fitted_on = Recorded.join(fit_parts)
-    if min(len(fitted_on.rounds), *(len(part.rounds) for part in test_parts.values())) < FEWEST_ROUNDS:
-        raise DataError(f"calibration needs at least {FEWEST_ROUNDS} rounds to fit and in each file; got {data}. Give more prompts.")
-    return fitted_on, test_parts, data
-
-
-def _choose_copying(
-    target: PreTrainedModel, drafter: DSparkDrafter, prompts: Sequence[Sequence[int]], longest: int, options: dict[str, Any]
-) -> None:
+def _choose_copying(target: PreTrainedModel, drafter: DSparkDrafter, prompts: Prompts, longest: int, options: dict[str, Any]) -> None:
     """Fit how far copies are trusted, on answers decoded without them."""
     if not 0 <= longest <= MAX_COPY_MATCH:
         raise ValueError(f"copying must be 0 (none) to {MAX_COPY_MATCH} tokens of match that are told apart; got {longest}.")
@@ -246,21 +183,32 @@ def _choose_copying(
         )
 
 
-def _before_and_after(found: Recorded, temperatures: Sequence[float], table: Sequence[Sequence[float]] | None) -> dict[str, Any]:
+def _copy_confidence(rounds: Rounds) -> list[list[float]]:
+    """The table that predicts best which tokens survive, of those whose predecessors did."""
+    assert rounds.features is not None
+    places = np.arange(rounds.block_size)
+    reached = (rounds.judged[:, None] > places) & (rounds.accepted[:, None] >= places)
+    return fit_copy_confidence(rounds.features[reached], (rounds.accepted[:, None] > places)[reached])
+
+
+def _adjusted(rounds: Rounds, table: Table | None) -> Rounds:
+    """The rounds with the logits that a table makes of theirs."""
+    if rounds.features is None or table is None:
+        return rounds
+    return replace(rounds, logits=adjusted(torch.from_numpy(rounds.features), table).numpy())
+
+
+def _before_and_after(rounds: Rounds, temperatures: Sequence[float], table: Table | None) -> dict[str, Any]:
     """Of the confidence head's own logits, and of what the table and the temperatures make of them."""
-    return {"before": _judged(found.rounds, None), "after": _judged(found.adjusted(table), temperatures)}
+    return {"before": _judged(rounds, None), "after": _judged(_adjusted(rounds, table), temperatures)}
 
 
 def _judged(rounds: Rounds, temperatures: Sequence[float] | None) -> dict[str, Any]:
     """Means over positions, the positions, and the points of their reliability diagrams; what is undefined is None."""
-    rows = [{name: None if value != value else value for name, value in asdict(one).items()} for one in quality(rounds, temperatures)]
+    rows = [{name: None if value != value else value for name, value in one.items()} for one in quality(rounds, temperatures)]
     means: dict[str, float | None] = {}
     for name in ("ece", "auc", "brier"):
         values = [value for row in rows if (value := row[name]) is not None]
         means[name] = sum(values) / len(values) if values else None
-    survival = rounds.survival(temperatures)
-    diagrams = []
-    for k in range(rounds.block_size):
-        known = rounds.judged > k
-        diagrams.append(reliability(survival[known, k], (rounds.accepted[known] > k).astype(np.float64), BINS))
+    diagrams = [reliability(predicted, observed) for predicted, observed in rounds.positions(temperatures)]
     return {"rounds": rows[0]["rounds"], **means, "positions": rows, "reliability": diagrams}

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hf_dspark.decoding.api import generate
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.evaluation.metrics import AcceptanceCounts, machine_record
-from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
+from hf_dspark.evaluation.prompts import left_padded, prompt_ids, read_prompts
 from hf_dspark.models.loading import load_drafter, load_target
 from hf_dspark.utils.files import atomic_write_json
 
@@ -29,14 +27,7 @@ if TYPE_CHECKING:
 
 
 def spread_prompts(rows: Iterable[ResponseRow], count: int) -> list[tuple[str, list[int]]]:
-    """Choose prompts so that every source has its share, in the order of the rows, each prompt once.
-
-    Args:
-        rows: response rows.
-        count (`int`): prompts to choose at most.
-    Returns:
-        `list[tuple[str, list[int]]]`: source and token ids.
-    """
+    """Source and token ids of `count` prompts at most: every source has its share, in the order of the rows, each prompt once."""
     by_source: dict[str, dict[tuple[int, ...], None]] = {}
     for row in rows:
         by_source.setdefault(row.source, {})[tuple(row.prompt_ids)] = None
@@ -71,11 +62,8 @@ class DecodedTau:
     verification: str = DEFAULT_VERIFICATION
 
     def __call__(self, drafter: DSparkDrafter) -> dict[str, Any]:
-        """Tau by temperature and source.
-
-        Returns:
-            `dict`: `tau` (the mean over temperatures), and for each temperature `T=..` its `tau`, `acceptance` by block
-            position and `by_source`. Tau counts the target's bonus token.
+        """`tau`, bonus token included, as a mean over temperatures, and for each temperature `T=..` its `tau`, `acceptance` by block
+        position and `by_source`.
         """
         found: dict[str, Any] = {}
         for temperature in self.temperatures:
@@ -99,14 +87,10 @@ class DecodedTau:
         prompts = sorted(self.prompts, key=lambda prompt: len(prompt[1]))
         for first in range(0, len(prompts), self.batch_size):
             batch = prompts[first : first + self.batch_size]
-            width = max(len(ids) for _, ids in batch)
-            ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for _, ids in batch])
-            mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in batch])
             output: Any = generate(
                 self.target,
                 drafter,
-                input_ids=ids.to(self.target.device),
-                attention_mask=mask.to(self.target.device),
+                **left_padded([ids for _, ids in batch], pad, self.target.device),
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=pad,
                 return_dict_in_generate=True,
@@ -130,12 +114,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     sampled = [t for t in decode.temperatures if t > 0]
     record = {
         "settings": {
-            "target": args.target,
-            "drafter": args.drafter,
+            **{name: getattr(args, name) for name in ("target", "drafter", "limit", "max_new_tokens", "batch_size")},
             "sets": [path.stem for path in args.prompts],
-            "limit": args.limit,
-            "max_new_tokens": args.max_new_tokens,
-            "batch_size": args.batch_size,
             "verification": decode.verification,
             "dtype": str(target.dtype).removeprefix("torch."),
         },

@@ -10,8 +10,10 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +26,15 @@ from hf_dspark.budgets.named import make_budget
 from hf_dspark.calibration.online import OnlineCalibration
 from hf_dspark.decoding.profiler import CostProfile, costs_at_hand
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION, check_verification
-from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record
+from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, machine_record, round_times
+from hf_dspark.evaluation.prompts import left_padded
 from hf_dspark.evaluation.serving import Served, Server
 from hf_dspark.evaluation.speed import PROMPT_LOOKUP_TOKENS, Sampling, new_tokens, synchronize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_dspark.decoding.statistics import DecodingStats
     from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 # Contenders that are not budgets: this loop without drafting, transformers' batched call, and its prompt lookup.
@@ -96,22 +100,19 @@ class _Cell:
 
     turns: list[Throughput] = field(default_factory=list)
     users: list[float] = field(default_factory=list)
-    acceptance: AcceptanceCounts = field(default_factory=lambda: AcceptanceCounts.sum(()))
-    time: RoundTime = field(default_factory=RoundTime)
+    stats: list[DecodingStats] = field(default_factory=list)
 
     def add(self, runs: Sequence[Served]) -> None:
         """Count one turn of a server, in one run or several."""
         self.turns.append(sum((Throughput(run.emitted, run.seconds) for run in runs), start=Throughput()))
-        for run in runs:
-            self.acceptance = AcceptanceCounts.sum((self.acceptance, AcceptanceCounts.of(run.stats)))
-            self.time += RoundTime.of(run.stats)
+        self.stats += [run.stats for run in runs]
 
     def to_json(self, concurrency: int, name: str) -> dict[str, Any]:
         """Returns the cell of the result file: figures over all turns, and each turn."""
-        users, counts = sorted(self.users), self.acceptance
+        users, counts = sorted(self.users), AcceptanceCounts.sum(map(AcceptanceCounts.of, self.stats))
         whole = sum(self.turns, start=Throughput())
         rates = [turn.tokens / turn.seconds for turn in self.turns]
-        parts = {name.removesuffix("_s"): seconds for name, seconds in vars(self.time).items()}
+        parts = {part.removesuffix("_s"): seconds or 0.0 for part, seconds in round_times(self.stats).items() if part.endswith("_s")}
         total = sum(parts.values())
         return {
             "concurrency": concurrency,
@@ -134,63 +135,65 @@ class _Cell:
 
 
 @dataclass(frozen=True)
-class _Load:
-    """What all contenders have in common."""
+class Load:
+    """What all contenders have in common.
+
+    Args:
+        target, drafter: a pair.
+        prompts: token ids; taken in order, over and over.
+        end_ids, pad_id: of the target.
+        sampling: greedy by default.
+        max_new_tokens: of a request; those in flight when the clock starts are of all ages.
+        seconds: of one turn of a contender of median speed: a first turn of so many seconds, thrown away, sets how many tokens each
+            contender emits in the others.
+        slice_seconds: how long a contender of median speed advances before the next one does, within a turn; a round at least.
+        repeats: turns of each contender at each concurrency. `generate` and `prompt-lookup` take every fourth, for `seconds` at least.
+        seed: of draws.
+        verification: how drawn tokens are verified, `"block"` or `"token"`.
+    """
 
     target: PreTrainedModel
     drafter: DSparkDrafter
     prompts: Sequence[Sequence[int]]
     end_ids: Sequence[int]
     pad_id: int
-    sampling: Sampling
-    max_new_tokens: int
-    seed: int
-    costs: Costs
-    verification: str
-    seconds: float
-    slice_seconds: float
-    repeats: int
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 128
+    seconds: float = 0.5
+    slice_seconds: float = 0.25
+    repeats: int = 24
+    seed: int = 0
+    verification: str = DEFAULT_VERIFICATION
+
+    def __post_init__(self) -> None:
+        check_verification(self.verification)
 
     def settings(self) -> dict[str, Any]:
         """What the result file says of it."""
         return {
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "verification": self.verification,
-            "max_new_tokens": self.max_new_tokens,
-            "seconds": self.seconds,
-            "slice_seconds": self.slice_seconds,
+            **asdict(self.sampling),
+            **{name: getattr(self, name) for name in ("verification", "max_new_tokens", "seconds", "slice_seconds", "repeats", "seed")},
             "turns_end_by": "tokens",
-            "repeats": self.repeats,
-            "seed": self.seed,
             "prompts": len(self.prompts),
             "target_dtype": str(self.target.dtype).removeprefix("torch."),
             "drafter_dtype": str(self.drafter.dtype).removeprefix("torch."),
             "calibrated": self.drafter.config.confidence_temperatures is not None,
         }
 
-    def queue(self, place: int = 0) -> Iterator[Sequence[int]]:
-        """The prompts, over and over, from a place on."""
-        while True:
-            yield self.prompts[place % len(self.prompts)]
-            place += 1
-
-    def server(self, contender: Contender, concurrency: int) -> Server:
+    def server(self, contender: Contender, concurrency: int, costs: Costs) -> Server:
         """A contender with requests for about all turns; those in flight at first are of all ages."""
-        queue = self.queue()
         requests = concurrency + 8 + int(max(20, 4 * concurrency) * self.seconds * (self.repeats + 2))
         ages = [max(self.max_new_tokens * (i + 1) // concurrency, 1) for i in range(concurrency)]
         budget = make_budget(contender.budget) if contender.drafts else StaticBudget(0)
         return Server(
             self.target,
             self.drafter if contender.drafts else None,
-            [next(queue) for _ in range(requests)],
+            list(islice(cycle(self.prompts), requests)),
             concurrency=concurrency,
             max_new_tokens=[*ages, *[self.max_new_tokens] * (requests - concurrency)],
-            budget=budget.start(self.costs, learn_costs=contender.variant != "@fixed"),
+            budget=budget.start(costs, learn_costs=contender.variant != "@fixed"),
             end_ids=self.end_ids,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
+            **asdict(self.sampling),
             seed=self.seed,
             round_callback=self._callback(contender),
             verification=self.verification,
@@ -199,31 +202,27 @@ class _Load:
     def _callback(self, contender: Contender) -> OnlineCalibration | None:
         if not contender.needs_confidence or contender.variant == "@fixed":
             return None
-        raw = contender.variant == "@raw"
-        online = OnlineCalibration(adapt=not raw)
+        online = OnlineCalibration(adapt=contender.variant != "@raw")
         online.check(self.drafter.config)
-        if raw:
+        if contender.variant == "@raw":
             online.temperatures = [1.0] * self.drafter.config.block_size
         return online
 
     def call(self, contender: Contender, concurrency: int, turn: int, cell: _Cell) -> None:
         """One turn of transformers' own calls: batch after batch until the time is over."""
-        queue = self.queue(7 * turn)
+        queue = islice(cycle(self.prompts), 7 * turn, None)
         options = self.sampling.options() | {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.pad_id}
         if contender.name == LOOKUP:
             options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
         torch.manual_seed(self.seed)
         done = Throughput()
         while done.seconds < self.seconds:
-            rows = [list(next(queue)) for _ in range(concurrency)]
-            width = max(map(len, rows))
-            ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=self.target.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.target.device)
+            inputs = left_padded(list(islice(queue, concurrency)), self.pad_id, self.target.device)
             begin = time.perf_counter()
-            output = self.target.generate(input_ids=ids, attention_mask=mask, **options)
+            output = self.target.generate(**inputs, **options)
             synchronize(self.target.device)
             took = time.perf_counter() - begin
-            counts = [len(row) for row in new_tokens(output, width, self.end_ids)]
+            counts = [len(row) for row in new_tokens(output, inputs["input_ids"].shape[1], self.end_ids)]
             cell.users += [count / took for count in counts]
             done += Throughput(sum(counts), took)
         cell.turns.append(done)
@@ -232,9 +231,9 @@ class _Load:
 class Running:
     """A contender's server at one concurrency, from turn to turn; begins anew when its requests are used up."""
 
-    def __init__(self, load: _Load, contender: Contender, concurrency: int) -> None:
-        self._make = lambda: load.server(contender, concurrency)
-        self.server, self.goal = self._make(), 0
+    def __init__(self, make: Callable[[], Server]) -> None:
+        self._make = make
+        self.server, self.goal = make(), 0
 
     def advance(self, tokens: int, cell: _Cell) -> list[Served]:
         """Emit so many tokens beyond the goal so far; nothing where they are out already."""
@@ -249,7 +248,7 @@ class Running:
         return runs
 
 
-def _first_turn(load: _Load, running: Sequence[Running], concurrency: int) -> tuple[int, int]:
+def _first_turn(load: Load, running: Sequence[Running], concurrency: int) -> tuple[int, int]:
     """Run every contender for some time, then bring all to the same place. Returns the tokens of a turn, those that one of median speed
     emitted, and in how many slices to emit them.
     """
@@ -278,99 +277,67 @@ def _turn(running: Sequence[tuple[Running, _Cell]], quota: int, slices: int, shu
 
 
 def bench(
-    target: PreTrainedModel,
-    drafter: DSparkDrafter,
-    prompts: Sequence[Sequence[int]],
+    load: Load,
     *,
-    end_ids: Sequence[int],
-    pad_id: int,
     concurrencies: Sequence[int],
     budgets: Sequence[str],
-    sampling: Sampling | None = None,
-    max_new_tokens: int = 128,
-    seconds: float = 0.5,
-    repeats: int = 24,
-    seed: int = 0,
     costs: Costs | None = None,
-    verification: str = DEFAULT_VERIFICATION,
-    slice_seconds: float = 0.25,
-    on_turn: Callable[[], None] | None = None,
-    on_concurrency: Callable[[dict[str, Any]], None] | None = None,
+    on_turn: Callable[[], None] = lambda: None,
+    on_concurrency: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Measures contenders at several concurrencies.
 
     Args:
-        target, drafter: a pair.
-        prompts: token ids; taken in order, over and over.
-        end_ids, pad_id: of the target.
+        load: target, drafter, prompts and settings.
         concurrencies: requests in flight.
         budgets: contenders, see `Contender`.
-        sampling: greedy by default.
-        max_new_tokens: of a request; those in flight when the clock starts are of all ages.
-        seconds: of one turn of a contender of median speed: a first turn of so many seconds, thrown away, sets how many tokens each
-            contender emits in the others.
-        repeats: turns of each contender at each concurrency. `generate` and `prompt-lookup` take every fourth, for `seconds` at least.
-        seed: of draws.
         costs: what rounds cost; by default the stored profile, with what is missing in it measured now.
-        verification: how drawn tokens are verified, `"block"` or `"token"`; the stored profile is of the first.
-        slice_seconds: how long a contender of median speed advances before the next one does, within a turn; a round at least.
         on_turn: called after each turn of all contenders, `repeats + 1` times a concurrency.
         on_concurrency: called after each concurrency with the record so far.
     Returns:
         `cells`, `summary`, and all that is needed to repeat it.
     """
-    check_verification(verification)
-    sampling, contenders = sampling or Sampling(), [Contender(name) for name in budgets]
+    contenders, sample = [Contender(name) for name in budgets], not load.sampling.greedy
     if any(c.name == LOOKUP for c in contenders) and 1 not in concurrencies:
         raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
     profile = None
     if costs is None and any(c.needs_confidence for c in contenders):
-        profile = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=not sampling.greedy)
-        costs = profile.costs(not sampling.greedy)
-    costs = costs or costs_at_hand(target, drafter, not sampling.greedy)
-    load = _Load(
-        target, drafter.bind(target), prompts, end_ids, pad_id, sampling, max_new_tokens, seed, costs, verification,
-        seconds, slice_seconds, repeats,
-    )  # fmt: skip
+        measured = CostProfile.cached(load.target, load.drafter, rows=max(concurrencies), sample=sample)
+        costs, profile = measured.costs(sample), measured.to_json()
+        profile["key"]["target"] = Path(profile["key"]["target"] or "").name  # no folders of this machine
+    costs = costs or costs_at_hand(load.target, load.drafter, sample)
     record: dict[str, Any] = {
         "cells": [],
         "summary": [],
         "settings": {"concurrency": list(concurrencies), "budgets": list(budgets), **load.settings()},
-        "profile": None if profile is None else _shareable(profile.to_json()),
-        "machine": machine_record(target.device),
+        "profile": profile,
+        "machine": machine_record(load.target.device),
     }
-    shuffle = random.Random(seed)
+    shuffle = random.Random(load.seed)
     for concurrency in concurrencies:
-        here = [c for c in contenders if c.name != LOOKUP or concurrency == 1]
-        record["cells"] += _concurrency(load, here, concurrency, shuffle, on_turn or (lambda: None))
+        cells = {c: _Cell() for c in contenders if c.name != LOOKUP or concurrency == 1}
+        _measure(load, cells, concurrency, costs, shuffle, on_turn)
+        record["cells"] += [cell.to_json(concurrency, c.name) for c, cell in cells.items()]
         record["summary"] = summary(record["cells"])
-        if on_concurrency is not None:
-            on_concurrency(record)
+        on_concurrency(record)
     return record
 
 
-def _concurrency(
-    load: _Load, contenders: Sequence[Contender], concurrency: int, shuffle: random.Random, on_turn: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """The cells of one concurrency."""
-    cells = {c: _Cell() for c in contenders}
-    running = {c: Running(load, c, concurrency) for c in contenders if c.serves}
+def _measure(
+    load: Load, cells: Mapping[Contender, _Cell], concurrency: int, costs: Costs, shuffle: random.Random, on_turn: Callable[[], None]
+) -> None:
+    """All turns of one concurrency."""
+    running = {c: Running(partial(load.server, c, concurrency, costs)) for c in cells if c.serves}
     quota, slices = _first_turn(load, list(running.values()), concurrency) if running else (0, 0)
     on_turn()
     for turn in range(load.repeats):
         _turn([(run, cells[c]) for c, run in running.items()], quota, slices, shuffle)
-        for contender in contenders:
+        for contender, cell in cells.items():
             if not contender.serves and turn % _CALLS_EVERY == 0:
-                load.call(contender, concurrency, turn, cells[contender])
+                load.call(contender, concurrency, turn, cell)
         on_turn()
     for contender, run in running.items():
         cells[contender].users += run.server.speeds()
-    return [cell.to_json(concurrency, c.name) for c, cell in cells.items()]
-
-
-def _shareable(profile: dict[str, Any]) -> dict[str, Any]:
-    """A profile's record without folders of the machine it was made on."""
-    return {**profile, "key": {**profile["key"], "target": Path(profile["key"]["target"] or "").name}}
 
 
 def summary(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -34,8 +34,6 @@ class AcceptanceCounts:
         verified: drafted tokens sent to the target, the sum of l_r.
         accepted: for each block position k, the rounds in which token k was accepted.
         reached: for each block position k, the rounds in which token k was verified and tokens 1..k-1 were accepted.
-    Raises:
-        ValueError: if the counts contradict each other.
     """
 
     rounds: int
@@ -43,19 +41,6 @@ class AcceptanceCounts:
     verified: int
     accepted: tuple[int, ...]
     reached: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.accepted) != len(self.reached):
-            raise ValueError(
-                f"expected one count for each block position, got {len(self.accepted)} accepted and {len(self.reached)} reached"
-            )
-        before = self.rounds
-        for k, (accepted, reached) in enumerate(zip(self.accepted, self.reached, strict=True), start=1):
-            if not 0 <= accepted <= reached <= before:
-                raise ValueError(f"position {k}: expected 0 <= accepted <= reached <= {before}, got accepted {accepted}, reached {reached}")
-            before = accepted
-        if not sum(self.accepted) <= self.verified <= self.drafted:
-            raise ValueError(f"expected accepted <= verified <= drafted, got {sum(self.accepted)}, {self.verified}, {self.drafted}")
 
     @classmethod
     def of_row(cls, row: RowStats) -> AcceptanceCounts:
@@ -95,12 +80,7 @@ class AcceptanceCounts:
 
 @dataclass(frozen=True)
 class Throughput:
-    """New tokens and the wall-clock seconds they took, prefill included.
-
-    Args:
-        tokens: after the prompt, the end-of-text token included, padding not.
-        seconds: wall-clock time.
-    """
+    """New tokens (the end-of-text token included, padding not) and the wall-clock seconds they took, prefill included."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -122,40 +102,17 @@ class Throughput:
         return {**asdict(self), "tokens_per_s": self.tokens_per_s}
 
 
-@dataclass(frozen=True)
-class RoundTime:
-    """Where the time of speculative decoding went, from the loop's own clock.
+def round_times(stats: Iterable[DecodingStats]) -> dict[str, float | None]:
+    """Where the time of generations went, in seconds, by the loop's own clock.
 
-    Args:
-        prefill_s: the target's passes over prompts, in seconds.
-        draft_s: the drafter's forward passes, sequential stage included, in seconds.
-        verify_s: the target's verification passes, in seconds.
-        rest_s: everything else: accepting, processors, stopping, bookkeeping, in seconds.
+    Returns:
+        `dict`: the target's passes over prompts, the drafter's passes with its sequential stage, the target's verification passes, and all
+        else; `overhead_share`: of the time after the prompts, what is in neither model's passes, in [0, 1].
     """
-
-    prefill_s: float = 0.0
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    rest_s: float = 0.0
-
-    @classmethod
-    def of(cls, stats: DecodingStats) -> RoundTime:
-        """Times of a generation."""
-        return cls(stats.t_prefill_s, stats.t_draft_s, stats.t_verify_s, stats.t_rest_s)
-
-    def __add__(self, other: RoundTime) -> RoundTime:
-        mine, theirs = asdict(self), asdict(other)
-        return RoundTime(**{name: seconds + theirs[name] for name, seconds in mine.items()})
-
-    @property
-    def overhead_share(self) -> float | None:
-        """Share of the rounds' time that is neither the drafter's nor the target's forward passes, in [0, 1]."""
-        rounds_s = self.draft_s + self.verify_s + self.rest_s
-        return self.rest_s / rounds_s if rounds_s else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the parts and the share of the overhead."""
-        return {**asdict(self), "overhead_share": self.overhead_share}
+    columns = [(one.t_prefill_s, one.t_draft_s, one.t_verify_s, one.t_rest_s) for one in stats]
+    prefill, draft, verify, rest = map(sum, zip(*columns, strict=True)) if columns else [0.0] * 4
+    rounds = draft + verify + rest
+    return {"prefill_s": prefill, "draft_s": draft, "verify_s": verify, "rest_s": rest, "overhead_share": rest / rounds if rounds else None}
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
@@ -171,7 +128,7 @@ def machine_record(device: torch.device | str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1) if hasattr(os, "sysconf") else None,
         "platform": platform.platform(),
         "commit": _commit(),
         "versions": {
@@ -195,11 +152,4 @@ def _commit() -> str | None:
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         return subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # not a POSIX system
         return None

@@ -22,18 +22,27 @@ if TYPE_CHECKING:
 _ANCHORS_A_PASS = 64
 
 
-@torch.no_grad()
-def observe_copies(
-    model: PreTrainedModel, drafter: DSparkDrafter, prompt: Sequence[int], answer: Sequence[int], longest: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every block position behind every anchor of an answer, its predecessors as the answer has them.
+def fit_copying(
+    model: PreTrainedModel, drafter: DSparkDrafter, texts: Sequence[tuple[Sequence[int], Sequence[int]]], longest: int
+) -> list[float]:
+    """lambda_1..lambda_M of a drafter that is bound to `model`.
 
     Args:
-        model (`PreTrainedModel`), drafter (`DSparkDrafter`): bound.
-        prompt, answer (`list[int]`): token ids; the answer is the target's.
+        model (`PreTrainedModel`), drafter (`DSparkDrafter`): a pair.
+        texts (`list[tuple[list[int], list[int]]]`): token ids of prompts and of the target's answers to them.
         longest (`int`): M.
-    Returns:
-        `(lengths, hits, p_d)`, each `numpy.ndarray` of shape `(N,)`, as `fit_copy_weights` takes them.
+    """
+    parts = [part for prompt, answer in texts if len(answer) > 1 for part in _observed(model, drafter, prompt, answer, longest)]
+    lengths, hits, p_d = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)) if parts else [np.zeros(0)] * 3
+    return fit_copy_weights(lengths, hits, p_d, longest)
+
+
+@torch.no_grad()
+def _observed(
+    model: PreTrainedModel, drafter: DSparkDrafter, prompt: Sequence[int], answer: Sequence[int], longest: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Lengths, hits and p_d as `fit_copy_weights` takes them, of every block position behind every anchor of an answer, its predecessors
+    as the answer has them.
     """
     device, gamma = model.device, drafter.config.block_size
     ids = torch.tensor([*prompt, *answer], device=device)
@@ -49,7 +58,7 @@ def observe_copies(
     cache.add_rows(1)
     with seen.open():
         _, taps = seen.forward(ids, RowLayout([0], [count], device), cache, only_last=True)
-    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    found = []
     for anchors in torch.arange(first, count - 1, device=device).split(_ANCHORS_A_PASS):
         h = drafter.training_hidden(taps[None], ids[anchors][None], anchors[None])[0]
         places = anchors[:, None] + torch.arange(gamma, device=device)
@@ -60,24 +69,4 @@ def observe_copies(
             logits = logits + drafter.markov_head.project(drafter.markov_head.block(previous, h))
         p_d = drafter.values_at(logits.float().softmax(-1), ids[follows])
         found.append((lengths[follows][inside], (tokens[follows] == ids[follows])[inside], p_d[inside]))
-    if not found:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), np.zeros(0)
-    return tuple(torch.cat([one[i] for one in found]).cpu().numpy() for i in range(3))  # type: ignore[return-value]
-
-
-def fit_copying(
-    model: PreTrainedModel,
-    drafter: DSparkDrafter,
-    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    longest: int,
-) -> list[float]:
-    """lambda_1..lambda_M of a drafter, from prompts and the target's answers to them.
-
-    Args:
-        model (`PreTrainedModel`), drafter (`DSparkDrafter`): bound.
-        texts (`list[tuple[list[int], list[int]]]`): token ids of prompts and answers.
-        longest (`int`): M.
-    """
-    parts = [observe_copies(model, drafter, prompt, answer, longest) for prompt, answer in texts if len(answer) > 1]
-    lengths, hits, p_d = (np.concatenate([part[i] for part in parts]) if parts else np.zeros(0) for i in range(3))
-    return fit_copy_weights(lengths, hits, p_d, longest)
+    return found

@@ -13,61 +13,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with plots side by side; not pyplot, which holds global state and may want a display.
-
-    Raises:
-        DataError: if matplotlib is not installed.
-    """
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with plots side by side; not pyplot, which holds global state and may want a display."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DataError("plots need matplotlib, which is not installed; run: pip install 'hf-dspark[plots]'") from error
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
 
 
 def plot_load(record: Mapping[str, Any], folder: Path) -> None:
-    """Draws total throughput against speed per user, and verified tokens against concurrency.
+    """Draws frontier.png (total throughput against speed per user) and budget.png (verified tokens against concurrency) into a folder.
 
-    Source: paper Figures 7 and 8.
-
-    Args:
-        record: what `hf-dspark bench --json` wrote.
-        folder: made where it is missing; gets frontier.png and budget.png.
+    Source: paper Figures 7 and 8. The record is what `hf-dspark bench --json` wrote.
     """
     by_budget: dict[str, list[Mapping[str, Any]]] = {}
     for cell in record["cells"]:
         by_budget.setdefault(cell["budget"], []).append(cell)
-    file, x, y = "frontier.png", "user_tokens_per_s_median", "tokens_per_s"
-    figure, (axes,) = new_figure(6.5, 4.5)
-    for name, cells in by_budget.items():
-        _line(axes, ((c[x], c[y]) for c in cells if c[x]), name, bold=name.startswith("load-aware"))
-    axes.set(xlabel="tokens/s per user (median)", ylabel="tokens/s in all")
-    _save(figure, folder / file)
-
-    file, x, y = "budget.png", "concurrency", "verified_tokens_per_request"
-    figure, (axes,) = new_figure(6.5, 4)
-    for name, cells in by_budget.items():
-        if any(c[y] for c in cells):
-            _line(axes, ((c[x], c[y]) for c in cells), name, bold=name.startswith("load-aware"))
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="requests in flight", ylabel="verified tokens a request and round")
-    _save(figure, folder / file)
+    for file, x, y, xlabel, ylabel in (
+        ("frontier.png", "user_tokens_per_s_median", "tokens_per_s", "tokens/s per user (median)", "tokens/s in all"),
+        ("budget.png", "concurrency", "verified_tokens_per_request", "requests in flight", "verified tokens a request and round"),
+    ):
+        figure, (axes,) = _figure(6.5, 4.5)
+        for name, cells in by_budget.items():
+            points = [(c[x], c[y]) for c in cells if c[x] and c[y] is not None]
+            if any(height for _, height in points):
+                _line(axes, points, name, bold=name.startswith("load-aware"))
+        if x == "concurrency":
+            axes.set_xscale("log", base=2)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        _save(figure, folder / file)
 
 
 def plot_reliability(record: Mapping[str, Any], folder: Path) -> None:
-    """Draws observed against predicted prefix survival, before and after calibration, for each block position.
+    """Draws observed against predicted prefix survival, before and after calibration, for each block position of a `calibration.json`.
 
-    Args:
-        record: what `calibration.json` holds.
-        folder: made where it is missing; gets reliability.png, and reliability_NAME.png for each file of another domain.
+    The folder gets reliability.png, and reliability_NAME.png for each file of another domain.
     """
     for name, part in {"": record, **{f"_{name}": part for name, part in record["others"].items()}}.items():
         positions = len(part["after"]["positions"])
-        figure, plots = new_figure(2.2 * positions, 2.6, positions)
+        figure, plots = _figure(2.2 * positions, 2.6, positions)
         for k, axes in enumerate(plots):
             axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
             for when, bold in (("before", False), ("after", True)):
@@ -78,7 +64,7 @@ def plot_reliability(record: Mapping[str, Any], folder: Path) -> None:
 
 def plot_costs(record: Mapping[str, Any], path: Path) -> None:
     """Draws the measured times of rounds by tokens in the pass, one line for each number of rows, from a profile's JSON."""
-    figure, (axes,) = new_figure(6, 4)
+    figure, (axes,) = _figure(6, 4)
     for mode, table in record["tables"].items():
         for rows, costs in table.items():
             context, column = next(iter(costs["verify_s"].items()))

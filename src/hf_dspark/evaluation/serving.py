@@ -6,6 +6,7 @@ Each request has a number of its own all its life, so budgets and calibration ne
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,24 +29,19 @@ from hf_dspark.targets.target import Target, check_length
 
 @dataclass(frozen=True)
 class Served:
-    """What came out, and when.
+    """What came out in one run of a `Server`.
 
     Attributes:
         tokens (`list[list[int]]`): new tokens of each request so far, in the order they were given; empty for those that never began.
-        spans (`list[tuple[float, float] | None]`): from when to when each was live on the clock, in seconds; None for those that never
-            began.
         emitted (`int`): new tokens of all requests while the clock ran.
         seconds (`float`): on the clock.
         stats (`DecodingStats`): of the loop while the clock ran, of the requests that were live then; `t_total_s` equals `seconds`.
-        row_rounds (`int`): rounds times the rows that were live in them.
     """
 
     tokens: list[list[int]]
-    spans: list[tuple[float, float] | None]
     emitted: int
     seconds: float
     stats: DecodingStats
-    row_rounds: int
 
 
 class Server:
@@ -106,52 +102,47 @@ class Server:
         self._ids = [torch.tensor(list(prompt), device=target.device) for prompt in prompts]
         self._waiting = 0
         self._clock = 0.0
-        self._since: dict[int, float] = {}  # of the requests in flight
-        self.spans: list[tuple[float, float] | None] = [None] * self.count
-        self._counted = [0] * self.count
+        self._since: dict[int, float] = {}  # of the requests in flight, on the clock
+        self._spent: dict[int, float] = {}  # seconds on the clock of those that are answered
+        self._counted: Counter[int] = Counter()  # new tokens of each request while the clock ran
         self._left_with = 0  # new tokens of the requests that are answered
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, *, steady: bool = False, seconds: float | None = None, tokens: int | None = None) -> Served:
-        """Go on with the requests.
+        """Go on with the requests, until all are answered where nothing else is said.
 
         Args:
             steady (`bool`): let the first requests join before the clock starts, and stop it when none is left to take a place that is
                 free: `concurrency` rows are live all the time.
-            seconds (`float`, *optional*): end when so much time has passed; all is as it was when `run` is called again. Without it, end
-                when all requests are answered.
+            seconds (`float`, *optional*): end when so much time has passed; all is as it was when `run` is called again.
             tokens (`int`, *optional*): end when so many new tokens have come out since this server was made.
         Returns:
-            `Served`: of this time. Its spans are on a clock that runs in `run` only.
+            `Served`: of this time.
         """
-        loop, row_rounds = self.loop, 0
-        with torch.inference_mode(), loop.target.open():
+        loop = self.loop
+        with loop.target.open():
             if steady and not self._waiting:
-                self._join(self._clock)
+                self._join()
             loop.start_clock()
             before, start = self._clock, time.perf_counter()
             while self._waiting < self.count or loop.state.num_rows:
-                self._join(before + time.perf_counter() - start)
+                self._clock = before + time.perf_counter() - start
+                self._join()
                 if loop.state.num_rows:
-                    row_rounds += loop.state.num_rows
                     loop.round()
                 self._clock = before + time.perf_counter() - start
                 self._leave()
                 out_of_time = seconds is not None and self._clock - before >= seconds
                 if out_of_time or (tokens is not None and self.emitted >= tokens) or (steady and self.exhausted):
                     break
-            if loop.target.device.type == "cuda":
-                torch.cuda.synchronize(loop.target.device)
-            spent = time.perf_counter() - start
-            self._clock = before + spent
-        loop.stats.set_times(loop.watch.read() | {"total": spent})
-        spans = [(since, self._clock) if (since := self._since.get(r)) is not None else self.spans[r] for r in range(self.count)]
-        for request, row in loop.stats.by_request.items():
-            self._counted[request] += row.generated
-        emitted = sum(row.generated for row in loop.stats.rows)
-        return Served([self.answer(request) for request in range(self.count)], spans, emitted, spent, loop.stats, row_rounds)
+            times = loop.watch.read()
+        loop.stats.set_times(times)
+        self._clock = before + times["total"]
+        self._counted.update({request: row.generated for request, row in loop.stats.by_request.items()})
+        answers = [self._answer(request) for request in range(self.count)]
+        return Served(answers, sum(row.generated for row in loop.stats.rows), times["total"], loop.stats)
 
-    def answer(self, request: int) -> list[int]:
+    def _answer(self, request: int) -> list[int]:
         """New tokens of a request so far."""
         state = self.loop.state
         if request in self.loop.finished:
@@ -174,44 +165,24 @@ class Server:
 
     def speeds(self, fewest: int = 8) -> list[float]:
         """Tokens a second of each request that has got `fewest` tokens on the clock, as its user sees them."""
-        out = []
-        for request, tokens in enumerate(self._counted):
-            since = self._since.get(request)
-            span = (since, self._clock) if since is not None else self.spans[request]
-            if span is not None and tokens >= fewest:
-                out.append(tokens / (span[1] - span[0]))
-        return out
+        spent = self._spent | {request: self._clock - since for request, since in self._since.items()}
+        return [self._counted[request] / seconds for request, seconds in spent.items() if self._counted[request] >= fewest]
 
-    def _join(self, now: float) -> None:
+    def _join(self) -> None:
         loop = self.loop
         while self._waiting < self.count and loop.state.num_rows < self.concurrency:  # again where one ends with its first token
             more = range(self._waiting, min(self._waiting + self.concurrency - loop.state.num_rows, self.count))
-            self._since.update(dict.fromkeys(more, now))
+            self._since.update(dict.fromkeys(more, self._clock))
             loop.join(more, [self._ids[request] for request in more])
             self._waiting = more.stop
 
     def _leave(self) -> None:
         for request in self._since.keys() - set(self.loop.state.requests):
-            self.spans[request] = (self._since.pop(request), self._clock)
+            self._spent[request] = self._clock - self._since.pop(request)
             row = self.loop.finished[request]
             self._left_with += len(row.ids) - row.prompt_end
 
 
-def serve(
-    model: PreTrainedModel,
-    drafter: DSparkDrafter | None,
-    prompts: Sequence[Sequence[int]],
-    *,
-    steady: bool = False,
-    stop_after_seconds: float | None = None,
-    **server: Any,
-) -> Served:
-    """Answer requests in one run of a `Server`.
-
-    Args:
-        model, drafter, prompts, server: as `Server` takes them.
-        steady, stop_after_seconds: as `Server.run` takes them.
-    Returns:
-        `Served`.
-    """
-    return Server(model, drafter, prompts, **server).run(steady=steady, seconds=stop_after_seconds)
+def serve(model: PreTrainedModel, drafter: DSparkDrafter | None, prompts: Sequence[Sequence[int]], **server: Any) -> Served:
+    """Answer all requests in one run of a `Server`, whose arguments these are."""
+    return Server(model, drafter, prompts, **server).run()

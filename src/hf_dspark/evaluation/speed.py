@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_dspark.decoding.api import generate
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
-from hf_dspark.evaluation.metrics import AcceptanceCounts, RoundTime, Throughput, machine_record
+from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, machine_record, round_times
 from hf_dspark.evaluation.prompts import Conversation, encode
 from hf_dspark.utils.tokens import eos_token_ids
 
@@ -35,14 +35,7 @@ _WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, the same for every method.
-
-    Args:
-        temperature: 0 for greedy.
-        top_p: nucleus, in (0, 1]; 1 keeps all tokens.
-    Raises:
-        ValueError: for a value outside its range.
-    """
+    """How the next token is chosen, the same for every method: temperature (0 is greedy) and nucleus, in (0, 1]; checked."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -87,20 +80,9 @@ class Run:
         return Throughput(sum(map(len, self.tokens)), self.seconds)
 
 
-class Drafting(NamedTuple):
-    """What the loop reports, over any number of runs."""
-
-    acceptance: AcceptanceCounts
-    time: RoundTime
-
-
 @dataclass
 class Measured:
-    """Every method's runs on the same batches, and their figures.
-
-    Args:
-        runs: by method.
-    """
+    """Every method's runs on the same batches, and their figures."""
 
     runs: dict[str, list[Run]] = field(default_factory=lambda: {method: [] for method in METHODS})
 
@@ -109,44 +91,35 @@ class Measured:
         return sum((run.throughput for run in self.runs[method]), start=Throughput())
 
     @property
-    def drafting(self) -> Drafting:
+    def _stats(self) -> list[DecodingStats]:
+        return [run.stats for run in self.runs["dspark"] if run.stats is not None]
+
+    @property
+    def acceptance(self) -> AcceptanceCounts:
         """Of all speculative runs."""
-        stats = [run.stats for run in self.runs["dspark"] if run.stats is not None]
-        return Drafting(AcceptanceCounts.sum(map(AcceptanceCounts.of, stats)), sum(map(RoundTime.of, stats), start=RoundTime()))
+        return AcceptanceCounts.sum(map(AcceptanceCounts.of, self._stats))
 
     @property
-    def rows(self) -> int:
-        """Prompts."""
-        return sum(len(run.tokens) for run in self.runs["plain"])
-
-    @property
-    def identical_rows(self) -> int:
-        """Rows where speculation gave the plain target's tokens."""
-        texts = ([row for run in self.runs[method] for row in run.tokens] for method in ("plain", "dspark"))
-        return sum(a == b for a, b in zip(*texts, strict=True))
+    def time(self) -> dict[str, float | None]:
+        """`round_times` of all speculative runs."""
+        return round_times(self._stats)
 
     def to_json(self, *, greedy: bool) -> dict[str, Any]:
-        """Returns ratios first, then the counts behind them."""
-        speed = {method: self.throughput(method) for method in METHODS}
-        acceptance, time_of = self.drafting
+        """Returns ratios first, then the counts behind them; texts are compared where they are greedy."""
+        speed, counts = {method: self.throughput(method) for method in METHODS}, self.acceptance
+        plain, dspark = ([row for run in self.runs[method] for row in run.tokens] for method in ("plain", "dspark"))
         return {
-            "tau": acceptance.tau,
-            "conditional_acceptance": acceptance.conditional_acceptance,
+            "tau": counts.tau,
+            "conditional_acceptance": counts.conditional_acceptance,
             "speedup": speed["dspark"].over(speed["plain"]),
             "prompt_lookup_speedup": speed["prompt_lookup"].over(speed["plain"]),
             **{f"{method}_tokens_per_s": speed[method].tokens_per_s for method in METHODS},
-            "rows": self.rows,
-            "identical_rows": self.identical_rows if greedy else None,
-            "acceptance_rate": acceptance.acceptance_rate,
-            "acceptance_counts": {
-                "rounds": acceptance.rounds,
-                "drafted": acceptance.drafted,
-                "verified": acceptance.verified,
-                "accepted": list(acceptance.accepted),
-                "reached": list(acceptance.reached),
-            },
+            "rows": len(plain),
+            "identical_rows": sum(a == b for a, b in zip(plain, dspark, strict=True)) if greedy else None,
+            "acceptance_rate": counts.acceptance_rate,
+            "acceptance_counts": asdict(counts),
             "throughput": {method: speed[method].to_json() for method in METHODS},
-            "time": time_of.to_json(),
+            "time": self.time,
         }
 
 
@@ -176,24 +149,14 @@ class Bench:
     verification: str = DEFAULT_VERIFICATION
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-
     def inputs(self, conversations: Sequence[Conversation]) -> BatchEncoding:
         """Returns the tokenized batch on the target's device, padded on the left."""
         return encode(self.tokenizer, conversations).to(self.target.device)
 
     def run(self, method: str, inputs: BatchEncoding, *, max_new_tokens: int | None = None, streamer: BaseStreamer | None = None) -> Run:
-        """Generates one batch and takes the time.
+        """Generates one batch by one of `METHODS` and takes the time; a streamer gets the tokens as they are decided (one row only).
 
         transformers' prompt lookup takes one row at a time; it gets a batch row by row, each without its padding.
-
-        Args:
-            method: one of `METHODS`.
-            inputs: from `inputs`.
-            max_new_tokens: overrides the bench's own.
-            streamer: gets the tokens as they are decided (one row only).
         """
         options = self.sampling.options() | {
             "max_new_tokens": max_new_tokens or self.max_new_tokens,
@@ -205,11 +168,13 @@ class Bench:
         if method == "dspark":
             options |= {"budget": self.budget, "copying": self.copying, "verification": self.verification, "return_dict_in_generate": True}
             return self._timed(partial(generate, self.target, self.drafter, **inputs, **options), inputs)
-        if method == "prompt_lookup":
-            lookup = partial(self.target.generate, **options, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
-            runs = [self._timed(partial(lookup, **row), row) for row in _rows(inputs)]
-            return Run([tokens for run in runs for tokens in run.tokens], sum(run.seconds for run in runs))
-        raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
+        if method != "prompt_lookup":
+            raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
+        lookup = partial(self.target.generate, **options, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
+        counts = inputs["attention_mask"].sum(1).tolist()
+        rows = [{name: values[r : r + 1, -count:] for name, values in inputs.items()} for r, count in enumerate(counts)]
+        runs = [self._timed(partial(lookup, **row), row) for row in rows]
+        return Run([tokens for run in runs for tokens in run.tokens], sum(run.seconds for run in runs))
 
     def warm_up(self, inputs: BatchEncoding, methods: Sequence[str] = METHODS) -> None:
         """Runs every method for a few tokens: first-use costs (kernels, the target's self-test) stay out of the figures."""
@@ -248,7 +213,7 @@ def evaluate(
     prompt_files: Mapping[str, Sequence[Conversation]],
     *,
     batch_size: int = 1,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Measures tau, conditional acceptance and tokens a second against the plain target and prompt lookup, in one run.
 
@@ -259,13 +224,7 @@ def evaluate(
         on_batch: called after each batch with the rows done.
     Returns:
         the overall figures at the top, then `files` with those of each file, `settings` and `machine`.
-    Raises:
-        ValueError: if there are no prompts, or a setting is outside its range.
     """
-    if not prompt_files or not all(prompt_files.values()):
-        raise ValueError("nothing to evaluate: every prompt file needs at least one prompt")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     bench.warm_up(bench.inputs(next(iter(prompt_files.values()))[:batch_size]))
     files = {name: Measured() for name in prompt_files}
     overall = Measured()
@@ -278,8 +237,7 @@ def evaluate(
                 files[name].runs[method].append(run)
                 overall.runs[method].append(run)
             turn += 1
-            if on_batch is not None:
-                on_batch(len(inputs["input_ids"]))
+            on_batch(len(inputs["input_ids"]))
     greedy = bench.sampling.greedy
     return {
         **overall.to_json(greedy=greedy),
@@ -290,13 +248,7 @@ def evaluate(
 
 
 def new_tokens(sequences: torch.Tensor, prompt_length: int, end_ids: Sequence[int]) -> list[list[int]]:
-    """Returns each row's tokens after the prompt, up to and including its first end-of-text token.
-
-    Args:
-        sequences (`torch.LongTensor` of shape `(batch, length)`): prompt, answer, padding.
-        prompt_length: columns of the (left-padded) prompt.
-        end_ids: the target's end-of-text ids.
-    """
+    """Returns each row's tokens after a left-padded prompt, up to and including its first end-of-text token, of ids `(batch, length)`."""
     rows = []
     for row in sequences[:, prompt_length:].tolist():
         end = next((index for index, token in enumerate(row) if token in end_ids), len(row) - 1)
@@ -308,9 +260,3 @@ def synchronize(device: torch.device) -> None:
     """Waits for an accelerator."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _rows(inputs: BatchEncoding) -> list[dict[str, torch.Tensor]]:
-    """Splits a left-padded batch into rows of one, each without its padding."""
-    counts = inputs["attention_mask"].sum(1).tolist()
-    return [{name: inputs[name][row : row + 1, -count:] for name in ("input_ids", "attention_mask")} for row, count in enumerate(counts)]
