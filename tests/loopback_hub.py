@@ -21,7 +21,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "hf_loopback"  # the only token that may write, and read private repositories
-USER = "user"
 
 
 @dataclass
@@ -35,15 +34,10 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     pull_requests: int = 0
 
-    def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
-        text = json.dumps([self.name, len(self.commits), message])
-        sha = hashlib.sha1(text.encode()).hexdigest()
+    def commit(self, branch: str, files: dict[str, bytes], message: str = "") -> str:
+        sha = hashlib.sha1(f"{self.name} {len(self.commits)}".encode()).hexdigest()
         self.commits[sha], self.messages[sha], self.branches[branch] = files, message, sha
         return sha
-
-    def find(self, revision: str) -> str | None:
-        """The commit of a branch or of its own name."""
-        return self.branches.get(revision) or (revision if revision in self.commits else None)
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return self.commits[self.branches[revision]]
@@ -57,6 +51,7 @@ class LoopbackHub:
         requests: `"METHOD path"` of every request, in order.
         sent: bytes sent of each file, by its name.
         when_sent: called with the name of each file that has been sent.
+        unreachable: names of files at which the connection is closed.
         faults: what goes wrong: `"upload"` and `"commit"` answer 503 so many times, `"truncate"` sends so many files half and hangs up,
             `"flip"` sends so many files with one byte changed.
     """
@@ -69,13 +64,7 @@ class LoopbackHub:
         self.sent: Counter[str] = Counter()
         self.unreachable: set[str] = set()
         self.when_sent: Callable[[str], None] = lambda path: None
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
@@ -86,22 +75,21 @@ class LoopbackHub:
         self._server.server_close()
         self._thread.join()
 
-    def add(self, name: str, files: dict[str, bytes], *, private: bool = False, branch: str = "main") -> Repository:
-        """Put files into a repository, as one commit on top of what the branch held."""
-        repository = self.repositories.setdefault(name, Repository(name, private))
-        before = repository.commits.get(repository.branches.get(branch, ""), {})
-        repository.commit(branch, {**before, **files}, "put here by a test")
+    def add(self, name: str, files: dict[str, bytes]) -> Repository:
+        """Put files into a repository, as one commit on top of what its main branch held."""
+        repository = self.repositories.setdefault(name, Repository(name))
+        before = repository.files() if repository.branches else {}
+        repository.commit("main", {**before, **files})
         return repository
 
-    def hang_up_on(self, path: str) -> None:
-        """Close the connection, from now on, when a file is asked for."""
-        self.unreachable.add(path)
-
     def take_fault(self, name: str) -> bool:
-        if self.faults[name] <= 0:
-            return False
-        self.faults[name] -= 1
-        return True
+        taken = self.faults[name] > 0
+        self.faults[name] -= taken
+        return taken
+
+
+class _Refusal(Exception):
+    """An answer that is an error: status, the Hub's code for it, and a message."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -111,91 +99,77 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    # ------------------------------------------------------------------------------------------------------- answering
-
     def _answer(self, status: int, body: Any = b"", headers: dict[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self._start(status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        self._answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
+    def _start(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "") == "chunked":
-            parts = []
-            while size := int(self.rfile.readline().strip() or b"0", 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            parts.append(self.rfile.read(size))
             self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def _token(self) -> str | None:
-        value = self.headers.get("Authorization", "")
-        return value.removeprefix("Bearer ") or None
-
-    def _repository(self, name: str, *, write: bool) -> Repository | None:
-        """The repository, or None after having refused: a wrong token is 401, a missing or hidden repository 404 (401 to nobody)."""
-        token = self._token()
-        if token not in (None, TOKEN) or (write and token is None):
-            self._refuse(401, "", "Invalid username or password.")
-            return None
-        repository = self.hub.repositories.get(name)
-        if repository is None or (repository.private and token is None):
-            self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-            return None
-        return repository
-
-    def _commit_of(self, name: str, revision: str, *, write: bool = False) -> tuple[Repository, str] | None:
-        """The repository and the commit that a revision stands for, or None after having refused."""
-        repository = self._repository(name, write=write)
-        if repository is None:
-            return None
-        sha = repository.find(revision)
-        if sha is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return None
-        return repository, sha
-
-    # -------------------------------------------------------------------------------------------------------- methods
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _route(self) -> None:
         parts = urlsplit(self.path)
-        path, query = parts.path, parse_qs(parts.query)
-        self.hub.requests.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {parts.path}")
         body = self._body()
-        for pattern, method, answer in self._routes:
-            match = re.fullmatch(pattern, path)
-            if match and self.command in method.split():
-                answer(self, *(unquote(group) for group in match.groups()), body=body, query=query)
-                return
-        self._refuse(404, "EntryNotFound", f"no such address: {self.command} {path}")
+        try:
+            for pattern, method, answer in self._routes:
+                match = re.fullmatch(pattern, parts.path)
+                if match and self.command in method.split():
+                    answer(self, *(unquote(group) for group in match.groups()), body=body, query=parse_qs(parts.query))
+                    return
+            raise _Refusal(404, "EntryNotFound", f"no such address: {self.command} {parts.path}")
+        except _Refusal as refusal:
+            status, code, message = refusal.args
+            self._answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
 
     do_GET = do_HEAD = do_POST = do_PUT = _route
 
-    def _whoami(self, body: bytes, query: Any) -> None:
-        if self._token() != TOKEN:
-            self._refuse(401, "", "Invalid username or password.")
-            return
-        self._answer(200, {"name": USER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+    def _token(self, *, write: bool) -> str | None:
+        """The token, which must be the right one, if any; a wrong one is 401."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        if token not in (None, TOKEN) or (write and token is None):
+            raise _Refusal(401, "", "Invalid username or password.")
+        return token
+
+    def _repository(self, name: str, *, write: bool) -> Repository:
+        """A missing or hidden repository is 404, or 401 to nobody."""
+        token, repository = self._token(write=write), self.hub.repositories.get(name)
+        if repository is None or (repository.private and token is None):
+            raise _Refusal(404 if token else 401, "RepoNotFound", "Repository not found")
+        return repository
+
+    def _commit_of(self, name: str, revision: str, *, write: bool = False) -> tuple[Repository, str]:
+        """The repository, and the commit that a branch or a commit's own name stands for."""
+        repository = self._repository(name, write=write)
+        sha = repository.branches.get(revision, revision)
+        if sha not in repository.commits:
+            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repository, sha
 
     def _create(self, body: bytes, query: Any) -> None:
-        if self._token() != TOKEN:
-            self._refuse(401, "", "Invalid username or password.")
-            return
+        self._token(write=True)
         asked = json.loads(body)
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        name = f"{asked.get('organization') or 'user'}/{asked['name']}"
         if name in self.hub.repositories:
             self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
             return
         private = bool(asked.get("private") or asked.get("visibility") == "private")
         repository = self.hub.repositories[name] = Repository(name, private)
-        repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+        repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self._answer(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def _yaml(self, body: bytes, query: Any) -> None:
@@ -208,10 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200 if not errors else 400, {"errors": errors, "warnings": []})
 
     def _info(self, name: str, revision: str = "main", *, body: bytes, query: Any) -> None:
-        found = self._commit_of(name, revision)
-        if found is None:
-            return
-        repository, sha = found
+        repository, sha = self._commit_of(name, revision)
         siblings: list[dict[str, Any]] = []
         for path, data in repository.commits[sha].items():
             lfs = {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}} if _is_large(path) else {}
@@ -220,69 +191,52 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _branch(self, name: str, branch: str, *, body: bytes, query: Any) -> None:
         repository = self._repository(name, write=True)
-        if repository is None:
-            return
         if branch in repository.branches:
-            self._refuse(409, "", "Reference already exists")
-            return
-        start = (json.loads(body) if body else {}).get("startingPoint") or "main"
-        repository.branches[branch] = repository.branches[start]
+            raise _Refusal(409, "", "Reference already exists")
+        repository.branches[branch] = repository.branches["main"]
         self._answer(200, {})
 
     def _preupload(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
-        if self._commit_of(name, revision, write=True) is None:
-            return
-        files = [
-            {"path": one["path"], "uploadMode": "lfs" if _is_large(one["path"]) else "regular", "shouldIgnore": False}
-            for one in json.loads(body)["files"]
-        ]
-        self._answer(200, {"files": files})
+        self._commit_of(name, revision, write=True)
+        paths = [one["path"] for one in json.loads(body)["files"]]
+        modes = {path: "lfs" if _is_large(path) else "regular" for path in paths}
+        self._answer(200, {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]})
 
     def _batch(self, name: str, *, body: bytes, query: Any) -> None:
-        if self._repository(name, write=True) is None:
-            return
-        objects = []
-        for one in json.loads(body)["objects"]:
-            known = one["oid"] in self.hub.objects
-            actions = {} if known else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}", "header": {}}}}
-            objects.append({**one, **actions})
+        self._repository(name, write=True)
+        objects = json.loads(body)["objects"]
+        for one in objects:
+            if one["oid"] not in self.hub.objects:
+                one["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}", "header": {}}}
         self._answer(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
 
     def _put_object(self, oid: str, *, body: bytes, query: Any) -> None:
         if self.hub.take_fault("upload"):
-            self._answer(503, {"error": "try again"})
-            return
+            raise _Refusal(503, "", "try again")
         if hashlib.sha256(body).hexdigest() != oid:
-            self._answer(400, {"error": "the checksum does not match"})
-            return
+            raise _Refusal(400, "", "the checksum does not match")
         self.hub.objects[oid] = body
         self._answer(200)
 
     def _commit(self, name: str, revision: str, *, body: bytes, query: Any) -> None:
-        found = self._commit_of(name, revision, write=True)
-        if found is None:
-            return
-        repository, head = found
+        repository, head = self._commit_of(name, revision, write=True)
         if self.hub.take_fault("commit"):
-            self._answer(503, {"error": "try again"})
-            return
+            raise _Refusal(503, "", "try again")
         files, message = dict(repository.commits[head]), ""
         for line in body.splitlines():
             item = json.loads(line)
-            value = item["value"]
-            if item["key"] == "header":
+            kind, value = item["key"], item["value"]
+            if kind == "header":
                 message = value["summary"]
                 if value.get("parentCommit") not in (None, head):
-                    self._refuse(412, "", "A commit has happened since. Please refresh and try again.")
-                    return
-            elif item["key"] == "file":
+                    raise _Refusal(412, "", "A commit has happened since. Please refresh and try again.")
+            elif kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif item["key"] == "lfsFile":
+            elif kind == "lfsFile":
                 if value["oid"] not in self.hub.objects:
-                    self._refuse(400, "", f"{value['path']} was not uploaded")
-                    return
+                    raise _Refusal(400, "", f"{value['path']} was not uploaded")
                 files[value["path"]] = self.hub.objects[value["oid"]]
-            elif item["key"] == "deletedFile":
+            elif kind == "deletedFile":
                 files.pop(value["path"], None)
         opened = {}
         if "create_pr" in query:
@@ -297,10 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        found = self._commit_of(name, revision)
-        if found is None:
-            return
-        repository, sha = found
+        repository, sha = self._commit_of(name, revision)
         data = repository.commits[sha].get(path)
         if data is None:
             self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
@@ -312,12 +263,13 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(data)),
             "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest() if path.endswith(".safetensors") else _oid(data)}"',
         }
-        if self.command == "GET" and path.endswith(".safetensors"):
+        if self.command == "HEAD":
+            self._answer(200, data, headers)
+            return
+        status = 200
+        if path.endswith(".safetensors"):
             if self.hub.take_fault("truncate"):
-                self.send_response(200)
-                for key, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(key, value)
-                self.end_headers()
+                self._start(200, {**headers, "Content-Length": str(len(data))})
                 self.wfile.write(data[: len(data) // 2])
                 self.close_connection = True
                 return
@@ -325,19 +277,15 @@ class _Handler(BaseHTTPRequestHandler):
                 middle = len(data) // 2
                 data = data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
             if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-                first, last = int(asked[1]), int(asked[2] or len(data) - 1)
-                part = data[first : last + 1]
-                self.hub.sent[path] += len(part)
-                self._answer(206, part, {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"})
-                return
-        self.hub.sent[path] += len(data) if self.command == "GET" else 0
-        self._answer(200, data, headers)
-        if self.command == "GET":
-            self.hub.when_sent(path)
+                first, last, size = int(asked[1]), int(asked[2] or len(data) - 1), len(data)
+                status, data = 206, data[first : last + 1]
+                headers["Content-Range"] = f"bytes {first}-{first + len(data) - 1}/{size}"
+        self.hub.sent[path] += len(data)
+        self._answer(status, data, headers)
+        self.hub.when_sent(path)
 
     _repo = r"([^/]+/[^/]+)"
     _routes = (
-        (r"/api/whoami-v2", "GET", _whoami),
         (r"/api/repos/create", "POST", _create),
         (r"/api/validate-yaml", "POST", _yaml),
         (rf"/api/models/{_repo}", "GET", _info),

@@ -20,92 +20,55 @@ from tests.reference import ReferenceDrafter
 from tests.tiny import HIDDEN, MASK, VOCAB, tiny_target
 
 V, D, R, HEADS, KV, HEAD_DIM, MLP, TAPS, LAYERS = VOCAB, HIDDEN, 6, 4, 2, 8, 48, [0, 2], 2
+EPS, THETA, WINDOW = 1e-6, 5000.0, 6
+
+# config.json as DeepSpec writes it with transformers 4: the target's config and its own keys.
+_DEEPSPEC = """{
+    "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "rope_scaling": null,
+    "initializer_range": 0.02, "max_position_embeddings": 512, "max_window_layers": 36, "model_type": "qwen3", "num_target_layers": 4,
+    "rms_norm_eps": 1e-6, "rope_theta": 5000.0, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "float32",
+    "transformers_version": "4.57.1", "use_cache": true, "use_sliding_window": false
+}"""
+SHAPE = {"vocab_size": V, "hidden_size": D, "intermediate_size": MLP, "num_hidden_layers": LAYERS}
+SHAPE |= {"num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": HEAD_DIM}
+QWEN3: dict[str, Any] = {**json.loads(_DEEPSPEC), **SHAPE, "layer_types": ["full_attention"] * LAYERS}
+HEAD_FIELDS = {"markov_rank": R, "markov_head_type": "vanilla", "enable_confidence_head": True, "confidence_head_with_markov": True}
+BLOCK_FIELDS = {"block_size": 5, "mask_token_id": MASK, "target_layer_ids": TAPS}
 
 
 def deepspec_config_json(**changes: Any) -> dict[str, Any]:
-    """config.json as DeepSpec writes it with transformers 4: the target's config and its own keys."""
-    return {
-        "architectures": ["Qwen3DSparkModel"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "block_size": 5,
-        "bos_token_id": 1,
-        "confidence_head_with_markov": True,
-        "enable_confidence_head": True,
-        "eos_token_id": 2,
-        "head_dim": HEAD_DIM,
-        "hidden_act": "silu",
-        "hidden_size": D,
-        "initializer_range": 0.02,
-        "intermediate_size": MLP,
-        "layer_types": ["full_attention"] * LAYERS,
-        "markov_head_type": "vanilla",
-        "markov_rank": R,
-        "mask_token_id": MASK,
-        "max_position_embeddings": 512,
-        "max_window_layers": 36,
-        "model_type": "qwen3",
-        "num_anchors": 512,
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "num_key_value_heads": KV,
-        "num_target_layers": 4,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 5000.0,
-        "sliding_window": None,
-        "target_layer_ids": TAPS,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "transformers_version": "4.57.1",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": V,
-        **changes,
-    }
+    return {"architectures": ["Qwen3DSparkModel"], **QWEN3, **HEAD_FIELDS, **BLOCK_FIELDS, "num_anchors": 512, **changes}
 
 
-def deepspec_tensors(target: torch.nn.Module, head: str = "vanilla", confidence: bool = True) -> dict[str, torch.Tensor]:
+def layer_shapes(size: int = HEAD_DIM, kv: int = KV) -> dict[str, tuple[int, ...]]:
+    """Parameters of a layer that Qwen3's and Gemma 4's have."""
+    norms = {f"{name}.weight": (D,) for name in ("input_layernorm", "post_attention_layernorm")}
+    norms |= {f"self_attn.{name}.weight": (size,) for name in ("q_norm", "k_norm")}
+    attention = {"q_proj": (HEADS * size, D), "k_proj": (kv * size, D), "v_proj": (kv * size, D), "o_proj": (D, HEADS * size)}
+    mlp = {"gate_proj": (MLP, D), "up_proj": (MLP, D), "down_proj": (D, MLP)}
+    parts = (("self_attn", attention), ("mlp", mlp))
+    return norms | {f"{part}.{name}.weight": shape for part, shapes in parts for name, shape in shapes.items()}
+
+
+def deepspec_tensors(
+    target: torch.nn.Module, head: str = "vanilla", confidence: bool = True, layer: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, torch.Tensor]:
     """Random weights under the exact names of FORMATS: backbone, heads, embedding and head."""
-    generator = torch.Generator().manual_seed(7)
-
-    def random(*shape: int) -> torch.Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    tensors = {
-        "fc.weight": random(D, len(TAPS) * D),
-        "hidden_norm.weight": 1 + random(D),
-        "norm.weight": 1 + random(D),
-        "embed_tokens.weight": target.get_input_embeddings().weight.detach().clone(),
-        "lm_head.weight": target.get_output_embeddings().weight.detach().clone(),
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (D, len(TAPS) * D), "hidden_norm.weight": (D,), "norm.weight": (D,)}
+    shapes |= {f"layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in (layer or layer_shapes()).items()}
+    heads: dict[str, dict[str, tuple[int, ...]]] = {
+        "none": {},
+        "vanilla": {},
+        "gated": {"gate_proj.weight": (R, D + R), "gate_proj.bias": (R,)},
+        "rnn": {"joint_proj.weight": (3 * R, 2 * R + D), "joint_proj.bias": (3 * R,)},
     }
-    for i in range(LAYERS):
-        p = f"layers.{i}"
-        tensors |= {
-            f"{p}.input_layernorm.weight": 1 + random(D),
-            f"{p}.post_attention_layernorm.weight": 1 + random(D),
-            f"{p}.self_attn.q_proj.weight": random(HEADS * HEAD_DIM, D),
-            f"{p}.self_attn.k_proj.weight": random(KV * HEAD_DIM, D),
-            f"{p}.self_attn.v_proj.weight": random(KV * HEAD_DIM, D),
-            f"{p}.self_attn.o_proj.weight": random(D, HEADS * HEAD_DIM),
-            f"{p}.self_attn.q_norm.weight": 1 + random(HEAD_DIM),
-            f"{p}.self_attn.k_norm.weight": 1 + random(HEAD_DIM),
-            f"{p}.mlp.gate_proj.weight": random(MLP, D),
-            f"{p}.mlp.up_proj.weight": random(MLP, D),
-            f"{p}.mlp.down_proj.weight": random(D, MLP),
-        }
-    if head != "none":
-        tensors |= {"markov_head.markov_w1.weight": random(V, R), "markov_head.markov_w2.weight": random(V, R)}
-    if head == "gated":
-        tensors |= {"markov_head.gate_proj.weight": random(R, D + R), "markov_head.gate_proj.bias": random(R)}
-    if head == "rnn":
-        tensors |= {
-            "markov_head.joint_proj.weight": random(3 * R, 2 * R + D),
-            "markov_head.joint_proj.bias": random(3 * R),
-        }
-    if confidence:
-        tensors |= {"confidence_head.proj.weight": random(1, D + R), "confidence_head.proj.bias": random(1)}
-    return tensors
+    both = {} if head == "none" else {"markov_w1.weight": (V, R), "markov_w2.weight": (V, R)}
+    shapes |= {f"markov_head.{name}": shape for name, shape in (both | heads[head]).items()}
+    shapes |= {"confidence_head.proj.weight": (1, D + R), "confidence_head.proj.bias": (1,)} if confidence else {}
+    generator = torch.Generator().manual_seed(7)
+    tensors = {name: 0.3 * torch.randn(*shape, generator=generator) + ("norm" in name) for name, shape in shapes.items()}
+    copies = {"embed_tokens.weight": target.get_input_embeddings(), "lm_head.weight": target.get_output_embeddings()}
+    return tensors | {name: module.weight.detach().clone() for name, module in copies.items()}
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
@@ -124,10 +87,6 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
     return folder
 
 
-EPS, THETA, WINDOW = 1e-6, 5000.0, 6
-_HEADS = ("confidence_head_with_markov", "enable_confidence_head", "markov_head_type", "markov_rank", "num_anchors", "target_layer_ids")
-_OWN = ("architectures", "block_size", "mask_token_id", *_HEADS)
-QWEN3 = {key: value for key, value in deepspec_config_json().items() if key not in _OWN} | {"num_target_layers": 4}
 NO_COPIES = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -140,16 +99,14 @@ def per_query(window: int, causal: bool) -> Callable[[int, int, int], bool]:
     return lambda query, key, anchor: query - key < window and (key <= query or not causal)
 
 
-# ----------------------------------------------------------------------------------------------------- tiny checkpoints
-#
-# Each gives: config, tensors as stored, the same under DeepSpec's names, and what its project's forward does: gamma, first slot, what a
-# query of a sliding layer sees, head, and whether the confidence head sees the Markov feature.
+def made(config: dict[str, Any], stored: dict[str, torch.Tensor], head: str, *, slot: int = 0, **more: Any) -> dict[str, Any]:
+    """A tiny checkpoint: config, tensors as stored, the same under DeepSpec's names (`own`), and what its project's forward does: gamma,
+    first slot, what a query of a sliding layer sees, and the head."""
+    return {"config": config, "stored": stored, "own": stored, "gamma": 5, "slot": slot, "head": head, "sees": None, **more}
 
 
 def deepspec(head: str) -> dict[str, Any]:
-    tensors = deepspec_tensors(tiny_target("qwen3"), head)
-    config = deepspec_config_json(markov_head_type=head)
-    return {"config": config, "stored": tensors, "own": tensors, "gamma": 5, "slot": 0, "head": head, "markov_confidence": True}
+    return made(deepspec_config_json(markov_head_type=head), deepspec_tensors(tiny_target("qwen3"), head), head)
 
 
 def speculators(head: str, *, kind: str = "dspark", reduced: bool = False, sliding: bool = False, old: bool = False) -> dict[str, Any]:
@@ -166,7 +123,7 @@ def speculators(head: str, *, kind: str = "dspark", reduced: bool = False, slidi
         copy = target.get_output_embeddings().weight.detach()[ids].contiguous()
         stored |= {"d2t": ids - torch.arange(len(ids)), "t2d": mask, "lm_head.weight": copy}
     layer = {key: value for key, value in QWEN3.items() if key not in ("num_target_layers", "rope_theta", "rope_scaling")}
-    layer |= {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+    layer |= {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
     if sliding:
         layer |= {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["sliding_attention"] * LAYERS}
     from_anchor = kind == "dspark"
@@ -191,21 +148,12 @@ def speculators(head: str, *, kind: str = "dspark", reduced: bool = False, slidi
     if not old:
         config["sample_from_anchor"] = from_anchor
     if kind == "dspark":
-        config |= {"markov_rank": R, "markov_head_type": head, "enable_confidence_head": True, "confidence_head_with_markov": True}
-    sees = None
-    if sliding:  # the window counts from the anchor for all slots, and the block is causal
-        sees = lambda query, key, anchor: key <= query and key >= anchor - WINDOW  # noqa: E731
-    return {
-        "config": config,
-        "stored": stored,
-        "own": {**tensors, **{k: v for k, v in stored.items() if "markov_w2" in k}},
-        "gamma": 5 if from_anchor else 4,
-        "slot": 0 if from_anchor else 1,
-        "head": head,
-        "markov_confidence": True,
-        "draft_ids": ids if reduced else None,
-        "sees": sees,
-    }
+        config |= HEAD_FIELDS | {"markov_head_type": head}
+    # The window counts from the anchor for all slots, and the block is causal.
+    sees = (lambda query, key, anchor: key <= query and key >= anchor - WINDOW) if sliding else None
+    own = {**tensors, **{k: v for k, v in stored.items() if "markov_w2" in k}}
+    gamma, slot = (5, 0) if from_anchor else (4, 1)
+    return made(config, stored, head, own=own, gamma=gamma, slot=slot, draft_ids=ids if reduced else None, sees=sees)
 
 
 def zlab(*, nested_block: bool = False, sliding: bool = False, causal: bool | None = None) -> dict[str, Any]:
@@ -218,7 +166,7 @@ def zlab(*, nested_block: bool = False, sliding: bool = False, causal: bool | No
     if causal is not None:
         config["is_causal"] = causal
     sees = per_query(WINDOW, causal is not False) if sliding else None
-    return {"config": config, "stored": tensors, "own": tensors, "gamma": 5, "slot": 1, "head": "none", "sees": sees, "sliding": [1]}
+    return made(config, tensors, "none", slot=1, sees=sees, sliding=[1])
 
 
 def specforge(head: str, *, old: bool = False, normalised: bool = False) -> dict[str, Any]:
@@ -226,44 +174,24 @@ def specforge(head: str, *, old: bool = False, normalised: bool = False) -> dict
     stored = tensors
     if old:
         stored = {("logit_head." + name if name.startswith(("markov_head", "confidence_head")) else name): t for name, t in tensors.items()}
-    heads = {"markov_rank": R, "markov_head_type": head, "enable_confidence_head": True, "confidence_head_with_markov": True}
+    heads = HEAD_FIELDS | {"markov_head_type": head}
     dflash = {"projector_type": "dspark", "attention_mode": "gqa", "mask_token_id": MASK, "target_layer_ids": TAPS, **heads}
     config = QWEN3 | {"architectures": ["DSparkDraftModel"], "block_size": 5, "dflash_config": dflash}
     if normalised:  # as its script prepares a checkpoint for SGLang
         config |= {"architectures": ["Qwen3DSparkModel"], **heads}
-    return {"config": config, "stored": stored, "own": tensors, "gamma": 5, "slot": 0, "head": head, "markov_confidence": True}
+    return made(config, stored, head, own=tensors)
 
 
 def model_optimizer(head: str, *, sliding: bool = False) -> dict[str, Any]:
     tensors = without_copies(deepspec_tensors(tiny_target("qwen3"), head))
-    flat = {
-        "markov_head.markov_w1.": "markov_w1.",
-        "markov_head.markov_w2.": "markov_w2.",
-        "markov_head.gate_proj.": "gate_proj.",
-        "markov_head.joint_proj.": "joint_proj.",
-        "confidence_head.proj.": "confidence_proj.",
-    }
-    stored = {}
-    for name, tensor in tensors.items():
-        prefix = next((p for p in flat if name.startswith(p)), None)
-        stored[name if prefix is None else flat[prefix] + name[len(prefix) :]] = tensor
+    stored = {n.removeprefix("markov_head.").replace("confidence_head.proj", "confidence_proj"): tensor for n, tensor in tensors.items()}
     dflash = {"mask_token_id": MASK, "target_layer_ids": TAPS, "projector_type": "dspark", "shift_label": True, "markov_rank": R}
     dflash |= {"markov_head_type": head, "use_confidence_head": True}
     config = QWEN3 | {"architectures": ["DFlashDraftModel"], "block_size": 5, "dflash_config": dflash}
     if sliding:  # on all layers, though layer_types says full
         config["sliding_window"] = WINDOW
         dflash |= {"use_swa": True, "swa_window_size": WINDOW, "causal": False}
-    sees = per_query(WINDOW, False) if sliding else None
-    return {
-        "config": config,
-        "stored": stored,
-        "own": tensors,
-        "gamma": 5,
-        "slot": 0,
-        "head": head,
-        "markov_confidence": True,
-        "sees": sees,
-    }
+    return made(config, stored, head, own=tensors, sees=per_query(WINDOW, False) if sliding else None)
 
 
 def native(*, sliding: bool) -> dict[str, Any]:
@@ -272,27 +200,19 @@ def native(*, sliding: bool) -> dict[str, Any]:
     config = {
         "architectures": ["MuseGlimmerAssistantModel"],
         "model_type": "muse_glimmer_assistant",
-        "hidden_size": D,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV,
-        "head_dim": HEAD_DIM,
+        **{key: value for key, value in SHAPE.items() if key != "vocab_size"},
         "rms_norm_eps": EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
         "max_position_embeddings": 512,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention" if sliding else "full_attention"] * LAYERS,
+        **BLOCK_FIELDS,
         "block_size": 6,
-        "mask_token_id": MASK,
-        "target_layer_ids": TAPS,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "pad_token_id": 0,
     }
     sees = per_query(WINDOW + 1, False) if sliding else None  # a distance of exactly the window is still seen
     stored = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    return {"config": config, "stored": stored, "own": tensors, "gamma": 5, "slot": 1, "head": "none", "sees": sees}
+    return made(config, stored, "none", slot=1, own=tensors, sees=sees)
 
 
 CHECKPOINTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -335,10 +255,10 @@ def reference(found: dict[str, Any], target: torch.nn.Module) -> ReferenceDrafte
         found["gamma"],
         MASK,
         found["head"],
-        found.get("markov_confidence", False),
+        found["head"] != "none",
         draft_ids=found.get("draft_ids"),
         first_slot=found["slot"],
-        sees=None if found.get("sees") is None else dict.fromkeys(layers, found["sees"]),
+        sees=None if found["sees"] is None else dict.fromkeys(layers, found["sees"]),
     )
 
 
@@ -365,74 +285,32 @@ def judge(drafter: DSparkDrafter, expected: ReferenceDrafter, length: int = 14, 
 
 def gemma4(k_eq_v: bool, target: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """DeepSpec's Gemma 4 drafter: global head size 12 on every layer, three query heads to a key head where values are keys."""
-    generator = torch.Generator().manual_seed(11)
-
-    def random(*shape: int) -> torch.Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    size, heads, kv = 12, 4, 1 if k_eq_v else 2
-    tensors = {
-        name: tensor
-        for name, tensor in deepspec_tensors(target, "vanilla").items()
-        if "self_attn" not in name and not name.startswith("layers")
-    }
-    for i in range(LAYERS):
-        p = f"layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"):
-            tensors[f"{p}.{norm}.weight"] = 1 + random(D)
-        tensors |= {
-            f"{p}.layer_scalar": torch.tensor([0.7 + 0.2 * i]),
-            f"{p}.self_attn.q_proj.weight": random(heads * size, D),
-            f"{p}.self_attn.k_proj.weight": random(kv * size, D),
-            f"{p}.self_attn.o_proj.weight": random(D, heads * size),
-            f"{p}.self_attn.q_norm.weight": 1 + random(size),
-            f"{p}.self_attn.k_norm.weight": 1 + random(size),
-            f"{p}.mlp.gate_proj.weight": random(MLP, D),
-            f"{p}.mlp.up_proj.weight": random(MLP, D),
-            f"{p}.mlp.down_proj.weight": random(D, MLP),
-        }
-        if not k_eq_v:
-            tensors[f"{p}.self_attn.v_proj.weight"] = random(kv * size, D)
+    size, kv = 12, 1 if k_eq_v else 2
+    layer = layer_shapes(size, kv) | {f"{name}_feedforward_layernorm.weight": (D,) for name in ("pre", "post")}
+    if k_eq_v:
+        del layer["self_attn.v_proj.weight"]
+    tensors = deepspec_tensors(target, "vanilla", layer=layer)
+    tensors |= {f"layers.{i}.layer_scalar": torch.tensor([0.7 + 0.2 * i]) for i in range(LAYERS)}
+    kept = ("attention_bias", "attention_dropout", "max_position_embeddings", "num_target_layers", "rms_norm_eps", "tie_word_embeddings")
     config = {
         "architectures": ["Gemma4DSparkModel"],
         "model_type": "gemma4_text",
         "target_model_type": "gemma4",
         "target_text_model_type": "gemma4_text",
-        "vocab_size": VOCAB,
-        "hidden_size": D,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_target_layers": 4,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 2,
+        **{key: QWEN3[key] for key in (*SHAPE, *kept, "layer_types")},
+        **HEAD_FIELDS,
+        **BLOCK_FIELDS,
         "num_global_key_value_heads": 1,
-        "head_dim": 8,
         "global_head_dim": size,
         "attention_k_eq_v": k_eq_v,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "enable_moe_block": False,
+        **dict.fromkeys(("enable_moe_block", "use_double_wide_mlp"), False),
+        **dict.fromkeys(("hidden_size_per_layer_input", "num_kv_shared_layers"), 0),
         "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 30.0,
-        "num_kv_shared_layers": 0,
-        "use_double_wide_mlp": False,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": EPS,
         "rope_parameters": {
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        "layer_types": ["full_attention"] * LAYERS,
-        "block_size": 5,
-        "mask_token_id": MASK,
-        "target_layer_ids": TAPS,
-        "num_anchors": 512,
-        "tie_word_embeddings": False,
-        "markov_rank": R,
-        "markov_head_type": "vanilla",
-        "enable_confidence_head": True,
-        "confidence_head_with_markov": True,
     }
     return config, tensors
 

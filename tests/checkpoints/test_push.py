@@ -312,7 +312,7 @@ def test_file_that_cannot_be_fetched_is_not_taken_for_absent(hub, monkeypatch) -
     """A connection that breaks on calibration.json fails the load, instead of giving an uncalibrated drafter."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     tiny_drafter(tiny_target()).set_calibration(calibration()).push_to_hub(REPO)
-    hub.hang_up_on("calibration.json")
+    hub.unreachable.add("calibration.json")
     with pytest.raises(OSError, match=r"calibration\.json"):
         DSparkDrafter.from_pretrained(REPO)
 
