@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_dspark import DSparkDrafter
 from hf_dspark.adapters.files import fingerprint, load_adapter, save_adapter
-from hf_dspark.adapters.lora import active_adapters, adapter_names, add_lora, merge_adapter, target_pattern
+from hf_dspark.adapters.lora import active_adapters, adapter_names, add_lora, check_choice, merge_adapter, target_pattern
 from hf_dspark.errors import CheckpointError
 from tests.adapters.test_lora import outputs, stir
 from tests.tiny import tiny_drafter, tiny_llama
@@ -35,9 +35,6 @@ def adapted(base):
     drafter = add_lora(copy.deepcopy(base), rank=3)
     stir(drafter)
     return drafter
-
-
-# -- fingerprint ---------------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_is_that_of_the_base(base, adapted, tmp_path):
@@ -74,19 +71,18 @@ def test_the_fingerprint_tells_drafters_apart(base, adapted):
     assert len(prints) == 6
 
 
-def test_a_merged_layer_has_no_fingerprint(base):
-    """While an adapter is merged in place, the base's weights are not there to be hashed."""
+def test_merged_in_place_means_no_fingerprint_and_no_switching(base):
+    """While peft's merge_adapter holds an adapter in the base's weights, these cannot be hashed, nor adapters told apart."""
     wrapped = get_peft_model(base, LoraConfig(target_modules=["fc"], init_lora_weights=False))
     wrapped.merge_adapter()
-    with pytest.raises(RuntimeError, match="merged adapter"):
-        fingerprint(wrapped)
-
-
-# -- saving and loading --------------------------------------------------------------------------------------------
+    for call in (fingerprint, lambda drafter: check_choice(drafter, "base")):
+        with pytest.raises(RuntimeError, match=r"merged adapter.*unmerge_adapter"):
+            call(wrapped)
 
 
 def test_an_adapter_is_saved_alone_and_drafts_the_same_when_loaded(base, adapted, tmp_path):
-    """The folder holds the adapter's numbers and nothing of the base; loaded onto the base, outputs are bit-identical."""
+    """The folder holds the adapter's numbers and nothing of the base; loaded onto the base, outputs are bit-identical. The drafter's own
+    methods write and read the same."""
     assert save_adapter(adapted, tmp_path / "a") == tmp_path / "a"
     assert {file.name for file in (tmp_path / "a").iterdir()} == FILES
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -103,12 +99,10 @@ def test_an_adapter_is_saved_alone_and_drafts_the_same_when_loaded(base, adapted
     assert not any(p.requires_grad for p in base.parameters())
     assert not base.training
 
-
-def test_the_drafters_own_methods_do_the_same(base, adapted, tmp_path):
-    """`drafter.save_pretrained` and `drafter.load_adapter` write and read what the functions do."""
-    adapted.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == FILES
-    base.load_adapter(str(tmp_path))
+    adapted.save_pretrained(tmp_path / "b")
+    assert {file.name for file in (tmp_path / "b").iterdir()} == FILES
+    base.delete_adapter("mine")
+    base.load_adapter(str(tmp_path / "b"))
     assert same_outputs(base, adapted)
 
 
@@ -163,9 +157,6 @@ def test_an_adapter_of_a_nameless_drafter_says_what_to_do(adapted, tmp_path):
     save_adapter(adapted, tmp_path)
     with pytest.raises(CheckpointError, match=r"does not say where its drafter lies\. Load the drafter .* call drafter.load_adapter"):
         DSparkDrafter.from_pretrained(tmp_path)
-
-
-# -- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("door", ["function", "method"])
@@ -245,9 +236,6 @@ def test_a_hotswap_is_refused(base):
     """Swapping in place would skip the checks."""
     with pytest.raises(ValueError, match=r"call delete_adapter\('default'\), then load_adapter"):
         base.load_adapter("anywhere", hotswap=True)
-
-
-# -- peft's own files ----------------------------------------------------------------------------------------------
 
 
 def test_peft_and_this_package_read_each_others_files(base, adapted, tmp_path, caplog):

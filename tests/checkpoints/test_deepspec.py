@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from hf_dspark.errors import BindingError, CheckpointError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from tests.checkpoints.foreign import TAPS, D, R, V, deepspec_config_json, deepspec_tensors, write
+from tests.checkpoints.foreign import V, deepspec_config_json, deepspec_tensors, write
 from tests.tiny import tiny_target
 
 
@@ -20,12 +20,10 @@ def target():
     return tiny_target("qwen3")
 
 
-@pytest.mark.parametrize(("head", "shards"), [("vanilla", 1), ("rnn", 3)])
-def test_a_deepspec_checkpoint_loads_bit_for_bit(tmp_path, target, head: str, shards: int) -> None:
+def test_a_sharded_deepspec_checkpoint_loads_bit_for_bit(tmp_path, target) -> None:
     """Every tensor of backbone and heads is the stored one, and the copies of embedding and head are not loaded, nor saved again."""
-    tensors = deepspec_tensors(target, head)
-    write(tmp_path, deepspec_config_json(markov_head_type=head), tensors, shards)
-    drafter = DSparkDrafter.from_pretrained(tmp_path)
+    tensors = deepspec_tensors(target, "rnn")
+    drafter = DSparkDrafter.from_pretrained(write(tmp_path, deepspec_config_json(markov_head_type="rnn"), tensors, shards=3))
     state = drafter.state_dict()
     assert set(tensors) - set(state) == {"embed_tokens.weight", "lm_head.weight"}
     assert set(state) <= set(tensors)
@@ -85,55 +83,17 @@ def test_binding_to_another_target_than_the_files_is_refused(tmp_path, target, k
     assert drafter.bind(target).bound
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_a_partial_checkpoint_is_refused_with_a_full_list(tmp_path, target, shards: int) -> None:
-    """Everything missing, unexpected or mis-shaped is named in one error, embedding and head copies included."""
-    tensors = deepspec_tensors(target)
-    for name in ("norm.weight", "layers.1.self_attn.v_proj.weight", "lm_head.weight"):
-        del tensors[name]
-    tensors["layers.0.layer_scalar"] = torch.ones(1)
-    tensors["markov_head.markov_w1.weight"] = torch.zeros(V, R + 1)
-    write(tmp_path, deepspec_config_json(), tensors, shards)
-    with pytest.raises(CheckpointError) as caught:
-        DSparkDrafter.from_pretrained(tmp_path)
-    message = str(caught.value)
-    for line in (
-        "3 missing, 1 unexpected, 1 mis-shaped",
-        "missing: norm.weight",
-        "missing: layers.1.self_attn.v_proj.weight",
-        "missing: lm_head.weight",
-        "unexpected: layers.0.layer_scalar",
-        f"mis-shaped: markov_head.markov_w1.weight is ({V}, {R + 1}), expected ({V}, {R})",
-    ):
-        assert line in message
-
-
 def test_a_missing_shard_is_refused(tmp_path, target) -> None:
-    """A shard that the index names but the folder lacks is named, with every tensor in it."""
+    """A shard that the index names but the folder lacks is named, with every tensor in it; so is a copy that is not there."""
     tensors = deepspec_tensors(target)
     write(tmp_path, deepspec_config_json(), tensors, shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"Missing files: model-00002-of-00003\.safetensors") as caught:
         DSparkDrafter.from_pretrained(tmp_path)
-    assert "model-00002-of-00003.safetensors" in str(caught.value)
     assert all(f"missing: {name}" in str(caught.value) for name in sorted(tensors)[1::3])
-
-
-def test_a_damaged_file_is_refused(tmp_path, target) -> None:
-    """A truncated safetensors file is a CheckpointError, not a traceback from the reader."""
-    write(tmp_path, deepspec_config_json(), deepspec_tensors(target))
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="damaged"):
-        DSparkDrafter.from_pretrained(tmp_path)
-
-
-def test_quantized_weights_are_refused(tmp_path, target) -> None:
-    """Integer codes under a weight's name are mis-typed, not loaded as numbers."""
-    tensors = deepspec_tensors(target)
-    tensors["fc.weight"] = torch.zeros(D, len(TAPS) * D, dtype=torch.int8)
-    with pytest.raises(CheckpointError, match=r"mis-typed: fc\.weight is I8"):
-        DSparkDrafter.from_pretrained(write(tmp_path, deepspec_config_json(), tensors))
+    del tensors["lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
+        DSparkDrafter.from_pretrained(write(tmp_path / "copy", deepspec_config_json(), tensors, shards=3))
 
 
 def test_incomplete_deepspec_config_lists_its_missing_keys(tmp_path, target) -> None:
@@ -175,10 +135,7 @@ def test_deepspec_configs_are_validated_like_our_own(tmp_path, target, change: d
         ({"architectures": ["DFlash2DraftModel"], "model_type": "qwen3"}, "DFlash 2"),
         ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}}, "Domino"),
         ({"speculators_model_type": "eagle3"}, "no DSpark or DFlash drafter"),
-        (
-            {"architectures": ["DeepseekV4ForCausalLM"], "dspark_block_size": 5, "dspark_markov_rank": 256},
-            "DeepSeek-V4",
-        ),
+        ({"architectures": ["DeepseekV4ForCausalLM"], "dspark_block_size": 5, "dspark_markov_rank": 256}, "DeepSeek-V4"),
         ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "a target model"),
         ({"architectures": ["Qwen3Eagle3Model"], "model_type": "qwen3"}, "unknown format"),
     ],

@@ -132,9 +132,6 @@ def test_native_dflash_equals_transformers_own_class(tmp_path, sliding: bool) ->
         torch.testing.assert_close(drafter.draft_hidden(torch.tensor([9]), [12], cache), expected[:, 1:], rtol=1e-5, atol=2e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- gemma 4
-
-
 @pytest.mark.parametrize("k_eq_v", [True, False])
 def test_gemma4_backbone_drafts_as_deepspecs_does(tmp_path, k_eq_v: bool) -> None:
     """Four norms, unscaled scores, normed values, partial rotation, layer scalars; soft-cap before the Markov bias, embeddings scaled.
@@ -167,9 +164,6 @@ def test_gemma4_variants_are_refused(tmp_path, change: dict[str, Any], message: 
     config, tensors = gemma4(True, gemma_target())
     with pytest.raises(CheckpointError, match=message):
         load(write(tmp_path, config | change, tensors))
-
-
-# ------------------------------------------------------------------------------------------------------------ refusing
 
 
 @pytest.mark.parametrize(
@@ -214,9 +208,6 @@ def test_reduced_vocabularies_must_agree_with_themselves_and_the_target(tmp_path
         drafter.bind(tiny_target("qwen3"))
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def test_converted_reduced_vocabulary_holds_the_targets_rows(tmp_path) -> None:
     """speculators' files hold lm_head rows, offsets and a mask that agree, in the dtypes that it checks."""
     found, target = speculators("vanilla", reduced=True), tiny_target("qwen3")
@@ -255,9 +246,6 @@ def test_written_files_follow_the_umask(tmp_path) -> None:
     add_lora(tiny_drafter(target), rank=2).save_pretrained(tmp_path / "adapter")
     modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "reference").stat().st_mode}
-
-
-# -------------------------------------------------------------------------------------------------------- temperatures
 
 
 @pytest.mark.parametrize(

@@ -157,18 +157,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, saved, name: str, val
         DSparkDrafter.from_pretrained(write(tmp_path, config, tensors))
 
 
-def test_a_drafter_of_another_target_is_refused_when_bound(saved) -> None:
-    """Another vocabulary or width is one error that names both."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from hf_dspark.errors import BindingError
-
-    drafter = DSparkDrafter.from_pretrained(saved["own"][1])
-    shape = {"intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    with pytest.raises(BindingError, match=r"(?s)hidden size.*vocabulary"):
-        drafter.bind(LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=64, **shape)))
-
-
 def test_the_deepest_json_is_refused_cleanly(tmp_path) -> None:
     """A config nested deeper than the parser goes is a CheckpointError, not a RecursionError."""
     (tmp_path / "config.json").write_text("[" * 200_000 + "]" * 200_000)

@@ -14,11 +14,13 @@ from safetensors import safe_open
 from transformers import AutoModel
 
 import hf_dspark
+from hf_dspark.adapters.files import fingerprint
 from hf_dspark.adapters.lora import add_lora
 from hf_dspark.calibration.temperature_scaling import FORMAT
 from hf_dspark.errors import CheckpointError, HubError
 from hf_dspark.hub.bundled import bundled_drafter_path
 from hf_dspark.models.modeling_dspark import DSparkDrafter
+from tests.adapters.test_lora import stir
 from tests.loopback_hub import LoopbackHub
 from tests.tiny import tiny_drafter, tiny_target
 
@@ -50,11 +52,14 @@ def commits(hub: LoopbackHub, repo: str = REPO) -> int:
     return len(hub.repositories[repo].commits)
 
 
-def front_matter(text: bytes) -> dict[str, Any]:
-    return yaml.safe_load(text.decode().split("---\n")[1])
+def card(hub: LoopbackHub, repo: str = REPO) -> tuple[dict[str, Any], str]:
+    """Metadata and text of a repository's card."""
+    _, front, body = hub.repositories[repo].files()["README.md"].decode().split("---\n", 2)
+    return yaml.safe_load(front), body
 
 
-# ------------------------------------------------------------------------------------------------------------- push, pull
+def of_results(hub: LoopbackHub) -> set[str]:
+    return {name for name in hub.repositories[REPO].files() if name.startswith(("results/", "recipe"))}
 
 
 def test_pushed_drafter_comes_back_bit_for_bit(hub, tmp_path) -> None:
@@ -117,15 +122,11 @@ def test_pull_from_a_subfolder(hub, tmp_path) -> None:
     assert again.calibration == drafter.calibration
 
 
-# ------------------------------------------------------------------------------------------------------------------- cards
-
-
 def test_card_tells_what_lies_beside_it(hub) -> None:
     """The bundled drafter's results become a table and model-index metadata, and its card fits two screens."""
     source = bundled_drafter_path()
     DSparkDrafter.from_pretrained(source).push_to_hub(REPO, licence="apache-2.0", tags=["smollm2"])
-    files = hub.repositories[REPO].files()
-    card, front = files["README.md"].decode(), front_matter(files["README.md"])
+    front, body = card(hub)
     assert front["license"] == "apache-2.0"
     assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert {"dspark", "drafter", "smollm2"} <= set(front["tags"])
@@ -139,12 +140,16 @@ def test_card_tells_what_lies_beside_it(hub) -> None:
         for name, tau in decoded[key]["by_source"].items():
             assert results[name, "tau", f"tokens a round ({key.replace('=', ' = ')})"] == pytest.approx(tau, abs=1e-4)
     assert any(kind == "ece" for _, kind, _ in results)
-    assert f"{decoded['T=0']['by_source']['gsm8k']:.2f}" in card
-    body = card.split("---\n", 2)[2]
-    for words in (f'load_drafter("{REPO}")', "[recipe.json](recipe.json)", "results/reliability.png", "thinking mode off"):
+    for words in (
+        f"{decoded['T=0']['by_source']['gsm8k']:.2f}",
+        f'load_drafter("{REPO}")',
+        "[recipe.json](recipe.json)",
+        "results/reliability.png",
+        "thinking mode off",
+    ):
         assert words in body
     assert len(body.splitlines()) < 100
-    assert "results/decoded.json" in files
+    assert "results/decoded.json" in of_results(hub)
 
 
 def test_results_are_not_pushed_with_other_weights(hub, tmp_path, caplog) -> None:
@@ -153,38 +158,32 @@ def test_results_are_not_pushed_with_other_weights(hub, tmp_path, caplog) -> Non
     with torch.no_grad():
         drafter.fc.weight[0, 0] += 1
     drafter.push_to_hub(REPO)
-    assert not [name for name in hub.repositories[REPO].files() if name.startswith(("results/", "recipe"))]
+    assert not of_results(hub)
     assert "weights have changed" in caplog.text
 
 
 def test_pull_calibrate_push_keeps_what_is_still_true(hub) -> None:
     """Pushed back with the same weights and new temperatures, a repository keeps its recipe and results, and its card still tells them."""
     DSparkDrafter.from_pretrained(bundled_drafter_path()).push_to_hub(REPO)
-    before = set(hub.repositories[REPO].files())
+    before = of_results(hub)
     pulled = DSparkDrafter.from_pretrained(REPO)
-    pulled.set_calibration(calibration(7))
-    pulled.push_to_hub(REPO)
-    after = hub.repositories[REPO].files()
-    assert {name for name in before if name.startswith(("results/", "recipe"))} <= set(after)
-    assert "not recorded here" not in after["README.md"].decode().split("## Results")[0]
-    assert any(
-        metric["type"] == "tau" for one in front_matter(after["README.md"])["model-index"][0]["results"] for metric in one["metrics"]
-    )
+    pulled.set_calibration(calibration(7)).push_to_hub(REPO)
+    assert before
+    assert of_results(hub) == before
+    front, body = card(hub)
+    assert "## Results" in body
+    assert "tau" in {metric["type"] for one in front["model-index"][0]["results"] for metric in one["metrics"]}
     with torch.no_grad():
         pulled.fc.weight[0, 0] += 1
     pulled.push_to_hub(REPO)
-    assert not [name for name in hub.repositories[REPO].files() if name.startswith(("results/", "recipe"))]
-    assert "model-index" not in front_matter(hub.repositories[REPO].files()["README.md"])
+    assert not of_results(hub)
+    assert "model-index" not in card(hub)[0]
 
 
 def test_push_leaves_other_files_alone(hub) -> None:
     """Files in folders, and those of no name of ours, stay where they are."""
-    others = {
-        "other/model.safetensors": b"x",
-        "adapters/a/adapter_model.safetensors": b"y",
-        "notes.txt": b"z",
-        "results/raw/big.json": b"{}",
-    }
+    names = ("other/model.safetensors", "adapters/a/adapter_model.safetensors", "notes.txt", "results/raw/big.json")
+    others = {name: name.encode() for name in names}
     hub.add(REPO, others)
     tiny_drafter(tiny_target()).push_to_hub(REPO)
     tiny_drafter(tiny_target(), seed=2).push_to_hub(REPO)
@@ -195,20 +194,16 @@ def test_card_that_somebody_wrote_keeps_its_text(hub) -> None:
     """A hand-written README keeps its words; its metadata gains tags and results; a rendered one is rendered anew."""
     hub.add(REPO, {"README.md": OWN_CARD})
     tiny_drafter(tiny_target()).push_to_hub(REPO, licence="apache-2.0")
-    text = hub.repositories[REPO].files()["README.md"]
-    assert "# My words" in text.decode()
-    front = front_matter(text)
+    front, body = card(hub)
+    assert "# My words" in body
     assert front["license"] == "mit"
     assert {"mine", "dspark"} <= set(front["tags"])
     assert "model-index" not in front
     other = "user/other"
     tiny_drafter(tiny_target()).push_to_hub(other)
-    assert "not calibrated" in hub.repositories[other].files()["README.md"].decode()
+    assert "not calibrated" in card(hub, other)[1]
     tiny_drafter(tiny_target()).set_calibration(calibration()).push_to_hub(other)
-    assert "not calibrated" not in hub.repositories[other].files()["README.md"].decode()
-
-
-# ----------------------------------------------------------------------------------------------------------- calibrations
+    assert "not calibrated" not in card(hub, other)[1]
 
 
 def test_second_push_without_calibration_takes_the_first_ones_away(hub) -> None:
@@ -237,8 +232,6 @@ def test_calibration_is_pushed_alone_and_pulled_on_top(hub) -> None:
 
 def test_calibration_fitted_to_other_weights_is_refused(hub, tmp_path) -> None:
     """A record that names the weights it was fitted to is refused beside others, in a folder and on top of a repository."""
-    from hf_dspark.adapters.files import fingerprint
-
     first, second = tiny_drafter(tiny_target()), tiny_drafter(tiny_target(), seed=2)
     record = calibration(drafter_fingerprint=fingerprint(first))
     first.set_calibration(record).push_to_hub(REPO)
@@ -267,26 +260,16 @@ def test_calibration_for_another_block_size_is_refused(hub) -> None:
         DSparkDrafter.from_pretrained(REPO, calibration="user/drafter")
 
 
-# --------------------------------------------------------------------------------------------------------------- adapters
-
-
 def test_adapter_is_pushed_and_pulled_alone(hub) -> None:
-    """The repository holds the adapter's few files; loading it brings the base from its own repository, with equal drafts."""
-    target = tiny_target()
-    tiny_drafter(target).push_to_hub("user/base")
-    drafter = DSparkDrafter.from_pretrained("user/base").bind(target)
-    drafter = add_lora(drafter, rank=2)
-    with torch.no_grad():
-        for name, parameter in drafter.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    """The repository holds the adapter's few files; loading it brings the base from its own repository."""
+    tiny_drafter(tiny_target()).push_to_hub("user/base")
+    drafter = add_lora(DSparkDrafter.from_pretrained("user/base"), rank=2)
+    stir(drafter)
     drafter.push_to_hub("user/adapter")
-    files = hub.repositories["user/adapter"].files()
-    assert "model.safetensors" not in files
-    assert {"adapter_config.json", "adapter_model.safetensors", "dspark_adapter.json", "README.md"} <= set(files)
-    assert front_matter(files["README.md"])["library_name"] == "peft"
-    again = DSparkDrafter.from_pretrained("user/adapter")
-    assert same_weights(drafter, again)
+    files = {"adapter_config.json", "adapter_model.safetensors", "dspark_adapter.json", "README.md", ".gitattributes"}
+    assert set(hub.repositories["user/adapter"].files()) == files
+    assert card(hub, "user/adapter")[0]["library_name"] == "peft"
+    assert same_weights(drafter, DSparkDrafter.from_pretrained("user/adapter"))
 
 
 def test_adapters_and_drafters_do_not_share_a_repository(hub, tmp_path) -> None:
@@ -303,9 +286,6 @@ def test_adapters_and_drafters_do_not_share_a_repository(hub, tmp_path) -> None:
     adapted.push_to_hub("user/adapter")
     with pytest.raises(HubError, match="holds an adapter"):
         tiny_drafter(tiny_target()).push_to_hub("user/adapter")
-
-
-# ------------------------------------------------------------------------------------------------------------- what breaks
 
 
 def test_file_that_cannot_be_fetched_is_not_taken_for_absent(hub, monkeypatch) -> None:

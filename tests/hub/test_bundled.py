@@ -160,9 +160,6 @@ def test_dtype_names():
         parse_dtype("double")
 
 
-# --------------------------------------------------------------------------------------------------------------- dtypes
-
-
 @pytest.fixture(scope="module")
 def bf16_pair(tmp_path_factory) -> tuple[Path, Path]:
     """A tiny target and its drafter, both of bfloat16 weights, as folders."""
