@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,7 @@ from torch import Tensor
 from hf_dspark.training.data import Batch
 
 
-@dataclass(frozen=True)
-class BlockTargets:
+class BlockTargets(NamedTuple):
     """What every block position is compared with. All tensors have the shape `(batch, anchors, block_size)`.
 
     Source: paper section 3.2 and Eqs. 8-12. With anchor position p and block position k = 1..block_size:
@@ -30,7 +30,7 @@ class BlockTargets:
     position_mask: Tensor
 
     def to(self, device: torch.device) -> BlockTargets:
-        return BlockTargets(*(getattr(self, one.name).to(device) for one in fields(self)))
+        return BlockTargets(*(tensor.to(device) for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,12 @@ class Blocks:
         the same passes."""
         empty = rows.start >= rows.stop
         rows = slice(0, 1) if empty else rows
-        t, batch = self.targets, self.batch
-        width = int(batch.lengths[rows].max())
-        mask = torch.zeros_like(t.position_mask[rows]) if empty else t.position_mask[rows]
-        return Blocks(
-            Batch(batch.input_ids[rows, :width], batch.loss_mask[rows, :width], batch.lengths[rows], batch.rows[rows]),
-            self.anchor_positions[rows],
-            BlockTargets(t.target_ids[rows], t.prev_ids[rows], t.target_index[rows], mask),
-        )
+        batch, width = self.batch, int(self.batch.lengths[rows].max())
+        targets = BlockTargets(*(tensor[rows] for tensor in self.targets))
+        if empty:
+            targets = targets._replace(position_mask=torch.zeros_like(targets.position_mask))
+        part = Batch(batch.input_ids[rows, :width], batch.loss_mask[rows, :width], batch.lengths[rows])
+        return Blocks(part, self.anchor_positions[rows], targets)
 
 
 def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -33,13 +33,11 @@ class Batch:
         input_ids (`torch.Tensor` of shape `(batch, sequence)`): whole rows, padded with 0.
         loss_mask (`torch.Tensor` of shape `(batch, sequence)`): bool, True on response tokens.
         lengths (`torch.Tensor` of shape `(batch,)`): tokens of each row without padding.
-        rows (`tuple[ResponseRow, ...]`): where they came from.
     """
 
     input_ids: Tensor
     loss_mask: Tensor
     lengths: Tensor
-    rows: tuple[ResponseRow, ...]
 
 
 @dataclass(frozen=True)
@@ -179,4 +177,4 @@ def collate(rows: Sequence[ResponseRow]) -> Batch:
         input_ids[i, : len(row)] = torch.tensor(row.ids)
         for begin, end in row.spans:
             loss_mask[i, begin:end] = True
-    return Batch(input_ids, loss_mask, lengths, tuple(rows))
+    return Batch(input_ids, loss_mask, lengths)

@@ -62,13 +62,12 @@ class Tally:
 
     def values(self) -> dict[str, Any]:
         """Ratios as floats or lists of floats; None where nothing was counted."""
-
-        def ratio(top: Any, bottom: Any) -> Any:
-            if isinstance(bottom, list):
-                return [ratio(t, b) for t, b in zip(top, bottom, strict=True)]
-            return round(top / bottom, 6) if bottom else None
-
-        return {name: ratio(top.tolist(), bottom.tolist()) for name, (top, bottom) in self.sums.items()}
+        found: dict[str, Any] = {}
+        for name, (top, bottom) in self.sums.items():
+            pairs = zip(top.reshape(-1).tolist(), bottom.reshape(-1).tolist(), strict=True)
+            ratios = [round(t / b, 6) if b else None for t, b in pairs]
+            found[name] = ratios if bottom.dim() else ratios[0]
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,40 +117,33 @@ class LossResult:
         return tally
 
 
-@dataclass(frozen=True)
 class _Positions:
     """The n supervised positions in the order of their target positions, and everything that a chunk of them needs."""
 
-    index: Tensor  # (n,) into the flattened (batch, anchors, block_size)
-    labels: Tensor  # (n,) draft indices, -1 outside the draft vocabulary
-    target_hidden: Tensor  # (u, d) one row for each distinct target position
-    target_rows: Tensor  # (n,) non-decreasing, into target_hidden
-    ce_share: Tensor  # (n,) w_k over its sum; 0 for labels outside
-    tv_share: Tensor  # (n,) w_k over its sum
-    weights: LossWeights
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         targets: BlockTargets,
         target_hidden: Tensor,
         weights: LossWeights,
         label_index: Tensor | None,
         totals: tuple[Tensor, Tensor] | None,
-    ) -> _Positions:
+    ) -> None:
         shape, device = targets.position_mask.shape, targets.position_mask.device
         batch_rows = torch.arange(shape[0], device=device).view(-1, 1, 1)
         flat_target = (batch_rows * target_hidden.shape[1] + targets.target_index).reshape(-1)
         index = targets.position_mask.reshape(-1).nonzero().squeeze(1)
-        index = index[flat_target[index].argsort(stable=True)]
-        distinct, target_rows = flat_target[index].unique_consecutive(return_inverse=True)
-        labels = targets.target_ids.reshape(-1)[index]
-        labels = labels if label_index is None else label_index.to(device)[labels]
-        w = position_weights(shape[-1], weights.decay).to(device).expand(shape).reshape(-1)[index]
-        known = labels >= 0
-        known_total, total = ((w * known).sum(), w.sum()) if totals is None else (t.to(device) for t in totals)
-        ce_share = w * known / known_total.clamp(min=torch.finfo(torch.float32).tiny)
-        return cls(index, labels, target_hidden.reshape(-1, target_hidden.shape[-1])[distinct], target_rows, ce_share, w / total, weights)
+        self.index = index[flat_target[index].argsort(stable=True)]  # into the flattened (batch, anchors, block_size)
+        distinct, self.target_rows = flat_target[self.index].unique_consecutive(return_inverse=True)
+        self.target_hidden = target_hidden.reshape(-1, target_hidden.shape[-1])[distinct]  # one row for each of target_rows
+        labels = targets.target_ids.reshape(-1)[self.index]
+        self.labels = labels if label_index is None else label_index.to(device)[labels]  # -1 outside the draft vocabulary
+        w = position_weights(shape[-1], weights.decay).to(device).expand(shape).reshape(-1)[self.index]
+        known = w * (self.labels >= 0)
+        known_total, total = (known.sum(), w.sum()) if totals is None else (t.to(device) for t in totals)
+        self.ce_share, self.tv_share = known / known_total.clamp(min=torch.finfo(torch.float32).tiny), w / total
+        hard, self.soft = weights.cross_entropy * (1 - weights.soft_labels), weights.cross_entropy * weights.soft_labels
+        # Coefficients of CE, CE against p_t and L1.
+        self.scales = hard * self.ce_share, self.soft * self.tv_share, weights.total_variation * self.tv_share
 
     def pick(self, values: Tensor) -> Tensor:
         """The supervised ones of `(batch, anchors, block_size, ..)`, `(n, ..)`."""
@@ -160,44 +152,37 @@ class _Positions:
     def compare(
         self, raw: Tensor, p_t: TargetProbabilities, here: slice, slopes: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """CE, CE against p_t, L1 distance and arg-max agreement of some positions, and where wanted the loss's gradient at their draft
-        logits.
+        """Loss, CE, L1 distance and arg-max agreement of some positions, and where wanted the loss's gradient at their draft logits.
 
         With p = softmax(z), s = sign(p - p_t) and m the mass of p_t on the draft vocabulary, the gradient with respect to z is
         a_ce (p - onehot) + a_soft (m p - p_t) + a_tv p (s - <p, s>), each coefficient times the position's share of the weights.
         """
-        z = raw.float()
-        labels = self.labels[here]
+        ce, soft_ce, tv = (scale[here].unsqueeze(1) for scale in self.scales)
+        z, labels = raw.float(), self.labels[here]
         columns = labels.clamp(min=0).unsqueeze(1)
         agreement = z.argmax(dim=-1) == p_t.best
         p_d = z.log_softmax(dim=-1)
         cross_entropy = -p_d.gather(1, columns).squeeze(1) * (labels >= 0)
-        soft = self.weights.soft_labels
-        soft_cross_entropy = -(p_d * p_t.inside).sum(dim=-1) if soft else torch.zeros_like(cross_entropy)
+        loss = ce.squeeze(1) * cross_entropy
+        if self.soft:
+            loss -= soft_ce.squeeze(1) * (p_d * p_t.inside).sum(dim=-1)
         p_d.exp_()
         difference = p_d - p_t.inside
         distance = torch.linalg.vector_norm(difference, ord=1, dim=-1) + p_t.outside
+        loss += tv.squeeze(1) * distance
         if not slopes:
-            return cross_entropy, soft_cross_entropy, distance, agreement, None
-        ce, soft_ce, tv = (scale[here].unsqueeze(1) for scale in self.scales)
+            return loss, cross_entropy, distance, agreement, None
         signed = difference.sign_().mul_(p_d)
         mean_sign = signed.sum(dim=-1, keepdim=True)
         slope = signed.mul_(tv).addcmul_(p_d, ce - tv * mean_sign + soft_ce * (1 - p_t.outside).unsqueeze(1))
-        if soft:
+        if self.soft:
             slope.sub_(p_t.inside.mul_(soft_ce))
-        return cross_entropy, soft_cross_entropy, distance, agreement, slope.scatter_add_(1, columns, -ce)
-
-    @property
-    def scales(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients of CE, CE against p_t and L1 at each position, `(n,)`."""
-        w = self.weights
-        hard = w.cross_entropy * (1 - w.soft_labels) * self.ce_share
-        return hard, w.cross_entropy * w.soft_labels * self.tv_share, w.total_variation * self.tv_share
+        return loss, cross_entropy, distance, agreement, slope.scatter_add_(1, columns, -ce)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """sum_i ce_i CE_i + soft_i SCE_i + tv_i L1_i, with its gradient taken chunk by chunk in the forward pass; it meets autograd again at
-    `draft_logits`."""
+    """The sum of the positions' losses, with its gradient taken chunk by chunk in the forward pass; it meets autograd again at
+    `draft_logits`. The tensors are the states of the positions (hidden, and latent where there is one), then parameters."""
 
     @staticmethod
     def forward(
@@ -207,28 +192,27 @@ class _ChunkedLoss(torch.autograd.Function):
         target: Callable[[Tensor], TargetProbabilities],
         chunk: int,
         needs_grad: bool,
-        hidden: Tensor,
-        latent: Tensor | None,
-        *parameters: Tensor,
+        num_states: int,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        count, device = hidden.shape[0], hidden.device
+        states, parameters = tensors[:num_states], tensors[num_states:]
+        count, device = states[0].shape[0], states[0].device
         measured = [torch.zeros(count, device=device) for _ in range(3)] + [torch.zeros(count, dtype=torch.bool, device=device)]
-        states = [hidden] if latent is None else [hidden, latent]
         state_grads = [torch.zeros_like(state) for state in states] if needs_grad else []
         grads = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters] if needs_grad else []
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             with torch.set_grad_enabled(needs_grad):
                 leaves = [state[part].detach().requires_grad_(needs_grad) for state in states]
-                logits = draft_logits(leaves[0], None if latent is None else leaves[1])
+                logits = draft_logits(leaves[0], leaves[1] if num_states > 1 else None)
             raw = logits.detach()
             slopes = torch.empty_like(raw) if needs_grad else None
             rows = positions.target_rows[part]
             first = int(rows[0])
             p_t = target(positions.target_hidden[first : int(rows[-1]) + 1])
             for block in row_blocks(raw.shape[0], raw.shape[1], device):
-                here, of = slice(start + block.start, start + block.stop), rows[block] - first
-                *found, slope = positions.compare(raw[block], p_t.rows(of), here, needs_grad)
+                here = slice(start + block.start, start + block.stop)
+                *found, slope = positions.compare(raw[block], p_t.rows(rows[block] - first), here, needs_grad)
                 for values, piece in zip(measured, found, strict=True):
                     values[here] = piece
                 if slopes is not None and slope is not None:
@@ -238,22 +222,18 @@ class _ChunkedLoss(torch.autograd.Function):
             pieces = torch.autograd.grad(logits, [*leaves, *parameters], slopes, allow_unused=True)
             for grad, piece in zip(state_grads, pieces, strict=False):
                 grad[part] = piece
-            for grad, piece in zip(grads, pieces[len(leaves) :], strict=True):
+            for grad, piece in zip(grads, pieces[num_states:], strict=True):
                 if piece is not None:
                     grad += piece
-        ctx.latent = latent is not None
-        ctx.dtypes = [tensor.dtype for tensor in (*states, *parameters)]
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.save_for_backward(*state_grads, *grads)
-        cross_entropy, soft_cross_entropy, distance, agreement = measured
-        ctx.mark_non_differentiable(cross_entropy, distance, agreement)
-        ce, soft_ce, tv = positions.scales
-        loss = (ce * cross_entropy).sum() + (tv * distance).sum() + (soft_ce * soft_cross_entropy).sum()
-        return loss, cross_entropy, distance, agreement
+        ctx.mark_non_differentiable(*measured[1:])
+        return measured[0].sum(), *measured[1:]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scaled: list[Tensor | None] = [(g * grad_outputs[0]).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return None, None, None, None, None, *(scaled if ctx.latent else [scaled[0], None, *scaled[1:]])
+        scaled = [(grad * grad_outputs[0]).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return None, None, None, None, None, None, *scaled
 
 
 def dspark_loss(
@@ -298,11 +278,11 @@ def dspark_loss(
     """
     if totals is None and not bool(targets.position_mask.any()):
         raise ValueError("no supervised position in this batch; allowed: one or more. Drop rows with fewer than two response tokens.")
-    positions = _Positions.of(targets, target_hidden, weights, label_index, totals)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, latent, *parameters))
-    flat_latent = None if latent is None else positions.pick(latent)
+    positions = _Positions(targets, target_hidden, weights, label_index, totals)
+    states = [positions.pick(state) for state in (hidden, latent) if state is not None]
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*states, *parameters))
     loss, cross_entropy, distance, agreement = _ChunkedLoss.apply(
-        positions, draft_logits, target, chunk_positions, needs_grad, positions.pick(hidden), flat_latent, *parameters
+        positions, draft_logits, target, chunk_positions, needs_grad, len(states), *states, *parameters
     )
     acceptance = (1 - 0.5 * distance).clamp(0, 1)
     terms = {"cross_entropy": (positions.ce_share * cross_entropy).sum(), "total_variation": (positions.tv_share * distance).sum()}
@@ -317,16 +297,8 @@ def dspark_loss(
         loss = loss + weights.confidence * term
         terms["confidence"] = term.detach()
         confidence_error = scatter((logit.detach().sigmoid() - acceptance).abs())
-    return LossResult(
-        loss,
-        terms,
-        scatter(acceptance),
-        scatter(agreement),
-        confidence_error,
-        targets.position_mask,
-        scatter(cross_entropy),
-        scatter(positions.labels >= 0),
-    )
+    per_position = scatter(acceptance), scatter(agreement), confidence_error, targets.position_mask, scatter(cross_entropy)
+    return LossResult(loss, terms, *per_position, scatter(positions.labels >= 0))
 
 
 class BlockObjective(nn.Module):

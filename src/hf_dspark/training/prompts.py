@@ -104,8 +104,6 @@ def read_prompts(name: str, limit: int | None = None) -> list[Prompt]:
 
 def read_prompt_rows(name: str, limit: int | None = None) -> list[PromptRow]:
     """Read the rows of one prompt file or Hub data set, answers included; arguments and errors as in `read_prompts`."""
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}; allowed: 1 or more. Leave it out to read the whole file.")
     path = Path(name).expanduser()
     if path.is_file():
         stem, records = path.name.split(".")[0], read_records(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +87,7 @@ class TargetStates:
         return taps, last
 
 
-@dataclass(frozen=True)
-class TargetProbabilities:
+class TargetProbabilities(NamedTuple):
     """The target's distribution at m row positions, on the draft vocabulary.
 
     Args:
@@ -102,10 +101,10 @@ class TargetProbabilities:
     best: Tensor
 
     def rows(self, which: Tensor) -> TargetProbabilities:
-        return TargetProbabilities(self.inside[which], self.outside[which], self.best[which])
+        return TargetProbabilities(*(tensor[which] for tensor in self))
 
     def to(self, device: torch.device) -> TargetProbabilities:
-        return TargetProbabilities(self.inside.to(device), self.outside.to(device), self.best.to(device))
+        return TargetProbabilities(*(tensor.to(device) for tensor in self))
 
 
 def places(count: int, ids: Tensor | slice, device: torch.device) -> Tensor:

@@ -175,7 +175,7 @@ class Trainer:
         totals = weight_totals(blocks.targets, weights, objective.label_index)
         tally, losses = Tally(), {"loss": 0.0}
         logged = step % config.log_every == 0
-        for rows in self.parts(len(batch.rows)):
+        for rows in self.parts(len(batch.lengths)):
             part_loss, result = objective(blocks.part(rows), weights, totals)
             mark = time.perf_counter()
             # Shards take means over processes of what has to be added up.
