@@ -54,7 +54,7 @@ def shift(
             target, drafter, prompts, concurrency=concurrency, max_new_tokens=max_new_tokens, end_ids=eos_token_ids(target), seed=seed,
             budget=make_budget(budget).start(costs, learn_costs=False), round_callback=online,
         )  # fmt: skip
-        counts = AcceptanceCounts.of(served.stats)
+        counts = AcceptanceCounts.of(served.stats.rows)
         parts[name] = {
             "requests": len(prompts),
             "tokens": served.emitted,

@@ -8,16 +8,17 @@ import pytest
 from hf_dspark.decoding import loop as decoding
 from hf_dspark.evaluation import load_benchmark
 from hf_dspark.evaluation.load_benchmark import Contender, Load, bench, summary
-from hf_dspark.evaluation.speed import Sampling
+from hf_dspark.evaluation.speed import Bench, Sampling
 from tests.costs import full_machine
 from tests.evaluation.test_serving import pair
-from tests.helpers import NEVER, random_prompts
+from tests.helpers import random_prompts
+from tests.words import word_tokenizer
 
 
-def measured(budgets: list[str], concurrencies: list[int], *, prompts: int = 20, hooks: dict | None = None, **options) -> dict:
+def measured(budgets: list[str], concurrencies: list[int], *, hooks: dict | None = None, how: dict, **options) -> dict:
     """A benchmark of the pair on a machine at its limit."""
     target, drafter = pair()
-    load = Load(target, drafter, random_prompts((5,) * prompts, 3), [NEVER], 0, **options)
+    load = Load(Bench(target, drafter, word_tokenizer(target.config), **how), random_prompts((5,) * 20, 3), **options)
     costs = full_machine(drafter.config.block_size)
     return bench(load, concurrencies=concurrencies, budgets=budgets, costs=costs, **(hooks or {}))
 
@@ -29,7 +30,7 @@ def test_cells_are_handed_over_as_concurrencies_finish():
         "on_turn": lambda: turns.append(1),
         "on_concurrency": lambda found: records.append([(cell["concurrency"], cell["budget"]) for cell in found["cells"]]),
     }
-    record = measured(["plain", "full"], [1, 2], hooks=hooks, max_new_tokens=6, seconds=0.05, repeats=2)
+    record = measured(["plain", "full"], [1, 2], hooks=hooks, how={"max_new_tokens": 6}, seconds=0.05, repeats=2)
     assert records == [[(1, "plain"), (1, "full")], [(1, "plain"), (1, "full"), (2, "plain"), (2, "full")]]
     assert len(turns) == 2 * (2 + 1)
     assert [row["concurrency"] for row in record["summary"]] == [1, 2]
@@ -39,7 +40,7 @@ def test_cells_are_handed_over_as_concurrencies_finish():
 def test_the_benchmark_has_a_cell_for_everything():
     """Each concurrency and contender has its figures; lookup, which takes one row, only at one; ratios are of these figures."""
     names = ["plain", "full", "static:1", "threshold:0.5", "load-aware", "load-aware-lag2", "load-aware@raw", "generate", "prompt-lookup"]
-    record = measured(names, [1, 3], max_new_tokens=16, seconds=0.1, repeats=2)
+    record = measured(names, [1, 3], how={"max_new_tokens": 16}, seconds=0.1, repeats=2)
     cells = {(c["concurrency"], c["budget"]): c for c in record["cells"]}
     assert set(cells) == {(n, name) for n in (1, 3) for name in names} - {(3, "prompt-lookup")}
     assert all(c["tokens_per_s"] > 0 for c in record["cells"])
@@ -56,19 +57,20 @@ def test_the_benchmark_judges_drawn_tokens_as_it_is_told(monkeypatch):
     """Its servers hand the rule to the loop, the record names it, and a rule that is none is refused before anything runs."""
     rules, original = [], decoding.accept_sampled
     monkeypatch.setattr(decoding, "accept_sampled", lambda *args, **kwargs: rules.append(kwargs["blockwise"]) or original(*args, **kwargs))
+    how = {"max_new_tokens": 8, "sampling": Sampling(temperature=1.0)}
     for rule in ("token", "block"):
         rules.clear()
-        how = {"max_new_tokens": 8, "seconds": 0.1, "repeats": 1, "sampling": Sampling(temperature=1.0)}
-        assert measured(["full"], [1], prompts=4, verification=rule, **how)["settings"]["verification"] == rule
+        record = measured(["full"], [1], how={**how, "verification": rule}, seconds=0.1, repeats=1)
+        assert record["settings"]["verification"] == rule
         assert set(rules) == {rule == "block"}
     with pytest.raises(ValueError, match="'block'"):
-        Load(None, None, [], [], 0, verification="blocks")
+        measured(["full"], [1], how={**how, "verification": "blocks"})
 
 
 @pytest.mark.slow
 def test_contenders_write_as_many_tokens_in_every_turn():
     """So that ratios of a turn are over the same texts: all cells of a concurrency hold the same tokens, but for a round's."""
-    record = measured(["plain", "full", "load-aware"], [2, 4], max_new_tokens=16, seconds=0.4, repeats=3)
+    record = measured(["plain", "full", "load-aware"], [2, 4], how={"max_new_tokens": 16}, seconds=0.4, repeats=3)
     for n in (2, 4):
         tokens = [cell["tokens"] for cell in record["cells"] if cell["concurrency"] == n]
         assert max(tokens) - min(tokens) <= 2 * n * (pair()[1].config.block_size + 2)
@@ -81,20 +83,20 @@ def test_contenders_go_on_side_by_side(monkeypatch):
     for a while is slow for all.
     """
     given, slices, ahead = {}, [], []
-    go_on = load_benchmark.Running.advance
+    go_on = load_benchmark.Cell.advance
 
-    def watched(run, tokens, cell):
-        served = go_on(run, tokens, cell)
-        if run in given:
-            given[run] += sum(one.emitted for one in served)
+    def watched(cell, tokens):
+        before = cell.turn.tokens
+        go_on(cell, tokens)
+        if cell in given:
+            given[cell] += cell.turn.tokens - before
             slices.append(tokens)
             ahead.append(max(given.values()) - min(given.values()))
         else:
-            given[run] = 0  # The first call brings contenders to the same place.
-        return served
+            given[cell] = 0  # The first call brings contenders to the same place.
 
-    monkeypatch.setattr(load_benchmark.Running, "advance", watched)
-    record = measured(["plain", "full", "static:1"], [2], max_new_tokens=48, seconds=0.4, repeats=3, slice_seconds=0.02)
+    monkeypatch.setattr(load_benchmark.Cell, "advance", watched)
+    record = measured(["plain", "full", "static:1"], [2], how={"max_new_tokens": 48}, seconds=0.4, repeats=3, slice_seconds=0.02)
     assert record["settings"]["slice_seconds"] == 0.02
     assert 4 * max(slices) < record["cells"][0]["tokens"] / 3
     assert max(ahead) <= max(slices) + 2 * 2 * (pair()[1].config.block_size + 1)

@@ -32,7 +32,7 @@ def test_loop_statistics_give_the_counts_worked_out_by_hand():
     stats = DecodingStats(block_size=3)
     for verified, accepted in ROUNDS:
         stats.of(0).count_round(drafted=3, verified=verified, accepted=accepted, kept=accepted + 1)
-    assert AcceptanceCounts.of(stats) == BY_HAND
+    assert AcceptanceCounts.of(stats.rows) == BY_HAND
 
 
 def test_counts_of_rows_add_up():
@@ -109,17 +109,11 @@ def test_every_row_shape_gives_a_conversation(tmp_path):
 
 
 def test_rows_that_cannot_be_answered_are_refused(tmp_path):
-    """Raw text by file and line, though not behind the limit; a file that is not UTF-8, and a limit below 1. The reader of training data
-    tests the rest.
-    """
+    """Raw text by file and line, though not behind the limit; and a file that is not UTF-8. The reader of training data tests the rest."""
     path, binary = tmp_path / "rows.jsonl", tmp_path / "binary.jsonl"
     path.write_text('{"prompt": "good"}\n{"text": "raw"}\n', encoding="utf-8")
     binary.write_bytes(b"\xff\xfe\x00")
     assert len(read_prompts(path, limit=1)) == 1
-    for file, limit, message in (
-        (path, None, r"rows\.jsonl, line 2: raw text"),
-        (binary, None, r"binary\.jsonl.*(?i:utf-8)"),
-        (path, 0, "limit"),
-    ):
+    for file, message in ((path, r"rows\.jsonl, line 2: raw text"), (binary, r"binary\.jsonl.*(?i:utf-8)")):
         with pytest.raises(DataError, match=message):
-            read_prompts(file, limit)
+            read_prompts(file)

@@ -20,6 +20,7 @@ LIMITS = [20, 5, 12, 1, 30, 8, 17, 24, 2, 11]
 @functools.cache
 def pair():
     target = tiny_target("llama")
+    target.generation_config.eos_token_id = NEVER
     return target, bigram_drafter(target, random_prompts(LENGTHS))
 
 

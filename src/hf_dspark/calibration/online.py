@@ -94,22 +94,16 @@ class OnlineCalibration:
         Raises:
             ValueError: after a drafter with another block size or n-gram copying, or another verification.
         """
-        if None not in (self._verification, verification) and self._verification != verification:
-            raise ValueError(
-                f"This OnlineCalibration has seen tokens drawn with verification={self._verification!r}, of which others survive than with "
-                f"{verification!r}. Use one object for each."
-            )
         copies = (config.copy_weights, config.copy_confidence) if copying else (None, None)
-        if self._block_size and self._copying != copies:
-            raise ValueError(
-                "This OnlineCalibration has seen drafts with other n-gram copying (copying=, copy_weights), with which confidences mean "
-                "something else. Use one object for each."
-            )
-        if self._block_size and self._block_size != config.block_size:
-            raise ValueError(
-                f"This OnlineCalibration has seen blocks of {self._block_size} tokens; the drafter's have {config.block_size}. "
-                "Use one object for each drafter."
-            )
+        refused = None
+        if None not in (self._verification, verification) and self._verification != verification:
+            refused = f"tokens drawn with verification={self._verification!r}, of which others survive than with {verification!r}"
+        elif self._block_size and self._copying != copies:
+            refused = "drafts with other n-gram copying (copying=, copy_weights), with which confidences mean something else"
+        elif self._block_size and self._block_size != config.block_size:
+            refused = f"blocks of {self._block_size} tokens; the drafter's have {config.block_size}"
+        if refused is not None:
+            raise ValueError(f"This OnlineCalibration has seen {refused}. Use one object for each.")
         self._verification = verification or self._verification
         if not self._block_size:
             self._block_size, self._copying = config.block_size, copies

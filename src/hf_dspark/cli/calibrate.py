@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from hf_dspark.cli import options as opt
-from hf_dspark.cli.common import figure, print_json
+from hf_dspark.cli.common import figure, figures_table, print_json, read_files
 from hf_dspark.cli.dataclass_options import field_options
 from hf_dspark.cli.progress import progress
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 
-@field_options(opt.Pair)
+@field_options(opt.Settings, only=opt.PAIR)
 def profile(
     rows: Annotated[int, typer.Option(min=1, max=64, help="Largest batch to measure; 1, 2, 4 .. up to it are.")] = 32,
     sample: Annotated[bool, typer.Option("--sample", help="Rounds that draw tokens, instead of greedy ones.")] = False,
@@ -35,7 +34,7 @@ def profile(
     from hf_dspark.decoding.profiler import CostProfile
     from hf_dspark.evaluation.plots import plot_costs
 
-    model, _, loaded = opt.chosen(opt.Pair, options).load()
+    model, _, loaded = opt.chosen(options).load()
     with Console(stderr=True).status("measuring rounds"):
         found = CostProfile.cached(model, loaded, rows=rows, sample=sample, refresh=refresh)
     record = found.to_json()
@@ -45,10 +44,9 @@ def profile(
         print_json(record)
         return
     costs, gamma = found.costs(sample), found.block_size
-    table = Table(title=f"milliseconds of a {'drawn' if sample else 'greedy'} round: draft, and all else by tokens a row in the pass")
     counts = sorted({1, 2, 3, 1 + (gamma + 1) // 2, 1 + gamma})
-    for heading in ("rows", *(f"draft {n}" for n in (1, gamma)), *(f"verify {n}" for n in counts)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    title = f"milliseconds of a {'drawn' if sample else 'greedy'} round: draft, and all else by tokens a row in the pass"
+    table = figures_table(title, "rows", "draft 1", f"draft {gamma}", *(f"verify {n}" for n in counts))
     for count in sorted(found.tables["sample" if sample else "greedy"]):
         passes = costs.passes(count, 128)
         times = [*(costs.draft_s(count, n) for n in (1, gamma)), *(passes.verify_s[count * (n - 1)] + passes.wide_s[n - 1] for n in counts)]
@@ -56,7 +54,7 @@ def profile(
     Console().print(table)
 
 
-@field_options(opt.Decoding)
+@field_options(opt.Settings, only=opt.PAIR | opt.SAMPLING)
 def calibrate(
     prompts: opt.PromptFiles,
     others: Annotated[
@@ -88,15 +86,13 @@ def calibrate(
     """
     from hf_dspark.evaluation.calibrate import calibrate as run
     from hf_dspark.evaluation.plots import plot_reliability
-    from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
+    from hf_dspark.evaluation.prompts import prompt_ids
     from hf_dspark.utils.tokens import eos_token_ids
 
-    how = opt.chosen(opt.Decoding, options)
+    how = opt.chosen(options)
     folder = _folder(how.drafter, output)
     paths = [*prompts, *(others or [])]
-    texts = {path.stem: read_prompts(path, limit) for path in paths}
-    if len(texts) < len(paths):
-        raise ValueError("two prompt files have the same name, and results are reported under it; rename one")
+    texts = read_files(paths, limit)
     model, tokenizer, drafter = how.load()
     if drafter.config.confidence_temperatures is not None and not replace:
         raise ValueError(
@@ -155,10 +151,8 @@ def _save(name: str, drafter: DSparkDrafter, record: dict[str, Any], folder: Pat
 
 
 def _print_calibration(record: Mapping[str, Any]) -> None:
-    table = Table(title="calibration of predicted prefix survival, mean over block positions")
-    table.add_column("prompts")
-    for heading in ("rounds", "ECE before", "ECE after", "AUC", "Brier before", "Brier after"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    title = "calibration of predicted prefix survival, mean over block positions"
+    table = figures_table(title, "prompts", "rounds", "ECE before", "ECE after", "AUC", "Brier before", "Brier after")
     for name, part in {**{f"{name} (held out)": part for name, part in record["files"].items()}, **record["others"]}.items():
         before, after = part["before"], part["after"]
         errors = [figure(None if one["ece"] is None else 100 * one["ece"], 2) + "%" for one in (before, after)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +70,27 @@ def check_parent(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"the folder {path.absolute().parent} does not exist.", param_hint=f"'{option}'")
 
 
+def read_files(paths: Sequence[Path], limit: int | None) -> dict[str, list[Any]]:
+    """The conversations of prompt files, by the names that results are reported under."""
+    from hf_dspark.evaluation.prompts import read_prompts
+
+    files = {path.stem: read_prompts(path, limit) for path in paths}
+    if len(files) < len(paths) or "all" in files:
+        raise ValueError(f"results are reported under files' names: {', '.join(map(str, paths))}; rename one of the same name, or `all`")
+    return files
+
+
 def print_json(record: dict[str, Any]) -> None:
     """Prints one JSON object on one line of stdout."""
     print(json.dumps(record, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def figures_table(title: str, *headings: str) -> Table:
+    """A table whose columns hold figures, but for the first."""
+    table = Table(title=title)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
+    return table
 
 
 def figure(value: float | None, digits: int) -> str:

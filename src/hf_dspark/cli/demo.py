@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hf_dspark.cli.common import figure, pick_device, print_json
 from hf_dspark.cli.dataclass_options import field_options
-from hf_dspark.cli.options import Speculation, chosen
+from hf_dspark.cli.options import PAIR, Settings, chosen
 from hf_dspark.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class _Leg:
         return self.measured.throughput("dspark").over(self.measured.throughput("plain"))
 
 
-@field_options(Speculation, only={"target", "drafter", "max_new_tokens", "budget", "device"}, max_new_tokens=96)
+@field_options(Settings, only=PAIR - {"dtype"} | {"max_new_tokens", "budget"}, max_new_tokens=96)
 def demo(quiet: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False, **options: Any) -> None:
     """Show plain and speculated text side by side, and what speculation gained.
 
@@ -63,7 +63,7 @@ def demo(quiet: Annotated[bool, typer.Option("--json", help="Print the JSON line
     from hf_dspark.evaluation.metrics import machine_record
     from hf_dspark.utils.hardware import has_bf16
 
-    how = chosen(Speculation, {**options, "dtype": "fp32"})
+    how = chosen({**options, "dtype": "fp32"})
     device = pick_device(how.device)
     machine = machine_record(device)
     console = Console(quiet=quiet)

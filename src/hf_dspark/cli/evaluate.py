@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from hf_dspark.cli import options as opt
-from hf_dspark.cli.common import check_parent, figure, print_json
+from hf_dspark.cli.common import check_parent, figure, figures_table, print_json, read_files
 from hf_dspark.cli.dataclass_options import field_options
 from hf_dspark.cli.progress import progress
 
@@ -20,7 +20,7 @@ DEFAULT_BUDGETS = "plain,full,static:1,static:2,static:4,threshold:0.5,load-awar
 _BENCH_PROMPTS = 512
 
 
-@field_options(opt.Speculation)
+@field_options(opt.Settings)
 def evaluate(
     prompts: opt.PromptFiles,
     limit: opt.Limit = None,
@@ -33,14 +33,11 @@ def evaluate(
     tau is the accepted length a round INCLUDING the target's own bonus token.
     """
     check_parent(output, "--output")
-    how = opt.chosen(opt.Speculation, options)
-    from hf_dspark.evaluation.prompts import read_prompts
+    how = opt.chosen(options)
     from hf_dspark.evaluation.speed import evaluate as run
     from hf_dspark.utils.files import atomic_write_json
 
-    files = {path.stem: read_prompts(path, limit) for path in prompts}
-    if len(files) < len(prompts) or "all" in files:
-        raise ValueError(f"results are reported under files' names: {', '.join(map(str, prompts))}; rename one of the same name, or `all`")
+    files = read_files(prompts, limit)
     bench = how.bench()
     with progress("evaluating", sum(map(len, files.values()))) as advance:
         found = run(bench, files, batch_size=how.batch_size, on_batch=advance)
@@ -54,11 +51,9 @@ def evaluate(
 
 
 def _print_evaluation(record: Mapping[str, Any]) -> None:
-    table = Table(title="tokens/s and acceptance (tau counts the target's bonus token)")
-    table.add_column("prompts")
     greedy = record["identical_rows"] is not None
-    for heading in ("rows", "tau", "plain", "DSpark", "lookup", "speed-up", *(("same text",) if greedy else ())):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ["prompts", "rows", "tau", "plain", "DSpark", "lookup", "speed-up", *(["same text"] if greedy else [])]
+    table = figures_table("tokens/s and acceptance (tau counts the target's bonus token)", *headings)
     figures = {"tau": 2, "plain_tokens_per_s": 1, "dspark_tokens_per_s": 1, "prompt_lookup_tokens_per_s": 1, "speedup": 2}
     for name, row in {**record["files"], "all": record}.items():
         same = [f"{row['identical_rows']}/{row['rows']}"] if greedy else []
@@ -69,7 +64,7 @@ def _print_evaluation(record: Mapping[str, Any]) -> None:
     console.print(f"conditional acceptance by position: {by_position}", highlight=False)
 
 
-@field_options(opt.Decoding)
+@field_options(opt.Settings, only=opt.PAIR | opt.SAMPLING | {"verification"})
 def bench(
     prompts: opt.PromptFiles,
     concurrency: Annotated[str, typer.Option(help="Requests in flight: a list of numbers.")] = "1,2,4,8,16,32",
@@ -88,7 +83,6 @@ def bench(
         Path | None, typer.Option(dir_okay=False, writable=True, help="Write everything to this file, after each concurrency what is done.")
     ] = None,
     plots: Annotated[Path | None, typer.Option(file_okay=False, help="Draw plots into this folder.")] = None,
-    verification: opt.Verification = "block",
     **options: Any,
 ) -> None:
     """Compare budgets under load: total tokens a second and tokens a second per user, with N requests in flight.
@@ -97,26 +91,20 @@ def bench(
     """
     check_parent(json, "--json")
     sizes, names = _numbers(concurrency), [name.strip() for name in budgets.split(",")]
-    how = opt.chosen(opt.Decoding, options)
+    how = opt.chosen(options)
     from hf_dspark.evaluation.load_benchmark import Contender, Load
     from hf_dspark.evaluation.load_benchmark import bench as run
     from hf_dspark.evaluation.plots import plot_load
     from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
     from hf_dspark.utils.files import atomic_write_json
-    from hf_dspark.utils.tokens import eos_token_ids
 
     for name in names:
         Contender(name)
     files = [read_prompts(path, limit) for path in prompts]
     mixed = [rows[i % len(rows)] for i in range(max(map(len, files))) for rows in files][:_BENCH_PROMPTS]
-    model, tokenizer, loaded = how.load()
+    bench = how.bench()
     about = {"target": how.target, "drafter": how.drafter, "prompt_files": [path.name for path in prompts], "limit": limit}
-    end_ids = eos_token_ids(model)
-    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    load = Load(
-        model, loaded, prompt_ids(tokenizer, mixed), end_ids, pad_id, how.sampling, how.max_new_tokens, seconds=seconds, repeats=repeats,
-        seed=how.seed, verification=verification,
-    )  # fmt: skip
+    load = Load(bench, prompt_ids(bench.tokenizer, mixed), seconds=seconds, repeats=repeats)
 
     def done(record: dict[str, Any]) -> None:
         """Shows the cells of a concurrency that is done, and writes all so far."""
@@ -139,23 +127,16 @@ def _say(line: str) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
+    if not re.fullmatch(r" *[1-9]\d* *(, *[1-9]\d* *)*", text):
         raise typer.BadParameter(f"{text!r} is not a list of whole numbers of 1 or more, such as 1,4,16.")
-    return found
+    return [int(part) for part in text.split(",")]
 
 
 def _print_load(record: Mapping[str, Any]) -> None:
-    cells = {(c["concurrency"], c["budget"]): c for c in record["cells"]}
-    table = Table(title="tokens/s in all (per user, median) by requests in flight")
-    table.add_column("budget")
-    for n in record["settings"]["concurrency"]:
-        table.add_column(str(n), justify="right", no_wrap=True)
+    cells, sizes = {(c["concurrency"], c["budget"]): c for c in record["cells"]}, record["settings"]["concurrency"]
+    table = figures_table("tokens/s in all (per user, median) by requests in flight", "budget", *map(str, sizes))
     for name in record["settings"]["budgets"]:
-        found = [cells.get((n, name)) for n in record["settings"]["concurrency"]]
+        found = [cells.get((n, name)) for n in sizes]
         table.add_row(name, *("-" if c is None else f"{c['tokens_per_s']:.0f} ({figure(c['user_tokens_per_s_median'], 0)})" for c in found))
     console = Console()
     console.print(table)

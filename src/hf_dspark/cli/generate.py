@@ -10,11 +10,11 @@ from rich.console import Console
 
 from hf_dspark.cli.common import figure, print_json
 from hf_dspark.cli.dataclass_options import field_options
-from hf_dspark.cli.options import Json, Speculation, chosen
+from hf_dspark.cli.options import Json, Settings, chosen
 from hf_dspark.cli.progress import progress
 
 
-@field_options(Speculation)
+@field_options(Settings)
 def generate(
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     prompts: Annotated[
@@ -33,7 +33,7 @@ def generate(
     A prompt file has one JSON object a line: {"turns": ["text"]}, {"prompt": "text"} or {"messages": [{"role": .., "content": ..}]}.
     """
     _check(prompt, prompts, limit, stream, options["batch_size"])
-    how = chosen(Speculation, options)
+    how = chosen(options)
     from transformers import TextStreamer
 
     from hf_dspark.evaluation.metrics import machine_record

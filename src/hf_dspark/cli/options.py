@@ -1,11 +1,11 @@
-"""Options that several commands share; commands take them with `field_options(RECORD)` and `chosen(RECORD, options)`."""
+"""Options that several commands share; they take them with `@field_options(Settings)` and `chosen(options)`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,16 +18,10 @@ if TYPE_CHECKING:
     from hf_dspark.evaluation.speed import Bench
     from hf_dspark.models.modeling_dspark import DSparkDrafter
 
-Record = TypeVar("Record")
-
 Target = Annotated[str, typer.Option(help="The target: `smollm2` (embedded), a folder or a Hub id.")]
 Drafter = Annotated[str, typer.Option(help="Its drafter: `smollm2-dspark` (embedded), a folder or a Hub id.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]
-Verification = Annotated[
-    Literal["block", "token"],
-    typer.Option(help="How drawn tokens are verified: over the whole block, which accepts more of them, or token by token."),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 PromptFiles = Annotated[
     list[Path], typer.Option(exists=True, dir_okay=False, readable=True, help="A JSONL file of prompts; give it again for more files.")
@@ -36,45 +30,17 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Prompts of each file to 
 
 
 @dataclass
-class Pair:
-    """Target and drafter, and how they compute."""
+class Settings:
+    """Target, drafter, and how they generate; a command takes all of these options or some."""
 
     target: Target = "smollm2"
     drafter: Drafter = "smollm2-dspark"
     dtype: Dtype = "auto"
     device: Device = "auto"
-
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DSparkDrafter]:
-        """Target, tokenizer and drafter, without the loaders' own progress bars."""
-        from hf_dspark.models.loading import load_drafter, load_target, parse_dtype
-
-        parse_dtype(self.dtype)
-        how: dict[str, Any] = {"dtype": computing(self.dtype), "device": pick_device(self.device)}
-        with load_quietly(f"{self.target} and {self.drafter}"):
-            drafter = load_drafter(self.drafter, **how)  # first: it is small, and often the mistaken one
-            target, tokenizer = load_target(self.target, **how)
-        return target, tokenizer, drafter
-
-
-@dataclass
-class Decoding(Pair):
-    """How much is generated, and how tokens are chosen."""
-
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt at most.")] = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(help="Nucleus: above 0, at most 1 (all tokens).")] = 1.0
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same output.")] = 0
-
-    def __post_init__(self) -> None:
-        from hf_dspark.evaluation.speed import Sampling
-
-        self.sampling = Sampling(self.temperature, self.top_p)
-
-
-@dataclass
-class Speculation(Decoding):
-    """How drafts are made and verified."""
-
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 1
     budget: Annotated[
         str | None,
@@ -87,13 +53,28 @@ class Speculation(Decoding):
         bool,
         typer.Option("--copying/--no-copying", help="N-gram copying: draft what the text repeats, where the drafter has weights for it."),
     ] = True
-    verification: Verification = "block"
+    verification: Annotated[
+        Literal["block", "token"],
+        typer.Option(help="How drawn tokens are verified: over the whole block, which accepts more of them, or token by token."),
+    ] = "block"
 
     def __post_init__(self) -> None:
         from hf_dspark.budgets.named import make_budget
+        from hf_dspark.evaluation.speed import Sampling
 
-        super().__post_init__()
+        self.sampling = Sampling(self.temperature, self.top_p)
         make_budget(self.budget or "full")  # a name that is unknown is refused before anything loads
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DSparkDrafter]:
+        """Target, tokenizer and drafter, without the loaders' own progress bars."""
+        from hf_dspark.models.loading import load_drafter, load_target, parse_dtype
+
+        parse_dtype(self.dtype)
+        how: dict[str, Any] = {"dtype": computing(self.dtype), "device": pick_device(self.device)}
+        with load_quietly(f"{self.target} and {self.drafter}"):
+            drafter = load_drafter(self.drafter, **how)  # first: it is small, and often the mistaken one
+            target, tokenizer = load_target(self.target, **how)
+        return target, tokenizer, drafter
 
     def bench(self, max_verify_tokens: int | None = None) -> Bench:
         """The loaded pair under these settings."""
@@ -105,6 +86,10 @@ class Speculation(Decoding):
         return Bench(target, drafter, tokenizer, self.sampling, self.max_new_tokens, budget, self.copying, self.verification, self.seed)
 
 
-def chosen(record: type[Record], options: Mapping[str, Any]) -> Record:
-    """The record of a command's options."""
-    return record(**take(record, options))
+PAIR = frozenset({"target", "drafter", "dtype", "device"})
+SAMPLING = frozenset({"max_new_tokens", "temperature", "top_p", "seed"})
+
+
+def chosen(options: Mapping[str, Any]) -> Settings:
+    """The settings among a command's options, checked."""
+    return Settings(**take(Settings, options))

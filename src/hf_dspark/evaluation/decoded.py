@@ -22,6 +22,7 @@ from hf_dspark.utils.files import atomic_write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_dspark.decoding.statistics import RowStats
     from hf_dspark.models.modeling_dspark import DSparkDrafter
     from hf_dspark.training.rows import ResponseRow
 
@@ -82,7 +83,7 @@ class DecodedTau:
         sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
         if temperature:
             sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
-        counts: dict[str, list[AcceptanceCounts]] = {}
+        rows: dict[str, list[RowStats]] = {}
         pad = self.target.generation_config.pad_token_id or 0
         prompts = sorted(self.prompts, key=lambda prompt: len(prompt[1]))
         for first in range(0, len(prompts), self.batch_size):
@@ -101,8 +102,8 @@ class DecodedTau:
                 **sampling,
             )
             for (source, _), row in zip(batch, output.stats.rows, strict=True):
-                counts.setdefault(source, []).append(AcceptanceCounts.of_row(row))
-        return {source: AcceptanceCounts.sum(rows) for source, rows in counts.items()}
+                rows.setdefault(source, []).append(row)
+        return {source: AcceptanceCounts.of(found) for source, found in rows.items()}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,33 +9,27 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from hf_dspark.budgets.budget import StaticBudget
+from hf_dspark.budgets.budget import Budget, StaticBudget
 from hf_dspark.budgets.cost_model import Costs
 from hf_dspark.budgets.named import make_budget
 from hf_dspark.calibration.online import OnlineCalibration
 from hf_dspark.decoding.profiler import CostProfile, costs_at_hand
-from hf_dspark.decoding.verify import DEFAULT_VERIFICATION, check_verification
 from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, machine_record, round_times
 from hf_dspark.evaluation.prompts import left_padded
-from hf_dspark.evaluation.serving import Served, Server
-from hf_dspark.evaluation.speed import PROMPT_LOOKUP_TOKENS, Sampling, new_tokens, synchronize
+from hf_dspark.evaluation.serving import Server
+from hf_dspark.evaluation.speed import Bench
+from hf_dspark.utils.tokens import eos_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from hf_dspark.decoding.statistics import DecodingStats
-    from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 # Contenders that are not budgets: this loop without drafting, transformers' batched call, and its prompt lookup.
 PLAIN, GENERATE, LOOKUP = "plain", "generate", "prompt-lookup"
@@ -57,26 +51,24 @@ class Contender:
     name: str
 
     def __post_init__(self) -> None:
-        if not self.drafts:
-            return
         if self.variant not in VARIANTS:
-            raise ValueError(f"Unknown variant {self.variant!r} of budget {self.budget!r}; allowed are @fixed, @raw, or nothing.")
+            raise ValueError(f"Unknown variant {self.variant!r} in {self.name!r}; allowed are @fixed, @raw, or nothing.")
         try:
-            budget = make_budget(self.budget)
+            needs_confidence = self.budget.needs_confidence
         except ValueError as error:
             raise ValueError(f"{error} Also allowed here: {PLAIN!r}, {GENERATE!r}, {LOOKUP!r}.") from None
-        if self.variant and not budget.needs_confidence:
-            raise ValueError(f"{self.name!r}: {self.budget!r} reads no confidences; write {self.budget!r}.")
-
-    @property
-    def budget(self) -> str:
-        """The budget's name."""
-        return self.name.split("@")[0]
+        if self.variant and not needs_confidence:
+            raise ValueError(f"{self.name!r} reads no confidences; leave {self.variant} out.")
 
     @property
     def variant(self) -> str:
         """`@fixed`, `@raw` or nothing."""
-        return self.name[len(self.budget) :]
+        return self.name[len(self.name.split("@")[0]) :]
+
+    @property
+    def budget(self) -> Budget:
+        """Its budget; one that drafts nothing where it has none."""
+        return make_budget(self.name.split("@")[0]) if self.drafts else StaticBudget(0)
 
     @property
     def drafts(self) -> bool:
@@ -88,35 +80,118 @@ class Contender:
         """Whether this package's loop runs, rather than a call of transformers."""
         return self.name not in (GENERATE, LOOKUP)
 
-    @property
-    def needs_confidence(self) -> bool:
-        """Whether its budget reads confidences."""
-        return self.drafts and make_budget(self.budget).needs_confidence
+
+@dataclass(frozen=True)
+class Load:
+    """What all contenders have in common.
+
+    Args:
+        bench: target, drafter and settings; those in flight when the clock starts are of all ages.
+        prompts: token ids; taken in order, over and over.
+        seconds: of one turn of a contender of median speed: a first turn of so many seconds, thrown away, sets how many tokens each
+            contender emits in the others.
+        slice_seconds: how long a contender of median speed advances before the next one does, within a turn; a round at least.
+        repeats: turns of each contender at each concurrency. `generate` and `prompt-lookup` take every fourth, for `seconds` at least.
+    """
+
+    bench: Bench
+    prompts: Sequence[Sequence[int]]
+    seconds: float = 0.5
+    slice_seconds: float = 0.25
+    repeats: int = 24
+
+    def settings(self) -> dict[str, Any]:
+        """What the result file says of it."""
+        of_bench = self.bench.settings()
+        names = ("temperature", "top_p", "verification", "max_new_tokens", "seed", "target_dtype", "drafter_dtype")
+        return {
+            **{name: of_bench[name] for name in names},
+            **{name: getattr(self, name) for name in ("seconds", "slice_seconds", "repeats")},
+            "turns_end_by": "tokens",
+            "prompts": len(self.prompts),
+            "calibrated": self.bench.drafter.config.confidence_temperatures is not None,
+        }
 
 
-@dataclass
-class _Cell:
-    """One contender at one concurrency: its turns, and the counts of all of them."""
+class Cell:
+    """One contender at one concurrency: its server, which goes on from turn to turn, its turns, and the counts of all of them."""
 
-    turns: list[Throughput] = field(default_factory=list)
-    users: list[float] = field(default_factory=list)
-    stats: list[DecodingStats] = field(default_factory=list)
+    def __init__(self, load: Load, contender: Contender, concurrency: int, costs: Costs) -> None:
+        self.load, self.contender, self.concurrency, self.costs = load, contender, concurrency, costs
+        self.turns: list[Throughput] = []
+        self.forget()
+        if contender.serves:
+            self.server, self.goal = self._server(), 0
 
-    def add(self, runs: Sequence[Served]) -> None:
-        """Count one turn of a server, in one run or several."""
-        self.turns.append(sum((Throughput(run.emitted, run.seconds) for run in runs), start=Throughput()))
-        self.stats += [run.stats for run in runs]
+    def forget(self) -> None:
+        """Count from here on."""
+        self.turn, self.users = Throughput(), list[float]()
+        self.stats: list[DecodingStats] = []
 
-    def to_json(self, concurrency: int, name: str) -> dict[str, Any]:
+    def advance(self, tokens: int) -> None:
+        """Emit so many tokens beyond the goal so far; nothing where they are out already. Begins anew when requests are used up."""
+        self.goal += tokens
+        while self.server.emitted < self.goal:
+            served = self.server.run(steady=True, tokens=self.goal)
+            self.turn += Throughput(served.emitted, served.seconds)
+            self.stats.append(served.stats)
+            if self.server.exhausted:
+                self.users += self.server.speeds()
+                self.goal = max(self.goal - self.server.emitted, 0)
+                self.server = self._server()
+
+    def call(self, number: int) -> None:
+        """Use transformers' own calls: batch after batch until the time of a turn is over."""
+        bench, method = self.load.bench, "prompt_lookup" if self.contender.name == LOOKUP else "plain"
+        queue = islice(cycle(self.load.prompts), 7 * number, None)
+        while self.turn.seconds < self.load.seconds:
+            rows = list(islice(queue, self.concurrency))
+            run = bench.run(method, left_padded(rows, bench.tokenizer.pad_token_id, bench.target.device))
+            self.users += [len(row) / run.seconds for row in run.tokens]
+            self.turn += run.throughput
+
+    def end_turn(self) -> None:
+        """Keep the turn, if anything was done in it."""
+        if self.turn.tokens:
+            self.turns.append(self.turn)
+            self.turn = Throughput()
+
+    def _server(self) -> Server:
+        """With requests for about all turns; those in flight at first are of all ages."""
+        load, contender, bench, concurrency = self.load, self.contender, self.load.bench, self.concurrency
+        requests = concurrency + 8 + int(max(20, 4 * concurrency) * load.seconds * (load.repeats + 2))
+        ages = [max(bench.max_new_tokens * (i + 1) // concurrency, 1) for i in range(concurrency)]
+        online = None
+        if contender.budget.needs_confidence and contender.variant != "@fixed":
+            online = OnlineCalibration(adapt=contender.variant != "@raw")
+            online.check(bench.drafter.config)
+            if contender.variant == "@raw":
+                online.temperatures = [1.0] * bench.drafter.config.block_size
+        return Server(
+            bench.target,
+            bench.drafter if contender.drafts else None,
+            list(islice(cycle(load.prompts), requests)),
+            concurrency=concurrency,
+            max_new_tokens=[*ages, *[bench.max_new_tokens] * (requests - concurrency)],
+            budget=contender.budget.start(self.costs, learn_costs=contender.variant != "@fixed"),
+            end_ids=eos_token_ids(bench.target),
+            **asdict(bench.sampling),
+            seed=bench.seed,
+            round_callback=online,
+            verification=bench.verification,
+        )
+
+    def to_json(self) -> dict[str, Any]:
         """Returns the cell of the result file: figures over all turns, and each turn."""
-        users, counts = sorted(self.users), AcceptanceCounts.sum(map(AcceptanceCounts.of, self.stats))
+        users = sorted([*self.users, *(self.server.speeds() if self.contender.serves else [])])
+        counts = AcceptanceCounts.of(row for stats in self.stats for row in stats.rows)
         whole = sum(self.turns, start=Throughput())
         rates = [turn.tokens / turn.seconds for turn in self.turns]
         parts = {part.removesuffix("_s"): seconds or 0.0 for part, seconds in round_times(self.stats).items() if part.endswith("_s")}
         total = sum(parts.values())
         return {
-            "concurrency": concurrency,
-            "budget": name,
+            "concurrency": self.concurrency,
+            "budget": self.contender.name,
             "tokens_per_s": whole.tokens_per_s,
             "tokens_per_s_lowest": min(rates),
             "tokens_per_s_highest": max(rates),
@@ -134,146 +209,37 @@ class _Cell:
         }
 
 
-@dataclass(frozen=True)
-class Load:
-    """What all contenders have in common.
-
-    Args:
-        target, drafter: a pair.
-        prompts: token ids; taken in order, over and over.
-        end_ids, pad_id: of the target.
-        sampling: greedy by default.
-        max_new_tokens: of a request; those in flight when the clock starts are of all ages.
-        seconds: of one turn of a contender of median speed: a first turn of so many seconds, thrown away, sets how many tokens each
-            contender emits in the others.
-        slice_seconds: how long a contender of median speed advances before the next one does, within a turn; a round at least.
-        repeats: turns of each contender at each concurrency. `generate` and `prompt-lookup` take every fourth, for `seconds` at least.
-        seed: of draws.
-        verification: how drawn tokens are verified, `"block"` or `"token"`.
-    """
-
-    target: PreTrainedModel
-    drafter: DSparkDrafter
-    prompts: Sequence[Sequence[int]]
-    end_ids: Sequence[int]
-    pad_id: int
-    sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int = 128
-    seconds: float = 0.5
-    slice_seconds: float = 0.25
-    repeats: int = 24
-    seed: int = 0
-    verification: str = DEFAULT_VERIFICATION
-
-    def __post_init__(self) -> None:
-        check_verification(self.verification)
-
-    def settings(self) -> dict[str, Any]:
-        """What the result file says of it."""
-        return {
-            **asdict(self.sampling),
-            **{name: getattr(self, name) for name in ("verification", "max_new_tokens", "seconds", "slice_seconds", "repeats", "seed")},
-            "turns_end_by": "tokens",
-            "prompts": len(self.prompts),
-            "target_dtype": str(self.target.dtype).removeprefix("torch."),
-            "drafter_dtype": str(self.drafter.dtype).removeprefix("torch."),
-            "calibrated": self.drafter.config.confidence_temperatures is not None,
-        }
-
-    def server(self, contender: Contender, concurrency: int, costs: Costs) -> Server:
-        """A contender with requests for about all turns; those in flight at first are of all ages."""
-        requests = concurrency + 8 + int(max(20, 4 * concurrency) * self.seconds * (self.repeats + 2))
-        ages = [max(self.max_new_tokens * (i + 1) // concurrency, 1) for i in range(concurrency)]
-        budget = make_budget(contender.budget) if contender.drafts else StaticBudget(0)
-        return Server(
-            self.target,
-            self.drafter if contender.drafts else None,
-            list(islice(cycle(self.prompts), requests)),
-            concurrency=concurrency,
-            max_new_tokens=[*ages, *[self.max_new_tokens] * (requests - concurrency)],
-            budget=budget.start(costs, learn_costs=contender.variant != "@fixed"),
-            end_ids=self.end_ids,
-            **asdict(self.sampling),
-            seed=self.seed,
-            round_callback=self._callback(contender),
-            verification=self.verification,
-        )
-
-    def _callback(self, contender: Contender) -> OnlineCalibration | None:
-        if not contender.needs_confidence or contender.variant == "@fixed":
-            return None
-        online = OnlineCalibration(adapt=contender.variant != "@raw")
-        online.check(self.drafter.config)
-        if contender.variant == "@raw":
-            online.temperatures = [1.0] * self.drafter.config.block_size
-        return online
-
-    def call(self, contender: Contender, concurrency: int, turn: int, cell: _Cell) -> None:
-        """One turn of transformers' own calls: batch after batch until the time is over."""
-        queue = islice(cycle(self.prompts), 7 * turn, None)
-        options = self.sampling.options() | {"max_new_tokens": self.max_new_tokens, "pad_token_id": self.pad_id}
-        if contender.name == LOOKUP:
-            options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
-        torch.manual_seed(self.seed)
-        done = Throughput()
-        while done.seconds < self.seconds:
-            inputs = left_padded(list(islice(queue, concurrency)), self.pad_id, self.target.device)
-            begin = time.perf_counter()
-            output = self.target.generate(**inputs, **options)
-            synchronize(self.target.device)
-            took = time.perf_counter() - begin
-            counts = [len(row) for row in new_tokens(output, inputs["input_ids"].shape[1], self.end_ids)]
-            cell.users += [count / took for count in counts]
-            done += Throughput(sum(counts), took)
-        cell.turns.append(done)
-
-
-class Running:
-    """A contender's server at one concurrency, from turn to turn; begins anew when its requests are used up."""
-
-    def __init__(self, make: Callable[[], Server]) -> None:
-        self._make = make
-        self.server, self.goal = make(), 0
-
-    def advance(self, tokens: int, cell: _Cell) -> list[Served]:
-        """Emit so many tokens beyond the goal so far; nothing where they are out already."""
-        self.goal += tokens
-        runs = []
-        while self.server.emitted < self.goal:
-            runs.append(self.server.run(steady=True, tokens=self.goal))
-            if self.server.exhausted:
-                cell.users += self.server.speeds()
-                self.goal = max(self.goal - self.server.emitted, 0)
-                self.server = self._make()
-        return runs
-
-
-def _first_turn(load: Load, running: Sequence[Running], concurrency: int) -> tuple[int, int]:
-    """Run every contender for some time, then bring all to the same place. Returns the tokens of a turn, those that one of median speed
+def _first_turn(load: Load, cells: Sequence[Cell], concurrency: int) -> tuple[int, int]:
+    """Run every server for some time, then bring all to the same place. Returns the tokens of a turn, those that one of median speed
     emitted, and in how many slices to emit them.
     """
-    for run in running:
-        run.server.run(steady=True, seconds=load.seconds)
-    emitted = [run.server.emitted for run in running]
-    for run in running:
-        run.advance(max(emitted), _Cell())
+    for cell in cells:
+        cell.server.run(steady=True, seconds=load.seconds)
+    emitted = [cell.server.emitted for cell in cells] or [0]
+    for cell in cells:
+        cell.advance(max(emitted))
+        cell.forget()
     # A server's first tokens are those of prompts, which all began at once: they belong to no turn. And a turn holds rounds enough to bring
     # contenders with any length of rounds to about the same place.
     given = max(int(statistics.median(emitted)) - concurrency, 1)
-    quota = max(given, 2 * concurrency * (load.drafter.config.block_size + 1))
+    quota = max(given, 2 * concurrency * (load.bench.drafter.config.block_size + 1))
     return quota, max(1, quota // max(round(given * load.slice_seconds / load.seconds), concurrency))
 
 
-def _turn(running: Sequence[tuple[Running, _Cell]], quota: int, slices: int, shuffle: random.Random) -> None:
-    """So many tokens of every contender, in slices, into its cell; in an order drawn anew for each slice."""
-    taken: list[list[Served]] = [[] for _ in running]
-    for part in range(slices):
-        tokens = quota * (part + 1) // slices - quota * part // slices
-        for index in shuffle.sample(range(len(running)), len(running)):
-            run, cell = running[index]
-            taken[index] += run.advance(tokens, cell)
-    for (_, cell), served in zip(running, taken, strict=True):
-        cell.add(served)
+def _measure(load: Load, cells: Sequence[Cell], concurrency: int, shuffle: random.Random, on_turn: Callable[[], None]) -> None:
+    """All turns of one concurrency: so many tokens of every server, in slices, in an order drawn anew for each slice."""
+    serving = [cell for cell in cells if cell.contender.serves]
+    quota, slices = _first_turn(load, serving, concurrency)
+    on_turn()
+    for turn in range(load.repeats):
+        for part in range(slices):
+            for cell in shuffle.sample(serving, len(serving)):
+                cell.advance(quota * (part + 1) // slices - quota * part // slices)
+        for cell in cells:
+            if not cell.contender.serves and turn % _CALLS_EVERY == 0:
+                cell.call(turn)
+            cell.end_turn()
+        on_turn()
 
 
 def bench(
@@ -297,47 +263,31 @@ def bench(
     Returns:
         `cells`, `summary`, and all that is needed to repeat it.
     """
-    contenders, sample = [Contender(name) for name in budgets], not load.sampling.greedy
+    contenders, sample = [Contender(name) for name in budgets], not load.bench.sampling.greedy
+    target, drafter = load.bench.target, load.bench.drafter
     if any(c.name == LOOKUP for c in contenders) and 1 not in concurrencies:
         raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
     profile = None
-    if costs is None and any(c.needs_confidence for c in contenders):
-        measured = CostProfile.cached(load.target, load.drafter, rows=max(concurrencies), sample=sample)
+    if costs is None and any(c.budget.needs_confidence for c in contenders):
+        measured = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=sample)
         costs, profile = measured.costs(sample), measured.to_json()
         profile["key"]["target"] = Path(profile["key"]["target"] or "").name  # no folders of this machine
-    costs = costs or costs_at_hand(load.target, load.drafter, sample)
+    costs = costs or costs_at_hand(target, drafter, sample)
     record: dict[str, Any] = {
         "cells": [],
         "summary": [],
         "settings": {"concurrency": list(concurrencies), "budgets": list(budgets), **load.settings()},
         "profile": profile,
-        "machine": machine_record(load.target.device),
+        "machine": machine_record(target.device),
     }
-    shuffle = random.Random(load.seed)
+    shuffle = random.Random(load.bench.seed)
     for concurrency in concurrencies:
-        cells = {c: _Cell() for c in contenders if c.name != LOOKUP or concurrency == 1}
-        _measure(load, cells, concurrency, costs, shuffle, on_turn)
-        record["cells"] += [cell.to_json(concurrency, c.name) for c, cell in cells.items()]
+        cells = [Cell(load, c, concurrency, costs) for c in contenders if c.name != LOOKUP or concurrency == 1]
+        _measure(load, cells, concurrency, shuffle, on_turn)
+        record["cells"] += [cell.to_json() for cell in cells]
         record["summary"] = summary(record["cells"])
         on_concurrency(record)
     return record
-
-
-def _measure(
-    load: Load, cells: Mapping[Contender, _Cell], concurrency: int, costs: Costs, shuffle: random.Random, on_turn: Callable[[], None]
-) -> None:
-    """All turns of one concurrency."""
-    running = {c: Running(partial(load.server, c, concurrency, costs)) for c in cells if c.serves}
-    quota, slices = _first_turn(load, list(running.values()), concurrency) if running else (0, 0)
-    on_turn()
-    for turn in range(load.repeats):
-        _turn([(run, cells[c]) for c, run in running.items()], quota, slices, shuffle)
-        for contender, cell in cells.items():
-            if not contender.serves and turn % _CALLS_EVERY == 0:
-                load.call(contender, concurrency, turn, cell)
-        on_turn()
-    for contender, run in running.items():
-        cells[contender].users += run.server.speeds()
 
 
 def summary(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -43,14 +43,9 @@ class AcceptanceCounts:
     reached: tuple[int, ...]
 
     @classmethod
-    def of_row(cls, row: RowStats) -> AcceptanceCounts:
-        """Counts of one row of a generation."""
-        return cls(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at))
-
-    @classmethod
-    def of(cls, stats: DecodingStats) -> AcceptanceCounts:
-        """Counts of all rows of a generation."""
-        return cls.sum(map(cls.of_row, stats.rows))
+    def of(cls, rows: Iterable[RowStats]) -> AcceptanceCounts:
+        """Counts of some rows of generations."""
+        return cls.sum(cls(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at)) for row in rows)
 
     @classmethod
     def sum(cls, parts: Iterable[AcceptanceCounts]) -> AcceptanceCounts:
@@ -121,7 +116,7 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def machine_record(device: torch.device | str) -> dict[str, Any]:
-    """Returns the hardware and software that a measurement on `device` was taken with, ready for JSON."""
+    """The hardware and software that a measurement on `device` was taken with, ready for JSON."""
     device = torch.device(device)
     record: dict[str, Any] = {
         "device": device.type,

@@ -62,12 +62,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Run:
-    """What one method made of one batch.
-
-    Args:
-        tokens: new tokens of each row, the end-of-text token included, padding not.
-        seconds: wall-clock time, prefill included.
-        stats: the loop's own statistics; None for methods other than `dspark`.
+    """What one method made of one batch: new tokens of each row (the end-of-text token included, padding not), and wall-clock seconds,
+    prefill included. `stats` are the loop's own, None for methods other than `dspark`.
     """
 
     tokens: list[list[int]]
@@ -97,7 +93,7 @@ class Measured:
     @property
     def acceptance(self) -> AcceptanceCounts:
         """Of all speculative runs."""
-        return AcceptanceCounts.sum(map(AcceptanceCounts.of, self._stats))
+        return AcceptanceCounts.of(row for stats in self._stats for row in stats.rows)
 
     @property
     def time(self) -> dict[str, float | None]:
@@ -125,18 +121,9 @@ class Measured:
 
 @dataclass
 class Bench:
-    """One target and its drafter, ready to run batches by any method under the same settings.
+    """A target with its tokenizer and a drafter, ready to run batches by any method under the same settings; see `generate` for these.
 
-    Args:
-        target: the causal LM.
-        drafter: a drafter that fits it.
-        tokenizer: the target's.
-        sampling: how the next token is chosen.
-        max_new_tokens: new tokens a row at most.
-        budget: verified tokens a round, a name or an object; None uses `drafter.budget`.
-        copying: draft what the text repeats too, where the drafter has weights for that.
-        verification: how drawn tokens are verified, `block` or `token`.
-        seed: random state at the start of every run.
+    Every run starts from the seed.
     """
 
     target: PreTrainedModel
