@@ -38,19 +38,9 @@ def many(count: int, first: int = 0) -> list[dict]:
     return [{"ids": [1, 3 + n // 50, 3 + n % 50, 7, 8, 2], "spans": [[3, 6]]} for n in range(first, first + count)]
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_row_of_several_responses_has_their_places():
-    """The prompt ends at the first response; ids are all tokens; responses are the spans' tokens."""
-    row = ResponseRow("chat", (1, 5), (7, 2, 6, 8, 9, 2), 1.0, True, ((2, 4), (5, 8)))
-    assert row.ids == (1, 5, 7, 2, 6, 8, 9, 2)
-    assert row.responses == [(7, 2), (8, 9, 2)]
-    assert ResponseRow("chat", (1, 5), (7, 2), 1.0, True).spans == ((2, 4),)
-
-
 def test_old_rows_and_new_rows_and_parquet_rows_are_read_alike(tmp_path):
-    """A single response is the same row whether it is written as prompt and response, as ids and a span, gzipped, or in Parquet."""
+    """A single response is the same row whether it is written as prompt and response, as ids and a span, gzipped, or in Parquet; of several
+    responses each has its place."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     new = {"source": "chat", "ids": [1, 5, 7, 8, 2], "spans": [[2, 5]], "temperature": 1.0, "ended": True}
@@ -58,7 +48,9 @@ def test_old_rows_and_new_rows_and_parquet_rows_are_read_alike(tmp_path):
     row = ResponseRow("chat", (1, 5), (7, 8, 2), 1.0, True)
     assert read_responses([write(tmp_path / "a.jsonl", record())]) == [row]
     assert read_responses([write(tmp_path / "b.jsonl.gz", new)]) == [row]
-    assert read_responses([tmp_path / "c.parquet"]) == [row, *read_responses([write(tmp_path / "d.jsonl", TWO_TURNS)])]
+    both = read_responses([tmp_path / "c.parquet"])
+    assert both == [row, *read_responses([write(tmp_path / "d.jsonl", TWO_TURNS)])]
+    assert (both[0].spans, both[1].ids, both[1].responses) == (((2, 5),), (1, 5, 7, 2, 6, 8, 9, 2), [(7, 2), (8, 9, 2)])
 
 
 def test_a_row_that_two_files_hold_is_read_once(tmp_path):
@@ -118,11 +110,9 @@ def test_damaged_files_are_named(tmp_path):
             read_responses([tmp_path / name])
 
 
-# -- training sets -------------------------------------------------------------------------------------------------
-
-
 def test_only_response_tokens_are_trained_on(tmp_path):
-    """Mask and anchors cover the responses, and neither the user's turns between them nor the padding."""
+    """Mask and anchors cover the responses, and neither the user's turns between them nor the padding; responses of one token each hold no
+    anchor."""
     (row,) = read_responses([write(tmp_path / "a.jsonl", TWO_TURNS)])
     batch = collate([row, ResponseRow("a", (5, 6), (7,), 0.0, True)])
     assert batch.input_ids.tolist() == [[1, 5, 7, 2, 6, 8, 9, 2], [5, 6, 7, 0, 0, 0, 0, 0]]
@@ -130,12 +120,8 @@ def test_only_response_tokens_are_trained_on(tmp_path):
     assert batch.lengths.tolist() == [8, 3]
     anchors, valid = sample_anchors(batch.loss_mask, 16)
     assert anchors[valid].tolist() == [2, 5, 6]
-
-
-def test_a_row_trains_where_one_response_has_two_tokens():
-    """Two responses of one token each hold no anchor."""
+    assert can_train(row)
     assert not can_train(ResponseRow("a", (1,), (5, 6, 7), 0.0, True, ((1, 2), (3, 4))))
-    assert can_train(ResponseRow("a", (1,), (5, 6, 7, 8), 0.0, True, ((1, 2), (3, 5))))
 
 
 def test_a_prompt_is_on_one_side_of_the_split_whatever_else_is_in_the_data():
@@ -195,24 +181,21 @@ def test_rows_too_long_or_too_short_are_left_out_and_counted(tmp_path, caplog):
 def test_responses_of_another_target_are_refused_by_name(tmp_path):
     """The error names the manifest's target and both fingerprints; the right target passes."""
     target, other = tiny_target("llama"), tiny_target("llama", seed=1)
-    folder = folder_of(tmp_path / "right", many(40), fingerprint=target_fingerprint(target), held_out=0.0)
+    right, wrong = target_fingerprint(target), target_fingerprint(other)
+    folder = folder_of(tmp_path / "right", many(40), fingerprint=right, held_out=0.0)
     assert len(load_data(folder, target).train_rows) == 40
-    with pytest.raises(DataError, match=r"right: the responses are those of the target 'its-target'") as error:
+    with pytest.raises(DataError, match=rf"right: the responses are those of the target 'its-target' .*{right}.*{wrong}"):
         load_data(folder, other)
-    assert target_fingerprint(target) in str(error.value)
-    assert target_fingerprint(other) in str(error.value)
 
 
 def test_folders_without_a_fit_manifest_are_refused(tmp_path):
     """No manifest, a broken one, and one of a later format."""
-    with pytest.raises(DataError, match=r"holds no manifest\.json"):
-        load_responses(tmp_path)
-    write(tmp_path / "manifest.json", "{")
-    with pytest.raises(DataError, match="cannot be read"):
-        load_responses(tmp_path)
-    write(tmp_path / "manifest.json", {"format": FORMAT, "version": FORMAT_VERSION + 1})
-    with pytest.raises(DataError, match="is of format"):
-        load_responses(tmp_path)
+    later = {"format": FORMAT, "version": FORMAT_VERSION + 1}
+    for manifest, message in ((None, r"holds no manifest\.json"), ("{", "cannot be read"), (later, "is of format")):
+        if manifest is not None:
+            write(tmp_path / "manifest.json", manifest)
+        with pytest.raises(DataError, match=message):
+            load_responses(tmp_path)
 
 
 def test_a_fingerprint_tells_weights_apart_and_not_dtypes():

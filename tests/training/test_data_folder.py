@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ import pytest
 from hf_dspark.errors import DataError
 from hf_dspark.training.data_folder import ResponseFolder, read_manifest
 from hf_dspark.training.rows import read_records, read_responses
+from tests.training.tiny_runs import largest_file
 
 IDENTITY = {"target": {"name": "tiny", "fingerprint": "a-b"}, "sampling": {"temperatures": [0.0]}, "seed": 0, "held_out": 0.04}
 
@@ -36,19 +33,16 @@ def folder(path: Path, **changes: object) -> ResponseFolder:
     return ResponseFolder(path, {**IDENTITY, **changes}, rows_a_shard=3)
 
 
+def begun(path: Path, *names: str) -> Path:
+    """A folder that holds a row of each name; its first shard."""
+    with folder(path).open() as first:
+        for name in names:
+            first.append([record(name)])
+    return path / "responses-00000.jsonl"
+
+
 def ids(path: Path) -> list[str]:
     return [row["id"] for shard in sorted(path.glob("responses-*")) for _, row in read_records(shard)]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """A real refusal by the system: no file may grow beyond `size` bytes (the interpreter ignores the signal that comes with it)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_is_continued_where_it_was_left(tmp_path):
@@ -71,10 +65,7 @@ def test_a_folder_is_continued_where_it_was_left(tmp_path):
 
 def test_a_half_written_last_line_is_cut_off_at_every_length(tmp_path, caplog):
     """Wherever a kill cuts the last line, the rows before remain, one line of the log says so, and the row can be written again."""
-    with folder(tmp_path / "d").open() as first:
-        first.append([record("a")])
-        first.append([record("b")])
-    shard = tmp_path / "d" / "responses-00000.jsonl"
+    shard = begun(tmp_path / "d", "a", "b")
     whole = shard.read_bytes()
     begin = whole.index(b"\n") + 1
     for cut in (begin, begin + 1, begin + 40, len(whole) - 1):
@@ -102,41 +93,39 @@ def test_rows_of_one_conversation_stay_together(tmp_path):
 
 
 def test_a_full_disk_is_one_clear_error_and_the_folder_goes_on(tmp_path):
-    """The row that found no room is wholly gone, the message says that the others are safe, and with room it is written."""
-    with folder(tmp_path / "d").open() as first:
-        first.append([record("a")])
-        size = (tmp_path / "d" / "responses-00000.jsonl").stat().st_size
+    """The row that found no room is wholly gone, as is a new manifest; the message says that the others are safe, and with room it is
+    written."""
+    shard = begun(tmp_path / "d", "a")
+    size = shard.stat().st_size
+    with folder(tmp_path / "d").open() as again:
+        before = (tmp_path / "d" / "manifest.json").read_bytes()
         with largest_file(size + 20), pytest.raises(DataError, match=r"the disk is full. The 1 rows in it are safe") as error:
-            first.append([record("b")])
+            again.append([record("b")])
         assert "\n" not in str(error.value)
-        assert (tmp_path / "d" / "responses-00000.jsonl").stat().st_size == size
-        first.append([record("b")])
+        assert shard.stat().st_size == size
+        with largest_file(10), pytest.raises(DataError, match="the disk is full"):
+            again.save({"note": "x"})
+        assert (tmp_path / "d" / "manifest.json").read_bytes() == before
+        again.append([record("b")])
     assert ids(tmp_path / "d") == ["a", "b"]
 
 
 def test_damage_other_than_a_half_written_end_is_an_error(tmp_path):
     """A broken line in the middle, or a row of another making, is named by file and line or field."""
-    with folder(tmp_path / "d").open() as first:
-        first.append([record("a")])
-    shard = tmp_path / "d" / "responses-00000.jsonl"
-    whole = shard.read_text()
-    shard.write_text("{half\n" + whole)
-    with pytest.raises(DataError, match=r"responses-00000\.jsonl, line 1: not JSON"), folder(tmp_path / "d").open():
-        pass
-    shard.write_text(whole + '{"prompt_ids": [1], "response_ids": [2]}\n')
-    with pytest.raises(DataError, match="a row lacks 'spans'"), folder(tmp_path / "d").open():
-        pass
+    shard = begun(tmp_path / "d", "a")
+    whole, other = shard.read_text(), '{"prompt_ids": [1], "response_ids": [2]}\n'
+    for text, message in (("{half\n" + whole, r"responses-00000\.jsonl, line 1: not JSON"), (whole + other, "a row lacks 'spans'")):
+        shard.write_text(text)
+        with pytest.raises(DataError, match=message):
+            begun(tmp_path / "d")
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"sampling": {"temperatures": [1.0]}}, {"target": {"name": "x", "fingerprint": "c-d"}}])
 def test_a_folder_of_another_making_is_refused(tmp_path, change):
     """The error names what differs, both values, and the way out; the folder is as before."""
-    with folder(tmp_path / "d").open() as first:
-        first.append([record("a")])
-    with (
-        pytest.raises(DataError, match=f"begun with {next(iter(change))} .*this run has .*--output"),
-        folder(tmp_path / "d", **change).open(),
-    ):
+    begun(tmp_path / "d", "a")
+    message = f"begun with {next(iter(change))} .*this run has .*--output"
+    with pytest.raises(DataError, match=message), folder(tmp_path / "d", **change).open():
         pass
     with folder(tmp_path / "d").open() as again:
         assert list(again.keys) == ["a"]
@@ -144,26 +133,22 @@ def test_a_folder_of_another_making_is_refused(tmp_path, change):
 
 def test_two_writers_never_share_a_folder(tmp_path):
     """While another process holds the folder it is refused; once that process is killed it is free."""
-    with folder(tmp_path / "d").open():
-        pass
+    begun(tmp_path / "d")
     lock = f"import filelock; lock = filelock.FileLock({str(tmp_path / 'd' / '.lock')!r}); lock.acquire(timeout=0)"
     hold = f"{lock}; print('held', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(DataError, match="written to by another process"), folder(tmp_path / "d").open():
-            pass
+        with pytest.raises(DataError, match="written to by another process"):
+            begun(tmp_path / "d")
         other.kill()
-    with folder(tmp_path / "d").open():
-        pass
+    begun(tmp_path / "d")
 
 
 def test_parquet_holds_the_same_rows_and_can_be_continued(tmp_path):
     """After compaction the rows read alike, further rows come behind them, and ids stay."""
     pytest.importorskip("pyarrow")
-    with folder(tmp_path / "d").open() as first:
-        for name in "abcd":
-            first.append([record(name)])
+    begun(tmp_path / "d", *"abcd")
     before = read_responses(sorted((tmp_path / "d").glob("responses-*")))
     with folder(tmp_path / "d").open() as again:
         again.compact()
@@ -178,9 +163,7 @@ def test_parquet_holds_the_same_rows_and_can_be_continued(tmp_path):
 def test_an_interrupted_compaction_doubles_nothing(tmp_path):
     """A kill between the two files' renaming and removal leaves both; the Parquet file counts. A half-written one is removed."""
     pytest.importorskip("pyarrow")
-    with folder(tmp_path / "d").open() as first:
-        for name in "abcd":
-            first.append([record(name)])
+    begun(tmp_path / "d", *"abcd")
     jsonl = {path: path.read_bytes() for path in (tmp_path / "d").glob("responses-*.jsonl")}
     with folder(tmp_path / "d").open() as again:
         again.compact()
@@ -192,13 +175,3 @@ def test_an_interrupted_compaction_doubles_nothing(tmp_path):
         again.append([record("e")])
     assert ids(tmp_path / "d") == list("abcde")
     assert not list((tmp_path / "d").glob(".*.tmp"))
-
-
-def test_a_manifest_is_replaced_whole_or_not_at_all(tmp_path):
-    """Where there is no room for the new one, the old one stays, and the error says what to do."""
-    with folder(tmp_path / "d").open() as first:
-        before = (tmp_path / "d" / "manifest.json").read_bytes()
-        with largest_file(10), pytest.raises(DataError, match="the disk is full"):
-            first.save({"note": "x"})
-        assert (tmp_path / "d" / "manifest.json").read_bytes() == before
-        json.loads(before)

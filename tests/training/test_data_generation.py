@@ -77,9 +77,6 @@ def plain(model: Any, ids: list[int], tokens: int) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
-# -- texts ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["appending", "rewriting"])
 def test_greedy_answers_are_plain_generates_whatever_else_is_in_flight(tmp_path, template):
     """Every response of every turn is what generate gives for the ids before it, beside rows drawn at temperature 1."""
@@ -148,31 +145,18 @@ def test_draws_follow_the_targets_distribution(temperature, top_p):
 
 
 def test_a_number_next_to_an_edge_never_draws_what_has_no_probability():
-    """At numbers 0 and just below 1 the first and last token with probability come out, though others stand before and behind."""
+    """At numbers 0 and just below 1 the first and last token with probability come out, though others stand before and behind; NaN is an
+    error, as in plain generate, and never a token."""
 
-    class Edge(random.Random):
-        def __new__(cls, value: float) -> Edge:
-            return super().__new__(cls)
-
+    class Edge:
         def __init__(self, value: float) -> None:
-            super().__init__(0)
-            self.value = value
-
-        def random(self) -> float:
-            return self.value
+            self.random = lambda: value
 
     requests = [Request([1], 9, frozenset(), 1.0, 1.0, Edge(value)) for value in (0.0, 1 - 2**-53)]
     scores = torch.tensor([[-float("inf"), 0.0, -float("inf"), 0.0, -float("inf")]]).repeat(2, 1)
     assert RowSampler(chat_target()[0], 2, 8).choose(scores, requests).tolist() == [1, 3]
-
-
-def test_a_target_that_computes_nan_is_not_drawn_from():
-    """NaN in a distribution is an error, as in plain generate, and never a token."""
     with pytest.raises(RuntimeError, match="NaN or infinity"):
         draws([0.0, float("nan")], 1.0, 1.0, rows=1, times=1)
-
-
-# -- which prompts -------------------------------------------------------------------------------------------------
 
 
 def test_every_prompt_is_answered_once_or_counted(tmp_path):
@@ -189,12 +173,14 @@ def test_every_prompt_is_answered_once_or_counted(tmp_path):
     assert (manifest["rows"], manifest["skipped"]) == (5, dict(maker.skipped))
 
 
-def test_a_folder_that_answers_an_excluded_prompt_is_refused(tmp_path):
-    """A conversation is found by any of its turns."""
+def test_what_cannot_be_made_as_asked_is_refused(tmp_path):
+    """A folder with an answer to an excluded prompt (found by any turn), and 512 positions for a prompt of 500 and 16 new tokens."""
     talk = Prompt("chat", (("user", "w30 w31"), ("user", "w40 w41")))
     make(tmp_path / "d", [talk])
     with pytest.raises(DataError, match="already holds 1 prompts that --exclude lists"):
         make(tmp_path / "d", [talk], run={"excluded": frozenset({prompt_key(["w40 w41"])})})
+    with pytest.raises(DataError, match="make 516; allowed: up to the target's 512"):
+        make(tmp_path / "e", [talk], max_prompt_tokens=500)
 
 
 def test_an_answer_of_nothing_but_its_end_is_no_row(tmp_path):
@@ -215,14 +201,6 @@ def test_an_answer_of_nothing_but_its_end_is_no_row(tmp_path):
         assert folder.rows == 12 - sum(first)
     assert maker.tokens == 0
 
-
-def test_lengths_that_do_not_fit_the_target_are_refused(tmp_path):
-    """512 positions cannot hold a prompt of 500 and 16 new tokens."""
-    with pytest.raises(DataError, match="make 516; allowed: up to the target's 512"):
-        make(tmp_path / "d", some_prompts(1), max_prompt_tokens=500)
-
-
-# -- self-prompting ------------------------------------------------------------------------------------------------
 
 SELF: dict[str, Any] = {
     "self_prompts": 40,
@@ -259,21 +237,14 @@ def test_of_equal_self_prompts_the_first_number_is_answered_whatever_finishes_fi
     assert records(tmp_path / "1") == records(tmp_path / "24")
 
 
-# -- going on ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_stop_by_the_clock_can_be_continued(tmp_path):
     """Stopped at once, again and again, the run ends with the rows of an uninterrupted one."""
     prompts = some_prompts(10) + some_prompts(3, turns=2, seed=1)
     how: dict[str, Any] = {"temperatures": (0.0, 1.0), **SELF}
-    whole, _ = make(tmp_path / "whole", prompts, **how)
-    before = 0
-    for minutes in (0.003, 0.003, 0.003, None):
-        rows, _ = make(tmp_path / "parts", prompts, run={"minutes": minutes}, **how)
-        assert len(rows) >= before
-        before = len(rows)
-    assert rows == whole
+    parts = [make(tmp_path / "parts", prompts, run={"minutes": minutes}, **how)[0] for minutes in (0.003, 0.003, 0.003, None)]
+    assert parts == sorted(parts, key=len)
+    assert parts[-1] == make(tmp_path / "whole", prompts, **how)[0]
 
 
 @pytest.fixture(scope="module")

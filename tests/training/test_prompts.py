@@ -25,9 +25,6 @@ def request(tokens: list[int], ended: bool) -> Request:
     return Request([], 9, frozenset({EOS}), 0.0, 1.0, random.Random(0), tokens=tokens, ended=ended)
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
 def test_every_shape_of_a_row_is_read(tmp_path):
     """Turns, a prompt, messages without answers but with the system prompt, and raw text; the source is the file's name or given."""
     path = write(
@@ -118,24 +115,20 @@ def test_openings_are_read_with_their_weights(tmp_path):
     for bad in ({"source": "x"}, {"begin": 3}, {"begin": "a", "weight": 0}, {"begin": "a", "wait": 1}, [1]):
         with pytest.raises(DataError, match="line 1"):
             read_openings(write(tmp_path / "bad.jsonl", bad))
+    ours = read_openings(Path(__file__).parents[2] / "examples" / "beginnings.jsonl")
+    assert {opening.source for opening in ours} == {"self-code", "self-chat", "self-math"}
 
 
-def test_the_repositorys_own_openings_are_usable():
-    """The file in examples/ has code, chat and mathematics."""
-    openings = read_openings(Path(__file__).parents[2] / "examples" / "beginnings.jsonl")
-    assert {opening.source for opening in openings} == {"self-code", "self-chat", "self-math"}
-
-
-# -- templates -----------------------------------------------------------------------------------------------------
-
-
-def test_a_tokenizer_without_a_template_takes_raw_text_only():
-    """Turns are refused with the tokenizer's name and the way out."""
+def test_a_template_that_is_missing_or_refuses_is_a_data_error():
+    """Without one only raw text is taken; one that raises is named with the roles that it refuses."""
     _, tokenizer = chat_target(template=None)
     template = ChatTemplate(tokenizer)
     assert template.encode_raw("w5 w6") == [5, 6]
     with pytest.raises(DataError, match=r"'tiny-chat' has no chat template.*raw text"):
         template.render([{"role": "user", "content": "w5"}])
+    _, tokenizer = chat_target(template="{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE)
+    with pytest.raises(DataError, match=r"'tiny-chat' refuses the roles \['system', 'user'\]: no system"):
+        ChatTemplate(tokenizer).render([{"role": "system", "content": "w1"}, {"role": "user", "content": "w5"}])
 
 
 def test_a_template_that_does_not_open_the_answer_is_refused():
@@ -158,16 +151,6 @@ def test_thinking_is_switched_off_where_the_template_reads_it():
     assert ChatTemplate(tokenizer, thinking=True).render(question).endswith("w95")
 
 
-def test_roles_that_a_template_refuses_are_a_data_error():
-    """A template without system prompts raises; the message names the tokenizer and the roles."""
-    _, tokenizer = chat_target(template="{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE)
-    with pytest.raises(DataError, match=r"'tiny-chat' refuses the roles \['system', 'user'\]: no system"):
-        ChatTemplate(tokenizer).render([{"role": "system", "content": "w1"}, {"role": "user", "content": "w5"}])
-
-
-# -- turn by turn --------------------------------------------------------------------------------------------------
-
-
 def test_later_turns_follow_the_target_s_own_tokens():
     """The row is the template's text with the answers' own tokens in it; an answer that ended is not ended twice, a cut one is ended."""
     template = ChatTemplate(chat_target()[1])
@@ -182,7 +165,8 @@ def test_later_turns_follow_the_target_s_own_tokens():
 
 
 def test_a_template_that_rewrites_past_answers_gives_each_turn_a_row():
-    """Where the text before an answer changes with the next turn, the next turn's prompt is the template's text of the whole."""
+    """Where the text before an answer changes with the next turn, the next turn's prompt is the template's text of the whole; it is split
+    by the prompt that its conversation began with."""
     template = ChatTemplate(chat_target(template=FORGETFUL)[1])
     dialogue = Dialogue(Prompt("chat", (("user", "w11"), ("user", "w12"))), template, 0.0)
     assert dialogue.open() == [BOS, 90, 11, EOS, BOS, 91, 93]
@@ -193,21 +177,9 @@ def test_a_template_that_rewrites_past_answers_gives_each_turn_a_row():
     assert (first["ids"], first["spans"]) == ([BOS, 90, 11, EOS, BOS, 91, 93, 20, EOS], [[7, 9]])
     assert (last["ids"], last["spans"]) == ([*second, 21, EOS], [[15, 17]])
     assert last["id"] == first["id"] + ".1"
-
-
-def test_turns_that_are_rows_of_their_own_stay_on_one_side_of_the_split():
-    """The later turn is split by the prompt that its conversation began with, whatever its own text has become."""
-    template = ChatTemplate(chat_target(template=FORGETFUL)[1])
-    dialogue = Dialogue(Prompt("chat", (("user", "w11"), ("user", "w12"))), template, 0.0)
-    dialogue.open()
-    dialogue.take(request([20, EOS], True))
-    dialogue.take(request([21, EOS], True))
-    first, last = (row_from_record(record, vocab_size=None, where="here") for record in dialogue.close())
-    assert first.prompt_ids != last.prompt_ids
-    assert prompt_hash(first) == prompt_hash(last)
-
-
-# -- self-prompting ------------------------------------------------------------------------------------------------
+    one, other = (row_from_record(record, vocab_size=None, where="here") for record in (first, last))
+    assert one.prompt_ids != other.prompt_ids
+    assert prompt_hash(one) == prompt_hash(other)
 
 
 def test_a_self_prompt_begins_at_the_start_of_the_users_turn():
