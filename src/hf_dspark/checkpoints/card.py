@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError
 from transformers import PreTrainedModel
 
 from hf_dspark.adapters.files import CONFIG_FILE as ADAPTER_CONFIG
@@ -66,9 +66,8 @@ def render_card(
             model_name=(title or name).split("/")[-1],
             eval_results=_metadata(decoded, calibration) or None,
         )
-        return ModelCard.from_template(
-            data,
-            template_path=str(_TEMPLATE),
+        text = Template(_TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined).render(
+            card_data=data.to_yaml(),
             marker=MARKER,
             title=title or name,
             name=name,
@@ -78,17 +77,19 @@ def render_card(
             target=target,
             target_name=TARGET_NAME if name == DRAFTER_NAME else None,
             config=config,
-            results=_results(decoded) if decoded else None,
-            training=_training(recipe, sorted(path.name for path in folder.glob("recipe*.json"))) if "arguments" in recipe else None,
+            decoded=decoded,
+            results=_results(decoded) if decoded else "",
+            recipe=recipe,
+            recipes=sorted(path.name for path in folder.glob("recipe*.json")),
             images=[image for image in IMAGES if (folder / image).is_file()],
             calibration=calibration,
-            thinking=sorted({one["thinking"] for one in recipe.get("data", {}).get("folders", []) if one.get("thinking") is not None}),
             licence=licence,
         )
     except (KeyError, TypeError, AttributeError, IndexError, TemplateError) as error:
         raise CheckpointError(
             f"A result file in {folder} is not one that this version writes ({type(error).__name__}: {error}). Remove it, or measure again."
         ) from error
+    return ModelCard(text)
 
 
 def write_training_card(folder: Path, recipe: Mapping[str, Any], drafter: PreTrainedModel) -> None:
@@ -102,46 +103,14 @@ def write_training_card(folder: Path, recipe: Mapping[str, Any], drafter: PreTra
 
 def _results(decoded: Mapping[str, Any]) -> str:
     """Decoded tau by prompt set and temperature, as a table."""
-    settings, sets = decoded["settings"], decoded["settings"]["sets"]
+    sets = decoded["settings"]["sets"]
     lines = [["tau", *sets, "mean"], ["---", *["---:"] * (len(sets) + 1)]]
     for kind, suffix in (("decoded", ""), ("without_copying", ", without n-gram copying")):
         for key, part in decoded.get(kind, {}).items():
             if key.startswith("T="):
                 taus = [float(part["by_source"][one]) for one in sets]
                 lines.append([key.replace("=", " = ") + suffix, *(f"{tau:.2f}" for tau in (*taus, sum(taus) / len(taus)))])
-    rule = ", block verification at T > 0" if settings.get("verification") == "block" else ""
-    return (
-        "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + f"\n\nTau: tokens a round, the target's own included; higher is better. {settings['limit']} prompts a set, "
-        f"at most {settings['max_new_tokens']} new tokens, batches of {settings['batch_size']}, target "
-        f"`{settings['target']}` in {settings['dtype']}{rule} "
-        f"([{DECODED}]({DECODED}), {_machine(decoded)})."
-    )
-
-
-def _training(recipe: Mapping[str, Any], files: list[str]) -> str:
-    """A training run in one paragraph."""
-    data, settings, lora = recipe["data"], recipe["arguments"]["training"], recipe.get("lora")
-    if "base" in recipe:
-        what = f"LoRA of rank {lora['rank']} on {', '.join(lora['targets'])}" if lora else "All weights"
-        what += f" of `{recipe['base']}` (fingerprint `{recipe['base_fingerprint'][:16]}`)"
-    else:
-        what = "Backbone and heads"
-    sources = sorted(data["by_source"].items(), key=lambda item: (-item[1], item[0]))
-    text = (
-        f"{what}, trained on {data['rows']['train']:,} responses that the target wrote ({data['response_tokens']['train']:,} tokens: "
-        f"{', '.join(f'{source} {count:,}' for source, count in sources)}) with {settings.get('optimizer', 'adamw')}, peak rate "
-        f"{settings['learning_rate']:g}, {settings['batch_size']} sequences a step"
-    )
-    if "result" in recipe:
-        result = recipe["result"]
-        text += f": {result['steps']:,} steps, {result['minutes']:.0f} minutes on {_machine(recipe)}"
-    return f"{text}. Every option: {', '.join(f'[{file}]({file})' for file in files)}."
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    machine = record["machine"]
-    return machine.get("gpu") or f"{machine['cpu']}, {machine.get('cpu_count', machine.get('cores'))} cores"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _metadata(decoded: Mapping[str, Any], calibration: Mapping[str, Any]) -> list[EvalResult]:

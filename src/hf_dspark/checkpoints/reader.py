@@ -25,12 +25,8 @@ _MASK_FILE = "mask_embedding.pt"
 
 @dataclasses.dataclass
 class StoredDrafter:
-    """A checkpoint that was found complete: its format (None: this package's own), its config, where its tensors lie.
+    """A checkpoint that was found complete; `carried` are a foreign file's copies of the target's embedding and head."""
 
-    `carried` are a foreign file's copies of the target's embedding and head, which are no tensors of the drafter.
-    """
-
-    form: Format | None
     config: DSparkConfig
     tensors: dict[str, TensorRecord]
     carried: dict[str, TensorRecord]
@@ -73,7 +69,7 @@ def open_drafter(
     check_tensors({**expected, **copies}, found, source)
     _check_vocabulary_map(config, found, t2d, source)
     carried = {key: found.pop(key) for key in copies}
-    return StoredDrafter(form, config, found, carried, _calibration(source, config, own_block, hub))
+    return StoredDrafter(config, found, carried, _calibration(source, config, own_block, hub))
 
 
 def _config(source: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Format | None, DSparkConfig, int | None]:
