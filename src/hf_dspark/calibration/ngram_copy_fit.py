@@ -20,12 +20,9 @@ def fit_copy_weights(lengths: np.ndarray, hits: np.ndarray, p_d: np.ndarray, lon
     """lambda_1..lambda_M under which the target's tokens are most likely in (1 - lambda_m) p_d + lambda_m [x = copy].
 
     Args:
-        lengths (`numpy.ndarray` of shape `(N,)`): m, tokens that matched before the copied one; 0 without a match.
-        hits (`numpy.ndarray` of shape `(N,)`): whether the copied token was the target's.
-        p_d (`numpy.ndarray` of shape `(N,)`): the drafter's probability of the target's token.
-        longest (`int`): M; longer matches count as M.
-    Returns:
-        `list[float]`.
+        lengths (`numpy.ndarray` of shape `(N,)`): m, tokens that matched before the copied one; 0 without a match, M for longer ones.
+        hits, p_d (`numpy.ndarray` of shape `(N,)`): whether the copied token was the target's; the drafter's probability of the latter.
+        longest (`int`): M.
     """
     lengths = np.minimum(lengths, longest)
     counts = np.bincount(lengths.astype(np.int64), minlength=longest + 1)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_dspark.decoding.api import generate
+from hf_dspark.budgets.budget import FullBudget
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.evaluation.metrics import AcceptanceCounts, machine_record
-from hf_dspark.evaluation.prompts import left_padded, prompt_ids, read_prompts
+from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
+from hf_dspark.evaluation.serving import serve
 from hf_dspark.models.loading import load_drafter, load_target
 from hf_dspark.utils.files import atomic_write_json
+from hf_dspark.utils.tokens import eos_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,15 +44,8 @@ def spread_prompts(rows: Iterable[ResponseRow], count: int) -> list[tuple[str, l
 class DecodedTau:
     """Decodes the same prompts with whatever drafter it is called with; to be passed to a `Trainer` as `decode`.
 
-    Args:
-        target (`PreTrainedModel`): the target.
-        prompts: source and token ids of each prompt, from `spread_prompts`.
-        max_new_tokens (`int`): new tokens a prompt.
-        temperatures: 0 is greedy.
-        batch_size (`int`): prompts decoded together.
-        seed (`int`): of sampling.
-        copying (`bool`): n-gram copying, where the drafter has weights for it.
-        verification (`str`): how drawn tokens are verified, `"block"` or `"token"`.
+    Prompts are sources and token ids, from `spread_prompts`. Of the target's own generation config only the ids that end a text count, not
+    its top-k or repetition penalty.
     """
 
     target: PreTrainedModel
@@ -79,30 +74,15 @@ class DecodedTau:
         return {"tau": sum(taus) / len(taus) if taus else None, "prompts": len(self.prompts), **found}
 
     def _run(self, drafter: DSparkDrafter, temperature: float) -> dict[str, AcceptanceCounts]:
-        # Temperature alone: what the target's own generation config adds (top-k, a repetition penalty) is left out.
-        sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
-        if temperature:
-            sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+        served = serve(
+            self.target, drafter, [ids for _, ids in self.prompts], concurrency=self.batch_size, max_new_tokens=self.max_new_tokens,
+            budget=FullBudget(),  # tau is what the drafter can do, not what a budget lets it do
+            end_ids=eos_token_ids(self.target), temperature=temperature, seed=self.seed, copying=self.copying,
+            verification=self.verification,
+        )  # fmt: skip
         rows: dict[str, list[RowStats]] = {}
-        pad = self.target.generation_config.pad_token_id or 0
-        prompts = sorted(self.prompts, key=lambda prompt: len(prompt[1]))
-        for first in range(0, len(prompts), self.batch_size):
-            batch = prompts[first : first + self.batch_size]
-            output: Any = generate(
-                self.target,
-                drafter,
-                **left_padded([ids for _, ids in batch], pad, self.target.device),
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=pad,
-                return_dict_in_generate=True,
-                seed=self.seed + first,
-                copying=self.copying,
-                verification=self.verification,
-                budget="full",  # tau is what the drafter can do, not what a budget lets it do
-                **sampling,
-            )
-            for (source, _), row in zip(batch, output.stats.rows, strict=True):
-                rows.setdefault(source, []).append(row)
+        for request, row in served.stats.by_request.items():
+            rows.setdefault(self.prompts[request][0], []).append(row)
         return {source: AcceptanceCounts.of(found) for source, found in rows.items()}
 
 

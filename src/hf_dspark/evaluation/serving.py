@@ -48,19 +48,13 @@ class Server:
     """Requests, some of them in flight, and the loop that answers them; runs for a while at a time.
 
     Args:
-        model (`PreTrainedModel`): the target.
-        drafter (`DSparkDrafter`, *optional*): None decodes plainly.
+        model (`PreTrainedModel`), drafter (`DSparkDrafter`, *optional*): a pair; without a drafter it decodes plainly.
         prompts (`list[list[int]]`): token ids, in the order in which requests join.
         concurrency (`int`): rows in flight, as long as requests wait.
         max_new_tokens (`int` or `list[int]`): of each request.
         budget (`Budget`): started.
         end_ids (`list[int]`): that end a request; the one met is kept.
-        temperature (`float`): 0 is greedy.
-        top_p (`float`): nucleus.
-        seed (`int`): of all draws.
-        round_callback (`RoundCallback`, *optional*): told of finished rounds.
-        copying (`bool`): n-gram copying, where the drafter has weights for it.
-        verification (`str`): how drawn tokens are judged, `"block"` or `"token"`.
+        temperature, top_p, seed, round_callback, copying, verification: as in `generate`; temperature 0 is greedy.
     """
 
     def __init__(

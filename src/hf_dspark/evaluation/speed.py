@@ -205,9 +205,7 @@ def evaluate(
     """Measures tau, conditional acceptance and tokens a second against the plain target and prompt lookup, in one run.
 
     Args:
-        bench: target, drafter and settings.
         prompt_files: conversations by the name they are reported under.
-        batch_size: rows a batch.
         on_batch: called after each batch with the rows done.
     Returns:
         the overall figures at the top, then `files` with those of each file, `settings` and `machine`.
