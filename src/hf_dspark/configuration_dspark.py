@@ -219,6 +219,11 @@ class DSparkConfig(Qwen3Config):
         text = target_config.get_text_config(decoder=True)
         needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         missing = [name for name in needed if getattr(text, name, None) is None]
+        if missing == ["num_attention_heads"]:
+            raise ValueError(
+                f"The target type {text.model_type!r} has no attention: its recurrent state cannot take rejected tokens back, which "
+                "speculative decoding needs. Choose a target with attention, or generate without a drafter."
+            )
         if missing:
             raise ValueError(
                 f"The config of target type {text.model_type!r} has no {', '.join(missing)}; a drafter needs a decoder-only language "

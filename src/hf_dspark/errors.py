@@ -22,12 +22,15 @@ class UnsupportedTargetError(DSparkError, ValueError):
     """The target cannot be verified exactly (no roll-back, attention interface ignored, ..).
 
     Args:
-        message (`str`): the reason and the next step.
-        one_row_works (`bool`): whether a single row can still be decoded exactly through transformers' own assisted loop.
+        reason (`str`): what is wrong, and the next step unless one row works.
+        one_row_works (`bool`): whether a single row can still be decoded exactly through transformers' own assisted loop; the message then
+            says so.
     """
 
-    def __init__(self, message: str, one_row_works: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, one_row_works: bool = False) -> None:
+        advice = " Decode it at batch size 1, where transformers' own assisted loop drives the drafter." if one_row_works else ""
+        super().__init__(reason + advice)
+        self.reason = reason
         self.one_row_works = one_row_works
 
 

@@ -56,8 +56,7 @@ class RaggedCache(Cache):
         if layout is None or key_states.shape[0] != 1 or key_states.shape[2] != layout.total:
             raise UnsupportedTargetError(
                 f"A ragged pass of {layout.total if layout else 'no'} tokens got key states of shape {tuple(key_states.shape)}; this "
-                "target does not treat its input as one flat sequence. Decode it at batch size 1, where transformers' own assisted loop "
-                "drives the drafter.",
+                "target does not treat its input as one flat sequence.",
                 one_row_works=True,
             )
         self.store.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), layout.on(key_states.device))
@@ -133,7 +132,7 @@ class RaggedPass:
         if lost:
             raise UnsupportedTargetError(
                 f"{name} limits attention to {lost} tokens by its mask and does not tell its attention function; a ragged pass would see "
-                "too much. Decode it at batch size 1, where transformers' own assisted loop drives the drafter.",
+                "too much.",
                 one_row_works=True,
             )
 
@@ -205,7 +204,8 @@ def _attend_padded(
     mask = ragged.folded_mask(window, heads // kv_heads, query.device, query.dtype if added else torch.bool)
     out = _attend(_fold(padded, kv_heads), key, value, mask, **how)
     out = out.reshape(rows, heads, length, -1).transpose(1, 2).reshape(rows * length, heads, -1)
-    return (out if layout.equal_counts else out[layout.flat_index])[None]
+    # Contiguous, as transformers' own attention functions leave it: some models go on with `.view`.
+    return (out.contiguous() if layout.equal_counts else out[layout.flat_index])[None]
 
 
 def _attend_row_by_row(
@@ -254,15 +254,13 @@ def _ragged_attention(
     if unknown:
         raise UnsupportedTargetError(
             f"{type(module).__name__} passes {unknown} to its attention function, which ragged verification does not support; allowed are "
-            "scaling, sliding_window, softcap and s_aux. Decode this target at batch size 1, where transformers' own assisted loop drives "
-            "the drafter.",
+            "scaling, sliding_window, softcap and s_aux.",
             one_row_works=True,
         )
     if query.shape[0] != 1 or query.shape[2] != ragged.layout.total or key.shape[0] != ragged.layout.num_rows:
         raise UnsupportedTargetError(
             f"{type(module).__name__} called attention with queries {tuple(query.shape)} and keys {tuple(key.shape)}; a ragged pass of "
-            f"{ragged.layout.num_rows} rows needs (1, heads, {ragged.layout.total}, dim) and one key row each. Decode this target at batch "
-            "size 1, where transformers' own assisted loop drives the drafter.",
+            f"{ragged.layout.num_rows} rows needs (1, heads, {ragged.layout.total}, dim) and one key row each.",
             one_row_works=True,
         )
     ragged.attended += 1
