@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedModel
 
 from hf_dspark.adapters.files import SIDECAR_FILE, WEIGHTS_FILE
@@ -27,7 +27,7 @@ from hf_dspark.checkpoints.card import DECODED, MARKER, render_card
 from hf_dspark.checkpoints.formats import parse_config
 from hf_dspark.checkpoints.tensor_files import list_tensors, tensors_of
 from hf_dspark.errors import CheckpointError, HubError
-from hf_dspark.hub.files import TransportError
+from hf_dspark.hub.files import TransportError, hub_error
 from hf_dspark.utils.files import atomic_write_json
 from hf_dspark.utils.hashing import file_sha256
 
@@ -173,17 +173,8 @@ def _clear_refusals(repo_id: str) -> Iterator[None]:
     try:
         yield
     except _REFUSALS as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, RepositoryNotFoundError) or status == 404:
-            step = "Check the name; for a private repository, that the token may read it."
-        elif status in (409, 412):
-            step = "It has changed since this push began: push again."
-        elif status in (401, 403):
-            step = "Log in with `hf auth login`, or give a token that may write there."
-        else:
-            step = "Check the network and push again; nothing half-written is in the repository."
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise HubError(f"The Hub did not take {repo_id!r}: {reason.rstrip('.')}. {step}") from error
+        otherwise = "Check the network and push again; nothing half-written is in the repository."
+        raise hub_error(error, f"The Hub did not take {repo_id!r}", otherwise) from error
 
 
 def _with_authors_text(new: ModelCard, stored: str | None) -> ModelCard:

@@ -63,29 +63,39 @@ def cached_path(source: str, filename: str, **hub: Any) -> str | None:
     known = in_cache(source, filename, **hub)
     if known is _CACHED_NO_EXIST and re.fullmatch("[0-9a-f]{40}", hub.get("revision") or ""):
         return None
+    what, otherwise = f"{filename} of {source!r} could not be fetched", "Check the network, and load it again."
     try:
         path = Path(hf_hub_download(source, filename, **hub))
     except LocalEntryNotFoundError as error:
         if known is _CACHED_NO_EXIST or hub.get("local_files_only") or is_offline_mode():
             return None
-        raise HubError(f"{filename} of {source!r} could not be fetched ({error}). Check the network, and load it again.") from error
+        raise hub_error(error, what, otherwise) from error
     except EntryNotFoundError:
         return None
     except (HFValidationError, HfHubHTTPError, TransportError) as error:
-        raise HubError(f"{filename} of {source!r} could not be fetched: {_reason(error, hub.get('revision'))}") from error
+        raise hub_error(error, what, otherwise, hub.get("revision")) from error
     if not isinstance(known, str):
         _check_download(path, source)
     return str(path)
 
 
-def _reason(error: Exception, revision: str | None) -> str:
+def hub_error(error: Exception, what: str, otherwise: str, revision: str | None = None) -> HubError:
+    """What failed, why, and the next step: `otherwise`, where the Hub's answer does not say more."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):
-        return "the repository is gated. Ask for access on its page, and log in with `hf auth login`."
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private. Check the name, and for a private one log in with `hf auth login`."
-    if isinstance(error, RevisionNotFoundError):
-        return f"the repository has no revision {revision!r}. Name a branch, tag or commit."
-    return f"{' '.join(str(error).split()) or type(error).__name__}. Check the network, and load it again."
+        step = "The repository is gated: ask for access on its page, and log in with `hf auth login`."
+    elif isinstance(error, RevisionNotFoundError):
+        step = f"The repository has no revision {revision!r}: name a branch, tag or commit."
+    elif isinstance(error, RepositoryNotFoundError) or status == 404:
+        step = "There is no such repository, or it is private: check the name, and for a private one log in with `hf auth login`."
+    elif status in (409, 412):
+        step = "It has changed since this push began: push again."
+    elif status in (401, 403):
+        step = "Log in with `hf auth login`, or give a token that may write there."
+    else:
+        step = otherwise
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return HubError(f"{what}: {reason.rstrip('.')}. {step}")
 
 
 def in_cache(source: str, filename: str, **hub: Any) -> Any:
