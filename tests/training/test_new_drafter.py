@@ -14,7 +14,7 @@ from tests.training.tiny_runs import tiny_rows, tiny_target
 
 
 class Words:
-    """As much of a tokenizer as making a drafter uses: ids, special ids, added tokens."""
+    """As much of a tokenizer as making a drafter uses."""
 
     eos_token_id, unk_token, unk_token_id, mask_token_id = 2, "<unk>", 0, None
     bos_token_id, pad_token_id = 1, 2

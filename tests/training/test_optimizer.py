@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from hf_dspark.errors import CheckpointError
 from hf_dspark.training.optimizer import MasterOptimizer
 
 
@@ -49,9 +48,9 @@ def test_muon_moves_hidden_matrices_by_its_own_rule_and_the_others_by_adamws():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_saved_optimizer_continues_bit_for_bit(kind):
-    """Two steps, saved and loaded into a fresh one between, equal two steps in a row; another kind of optimizer is refused."""
+    """Two steps, saved and loaded into a fresh one between, equal two steps in a row."""
 
-    def made(kind: str = kind) -> MasterOptimizer:
+    def made() -> MasterOptimizer:
         parameters = drawn((64, 96), (96,))
         return MasterOptimizer(parameters, kind=kind, matrices=parameters[:1])
 
@@ -67,8 +66,6 @@ def test_a_saved_optimizer_continues_bit_for_bit(kind):
     second.load_state_dict(first.state_dict())
     step(second, 3)
     assert all(torch.equal(one, other) for one, other in zip(through.parameters, second.parameters, strict=True))
-    with pytest.raises(CheckpointError, match="another optimizer"):
-        made("muon" if kind == "adamw" else "adamw").load_state_dict(first.state_dict())
 
 
 def test_gradient_that_is_not_finite_changes_no_weight():

@@ -28,10 +28,8 @@ def test_target_states_are_layer_outputs_and_the_normed_last_state():
 
 def test_every_block_of_a_batch_equals_the_block_run_alone():
     """Hidden states in a padded batch of many anchors are those of one anchor in its unpadded row."""
-    target = tiny_target()
-    drafter = tiny_drafter(target)
-    rows = tiny_rows(4)
-    batch = collate(rows)
+    target, rows = tiny_target(), tiny_rows(4)
+    drafter, batch = tiny_drafter(target), collate(rows)
     states = TargetStates(target, drafter.config.target_layer_ids)
     taps, _ = states(batch.input_ids)
     anchors = torch.tensor([[len(r.prompt_ids), len(r.prompt_ids) + 2] for r in rows])
@@ -64,12 +62,10 @@ def test_states_in_memory_are_those_of_a_fresh_pass():
 
 def test_states_stay_within_their_memory():
     """Rows stay while they fit: a token of two tapped layers and the last state takes 3 * 32 floats of four bytes."""
-    rows = tiny_rows(6)
-    sizes = [len(row) * 3 * 32 * 4 for row in rows]
-    states = TargetStates(tiny_target(), [0, 2], memory_gib=(sum(sizes[:3]) + 8) / 2**30)
-    for row in rows[:5]:
-        batch = collate([row])
-        states.of_batch(batch.input_ids, batch.lengths)
+    rows = tiny_rows(5)
+    states = TargetStates(tiny_target(), [0, 2], memory_gib=(sum(map(len, rows[:3])) * 3 * 32 * 4 + 8) / 2**30)
+    for row in rows:
+        states.of_batch(torch.tensor([row.ids]), torch.tensor([len(row)]))
     assert states.rows_in_memory == 3
 
 
@@ -87,9 +83,8 @@ def test_a_run_with_states_in_memory_is_the_run_without(tmp_path):
 
 def test_a_target_that_changes_its_logits_after_the_head_is_refused():
     """A head whose probabilities are not the target's own would teach another target."""
-    target = tiny_target()
+    target, ids = tiny_target(), torch.arange(3, 12)[None]
     states = TargetStates(target, [0, 2])
-    ids = torch.arange(3, 12)[None]
     TargetHead(target.lm_head).check(states, ids)
     with pytest.raises(UnsupportedTargetError, match=r"differs from its own logits by 0\.\d+ in probability"):
         TargetHead(target.lm_head, softcap=0.5).check(states, ids)

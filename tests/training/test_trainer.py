@@ -15,8 +15,6 @@ from hf_dspark.training.run_folder import RunFolder, flat_metrics, load_weights
 from hf_dspark.training.trainer import Trainer
 from tests.training.tiny_runs import events, tiny_config, tiny_drafter, tiny_rows, tiny_target, tiny_trainer
 
-# -- learning ------------------------------------------------------------------------------------------------------
-
 
 def test_gradients_reach_the_drafter_only(tmp_path):
     """Every drafter parameter gets a gradient, no target parameter does, even when they would take one."""
@@ -91,9 +89,6 @@ def test_accumulated_parts_take_the_step_of_the_whole(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-5)
 
 
-# -- evaluation ----------------------------------------------------------------------------------------------------
-
-
 def test_evaluation_repeats_itself_and_changes_nothing(tmp_path):
     """Two evaluations draw the same anchors, and neither moves a weight."""
     trainer = tiny_trainer(tmp_path, held_out=6)
@@ -111,9 +106,6 @@ def test_real_decoding_decides_which_weights_are_the_best(tmp_path):
     assert [point["decoded"]["tau"] for point in progress.curve] == [1.5, 1.1, 1.2, 1.0, 1.0, 1.0]
 
 
-# -- resuming ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "muon", "states_memory_gib": 0.01}], ids=["adamw", "muon"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, settings):
     """Stopped after three of six steps and started anew from disk, the weights end bit-identical."""
@@ -129,8 +121,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, settings):
         assert torch.equal(mine, other), name
 
 
-def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
-    """A kill while writing leaves a temporary folder; the last whole checkpoint is resumed."""
+def test_a_half_written_checkpoint_is_removed_and_a_damaged_one_is_named(tmp_path):
+    """A kill while writing leaves a temporary folder, and the last whole checkpoint is resumed. A truncated file is an error with its path,
+    not a silent start from scratch."""
     tiny_trainer(tmp_path).train(stop_after=2)
     half_written = tmp_path / "checkpoints" / ".step-00000004.0123.tmp"
     half_written.mkdir()
@@ -139,11 +132,6 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert trainer.resume()
     assert trainer.progress.step == 2
     assert not half_written.exists()
-
-
-def test_a_truncated_checkpoint_is_named(tmp_path):
-    """A damaged checkpoint file is an error with its path, not a silent start from scratch."""
-    tiny_trainer(tmp_path).train(stop_after=2)
     file = next(tmp_path.glob("checkpoints/step-*/state.pt"))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"step-00000002.*cannot be read"):
@@ -163,15 +151,6 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         tiny_trainer(tmp_path, drafter={"block_size": 2}).resume()
 
 
-def test_what_a_checkpoint_costs_does_not_grow_with_the_data(tmp_path):
-    """The rows are hashed when the trainer is made; a checkpoint reads none of them."""
-    trainer = tiny_trainer(tmp_path)
-    trainer.rows = []
-    state = torch.load(trainer.checkpoint() / "state.pt", weights_only=True)
-    assert state["fingerprint"]["rows"] == 12
-    assert len(state["fingerprint"]["data"]) == 64
-
-
 def test_weights_of_another_run_come_with_their_draft_vocabulary(tmp_path):
     """Row j of W2 belongs to draft id j of the run it comes from, whatever ids the new drafter was made with."""
     first = tiny_trainer(tmp_path, drafter={"draft_token_ids": torch.arange(0, 50, 2)})
@@ -185,17 +164,14 @@ def test_weights_of_another_run_come_with_their_draft_vocabulary(tmp_path):
         load_weights(tiny_drafter(tiny_target(), draft_token_ids=torch.arange(0, 50, 2), target_layer_ids=[1, 2]), tmp_path)
 
 
-# -- what a run leaves ---------------------------------------------------------------------------------------------
-
-
 def test_best_and_final_drafters_load_and_the_log_holds_the_curve(tmp_path):
     """The run leaves two loadable drafters, one line of JSON an event, and metrics per temperature and domain."""
     trainer = tiny_trainer(tmp_path, held_out=6)
     progress = trainer.train()
+    own = trainer.drafter.state_dict()
     for name in ("best", "final"):
-        drafter = DSparkDrafter.from_pretrained(tmp_path / name)
-        for key, value in drafter.state_dict().items():
-            assert torch.equal(value, trainer.drafter.state_dict()[key])
+        saved = DSparkDrafter.from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in saved.items())
     logged = events(tmp_path)
     assert [event["event"] for event in logged] == ["start", *["step"] * 6, "evaluation", "end"]
     metrics = logged[-2]["metrics"]
@@ -227,10 +203,9 @@ def test_tensorboard_holds_losses_acceptance_and_decoding(tmp_path):
 def test_without_tensorboard_a_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
     """Scalars are a convenience: their package missing is one warning."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    files = RunFolder(tmp_path)
     with caplog.at_level(logging.WARNING):
-        files.scalars({"a": 1.0}, 1)
-        files.scalars({"a": 2.0}, 2)
+        for step in (1, 2):
+            RunFolder(tmp_path).scalars({"a": 1.0}, step)
     assert caplog.text.count("tensorboard is not installed") == 1
 
 

@@ -12,22 +12,15 @@ from hf_dspark.training.data import Batch
 
 
 class BlockTargets(NamedTuple):
-    """What every block position is compared with. All tensors have the shape `(batch, anchors, block_size)`.
+    """What position k = 1..block_size of a block behind an anchor at p is compared with, `(batch, anchors, block_size)`.
 
-    Source: paper section 3.2 and Eqs. 8-12. With anchor position p and block position k = 1..block_size:
-
-    Args:
-        target_ids (`torch.Tensor`): the true token at p + k, the label of the cross entropy.
-        prev_ids (`torch.Tensor`): the true token at p + k - 1, fed to the sequential head (teacher forcing).
-        target_index (`torch.Tensor`): p + k - 1, the row position whose target logits define p_t for position k.
-        position_mask (`torch.Tensor`): bool; True where the position is supervised. Contiguous from k = 1: it ends at
-            the first token outside the response or the row. Masked entries of the other fields are in-range fillers.
+    Source: paper section 3.2 and Eqs. 8-12. Where `position_mask` is False the other fields are in-range fillers.
     """
 
-    target_ids: Tensor
-    prev_ids: Tensor
-    target_index: Tensor
-    position_mask: Tensor
+    target_ids: Tensor  # the true token at p + k, the label of the cross entropy
+    prev_ids: Tensor  # the true token at p + k - 1, fed to the sequential head (teacher forcing)
+    target_index: Tensor  # p + k - 1, the row position whose target logits define p_t for position k
+    position_mask: Tensor  # bool, supervised: contiguous from k = 1, up to the first token outside the response or the row
 
     def to(self, device: torch.device) -> BlockTargets:
         return BlockTargets(*(tensor.to(device) for tensor in self))

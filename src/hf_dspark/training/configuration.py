@@ -13,20 +13,14 @@ from hf_dspark.errors import DataError
 SHORTEST_SELF_PROMPT = 3  # tokens that a self-prompt adds to its opening at least
 
 
+Limit = float | None
 _RANGES = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le), "below": ("below", operator.lt),
 }  # fmt: skip
 
 
 def option(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    default: Any, help: str, *, flag: str | None = None, least: Limit = None, most: Limit = None, above: Limit = None, below: Limit = None
 ) -> Any:
     """A dataclass field that is an option of the command line too, named `flag` or after the field. Its range has its ends, `least` and
     `most`, or lacks them, `above` and `below`."""
@@ -53,19 +47,14 @@ def _check(record: Any, error: type[ValueError] = ValueError) -> None:
 class LossWeights:
     """Coefficients of L = a_ce CE + a_tv sum_k w_k ||p_d - p_t||_1 + a_conf BCE, with w_k = exp(-(k - 1) / decay).
 
-    Source: paper Eqs. 8-12 and the released recipe (0.1, 0.9, 1.0; decay 4.0 at block 7). Differs: `soft_labels` is ours.
-
-    Args:
-        cross_entropy, total_variation, confidence (`float`): a_ce, a_tv, a_conf.
-        decay (`float`): tokens after which a position's weight has fallen to 1/e.
-        soft_labels (`float`): share, in [0, 1], of the cross entropy taken against the target's whole distribution p_t instead of against
-            the one token of the data (the paper's form, 0).
+    Source: paper Eqs. 8-12 and the released recipe (0.1, 0.9, 1.0; decay 4.0 at block 7). Differs: `soft_labels` is ours, the share of the
+    cross entropy taken against the target's whole distribution p_t instead of against the one token of the data.
     """
 
     cross_entropy: float = 0.1
     total_variation: float = 0.9
     confidence: float = 1.0
-    decay: float = 4.0
+    decay: float = 4.0  # tokens after which a position's weight has fallen to 1/e
     soft_labels: float = 0.0
 
 
@@ -130,13 +119,8 @@ class TrainingConfig:
     def loss_weights_at(self, fraction: float) -> LossWeights:
         """Loss coefficients at an elapsed share of the run in [0, 1]."""
         share = min(1.0, fraction / self.ce_anneal) if self.ce_anneal else 1.0
-        return LossWeights(
-            cross_entropy=self.ce_start + (self.ce_end - self.ce_start) * share,
-            total_variation=self.total_variation,
-            confidence=self.confidence,
-            decay=self.decay,
-            soft_labels=self.soft_labels,
-        )
+        cross_entropy = self.ce_start + (self.ce_end - self.ce_start) * share
+        return LossWeights(cross_entropy, self.total_variation, self.confidence, self.decay, self.soft_labels)
 
 
 @dataclass(frozen=True)
@@ -159,19 +143,12 @@ class DrafterShape:
 
 @dataclass(frozen=True)
 class Opening:
-    """How the target is made to write a prompt of its own.
+    """How the target is made to write a prompt of its own."""
 
-    Args:
-        source (`str`): domain of the prompts that come of it.
-        begin (`str`): the first words of the user's turn, which the target finishes.
-        system (`str`, *optional*): system prompt in front of it; the prompt is later answered without.
-        weight (`float`): how often it is chosen, relative to the others.
-    """
-
-    source: str = "self"
-    begin: str = ""
-    system: str | None = None
-    weight: float = 1.0
+    source: str = "self"  # domain of the prompts that come of it
+    begin: str = ""  # the first words of the user's turn, which the target finishes
+    system: str | None = None  # in front of it; the prompt is later answered without
+    weight: float = 1.0  # how often it is chosen, relative to the others
 
 
 @dataclass(frozen=True)

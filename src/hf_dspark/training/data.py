@@ -27,17 +27,11 @@ HELD_OUT_SHARE = 0.04  # of prompts, where no manifest says otherwise
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right.
+    """Rows padded on the right with 0."""
 
-    Args:
-        input_ids (`torch.Tensor` of shape `(batch, sequence)`): whole rows, padded with 0.
-        loss_mask (`torch.Tensor` of shape `(batch, sequence)`): bool, True on response tokens.
-        lengths (`torch.Tensor` of shape `(batch,)`): tokens of each row without padding.
-    """
-
-    input_ids: Tensor
-    loss_mask: Tensor
-    lengths: Tensor
+    input_ids: Tensor  # (batch, sequence)
+    loss_mask: Tensor  # (batch, sequence), bool, True on response tokens
+    lengths: Tensor  # (batch,), tokens of each row without padding
 
 
 @dataclass(frozen=True)

@@ -72,27 +72,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class LossResult:
-    """The loss of one batch of blocks and what the metrics need; per-position tensors have the shape `(batch, anchors, block_size)`.
+    """The loss of one batch of blocks and what the metrics need, a number for each of the `(batch, anchors, block_size)` positions."""
 
-    Args:
-        loss (`torch.Tensor`): scalar, float32; gradients flow to the draft hidden states, the latents and the head.
-        terms (`dict[str, torch.Tensor]`): unweighted cross_entropy (nats), total_variation (an L1 distance, 0 to 2), confidence (nats).
-        acceptance (`torch.Tensor`): 1 - 0.5 ||p_d - p_t||_1, 0 where unsupervised.
-        agreement (`torch.Tensor`): bool, both distributions have the same arg-max.
-        confidence_error (`torch.Tensor`, *optional*): |c_k - acceptance|.
-        position_mask (`torch.Tensor`): bool, supervised positions.
-        cross_entropy (`torch.Tensor`): nats, 0 where the label is outside the draft vocabulary.
-        label_inside (`torch.Tensor`): bool, supervised and in the draft vocabulary.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    acceptance: Tensor
-    agreement: Tensor
-    confidence_error: Tensor | None
-    position_mask: Tensor
-    cross_entropy: Tensor
-    label_inside: Tensor
+    loss: Tensor  # scalar; gradients flow to the draft hidden states, the latents and the head
+    terms: dict[str, Tensor]  # unweighted cross_entropy (nats), total_variation (an L1 distance, 0 to 2), confidence (nats)
+    acceptance: Tensor  # 1 - 0.5 ||p_d - p_t||_1, 0 where unsupervised
+    agreement: Tensor  # bool, both distributions have the same arg-max
+    confidence_error: Tensor | None  # |c_k - acceptance|
+    position_mask: Tensor  # bool, supervised
+    cross_entropy: Tensor  # nats, 0 where the label is outside the draft vocabulary
+    label_inside: Tensor  # bool, supervised and in the draft vocabulary
 
     def tally(self, rows: Tensor | None = None) -> Tally:
         """Metrics of all rows, or of those in a bool tensor of shape `(batch,)`.

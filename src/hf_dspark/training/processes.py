@@ -1,4 +1,4 @@
-"""The processes of one run: what they agree on, add up, and hold in shards (FSDP2)."""
+"""What the processes of one run agree on, add up, and hold in shards (FSDP2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from hf_dspark.training.losses import BlockObjective, Tally
+from hf_dspark.training.losses import BlockObjective
 
 
 class Processes:
@@ -35,10 +35,6 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the host."""
         return values if self.count == 1 else self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum").cpu()
-
-    def merge(self, tally: Tally) -> Tally:
-        """The tally of all processes."""
-        return Tally({name: (self.sum(top), self.sum(bottom)) for name, (top, bottom) in tally.sums.items()})
 
     def leave(self) -> None:
         """Leave the process group, and wait for its threads to end, while the interpreter still lives: a thread that frees its last tensor

@@ -25,19 +25,12 @@ _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the target is to answer.
+    """What the target is to answer: the turns of a user, each in its place, or a raw beginning that is continued without a template."""
 
-    Args:
-        source (`str`): domain, for grouping.
-        messages (`tuple[tuple[str, str], ...]`): role and content, without answers; every turn of the user is answered in its place.
-        text (`str`, *optional*): instead of messages, a raw beginning that is continued without a chat template.
-        name (`str`): the id of its row; default a digest of the content.
-    """
-
-    source: str
-    messages: tuple[tuple[str, str], ...] = ()
-    text: str | None = None
-    name: str = ""
+    source: str  # domain, for grouping
+    messages: tuple[tuple[str, str], ...] = ()  # role and content, without answers
+    text: str | None = None  # instead of messages
+    name: str = ""  # the id of its row; default a digest of the content
 
     @cached_property
     def id(self) -> str:

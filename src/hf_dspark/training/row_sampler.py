@@ -21,41 +21,22 @@ from hf_dspark.targets.target import Target, check_length
 
 @dataclass
 class Request:
-    """One text to be continued.
-
-    Args:
-        prompt (`list[int]`): what stands in front.
-        limit (`int`): new tokens at most.
-        stop (`frozenset[int]`): ids that end it; the one met is kept.
-        temperature (`float`): 0 is greedy.
-        top_p (`float`): nucleus, 1 is all tokens.
-        random (`random.Random`): its own randomness, one number a token.
-        owner: for the caller.
-        tokens (`list[int]`): what came out.
-        ended (`bool`): True where an id of `stop` ended it.
-    """
+    """One text to be continued, with its own randomness: one number a token."""
 
     prompt: list[int]
-    limit: int
-    stop: frozenset[int]
-    temperature: float
-    top_p: float
+    limit: int  # new tokens at most
+    stop: frozenset[int]  # ids that end it; the one met is kept
+    temperature: float  # 0 is greedy
+    top_p: float  # 1 is all tokens
     random: random.Random
-    owner: Any = None
-    tokens: list[int] = field(default_factory=list)
-    ended: bool = False
+    owner: Any = None  # for the caller
+    tokens: list[int] = field(default_factory=list)  # what came out
+    ended: bool = False  # by an id of `stop`
 
 
 class RowSampler:
-    """Plain decoding with so many places, each of which is taken by one request after another.
-
-    Args:
-        model (`PreTrainedModel`): the target.
-        places (`int`): requests in flight at most.
-        max_tokens (`int`): longest prompt with its continuation.
-    Raises:
-        UnsupportedTargetError: if ragged passes cannot be exact on this model.
-    """
+    """Plain decoding of at most `places` requests at a time, each of at most `max_tokens` tokens in all; an `UnsupportedTargetError` if
+    ragged passes cannot be exact on this model."""
 
     def __init__(self, model: PreTrainedModel, places: int, max_tokens: int) -> None:
         self.target = Target(model, [])
@@ -64,7 +45,6 @@ class RowSampler:
         self.state = State(self.target.device, limit=max_tokens + 1)
         self._requests: dict[int, Request] = {}  # in flight, by number
         self._next = 0
-        self._finished: list[Request] = []
 
     @property
     def free(self) -> int:
@@ -76,25 +56,20 @@ class RowSampler:
         """Requests that are being continued."""
         return self.state.num_rows
 
-    def begin(self, requests: Sequence[Request]) -> None:
-        """Read the prompts of requests, as many as places are free at most, and draw their first tokens."""
+    def begin(self, requests: Sequence[Request]) -> list[Request]:
+        """Read the prompts of requests, as many as places are free at most, and draw their first tokens; returns those that have ended."""
         first, numbers = self.state.num_rows, range(self._next, self._next + len(requests))
         self._next = numbers.stop
         self._requests.update(zip(numbers, requests, strict=True))
         prompts = [torch.tensor(request.prompt, device=self.state.device) for request in requests]
         self.state.add_rows(numbers, prompts)
-        self._commit(prefill(self.target, None, self.state, prompts, first), first)
+        return self._commit(prefill(self.target, None, self.state, prompts, first), first)
 
-    def round(self) -> None:
-        """One token for every request in flight."""
+    def round(self) -> list[Request]:
+        """One token for every request in flight; returns those that have ended."""
         layout = RowLayout(self.state.context_lengths, [1] * self.in_flight, self.state.device)
         logits, _ = self.target.forward(self.state.anchors, layout, self.state.target_cache)
-        self._commit(logits)
-
-    def take_finished(self) -> list[Request]:
-        """Requests that have come to their end since the last call."""
-        finished, self._finished = self._finished, []
-        return finished
+        return self._commit(logits)
 
     def choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """The next token of each of R requests from logits `(R, V)`: the arg-max, or a draw by the inverse of the distribution function at
@@ -121,7 +96,7 @@ class RowSampler:
         # The first token whose cumulated probability exceeds the number: one without probability never does.
         return torch.searchsorted(below, numbers * total, right=True)[:, 0].clamp_max(scores.shape[1] - 1)
 
-    def _commit(self, logits: torch.Tensor, first: int = 0) -> None:
+    def _commit(self, logits: torch.Tensor, first: int = 0) -> list[Request]:
         """Draw the next token of the rows from place `first` on, and let those that end leave."""
         requests = [self._requests[number] for number in self.state.requests[first:]]
         tokens = self.choose(logits.to(self.state.device), requests)
@@ -131,7 +106,8 @@ class RowSampler:
             request.tokens.append(token)
             request.ended = token in request.stop
             if request.ended or len(request.tokens) >= request.limit:
-                self._finished.append(self._requests.pop(self.state.requests[place]))
                 gone.append(place)
+        finished = [self._requests.pop(self.state.requests[place]) for place in gone]
         if gone:
             self.state.remove_rows(gone)
+        return finished

@@ -88,17 +88,11 @@ class TargetStates:
 
 
 class TargetProbabilities(NamedTuple):
-    """The target's distribution at m row positions, on the draft vocabulary.
+    """The target's distribution p_t at m row positions, on the draft vocabulary."""
 
-    Args:
-        inside (`torch.Tensor` of shape `(m, draft_vocab)`): p_t on the draft ids, float32; sums to 1 - outside.
-        outside (`torch.Tensor` of shape `(m,)`): p_t's mass that no draft token can reach; 0 with the full vocabulary.
-        best (`torch.Tensor` of shape `(m,)`): draft index of the target's most likely token, -1 where it is outside.
-    """
-
-    inside: Tensor
-    outside: Tensor
-    best: Tensor
+    inside: Tensor  # (m, draft_vocab), p_t on the draft ids, float32; sums to 1 - outside
+    outside: Tensor  # (m,), p_t's mass that no draft token can reach; 0 with the full vocabulary
+    best: Tensor  # (m,), draft index of the target's most likely token, -1 where it is outside
 
     def rows(self, which: Tensor) -> TargetProbabilities:
         return TargetProbabilities(*(tensor[which] for tensor in self))

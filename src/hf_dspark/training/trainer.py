@@ -197,7 +197,8 @@ class Trainer:
         if not logged:
             return {}
         seconds = time.perf_counter() - clock
-        loss, *terms = self.processes.sum(torch.tensor(list(losses.values()), dtype=torch.float64)).tolist()
+        sum_up = self.processes.sum
+        loss, *terms = sum_up(torch.tensor(list(losses.values()), dtype=torch.float64)).tolist()
         return {
             "epoch": step // self.batches_an_epoch,
             "learning_rate": learning_rate,
@@ -208,7 +209,7 @@ class Trainer:
             "positions": int(blocks.targets.position_mask.sum()),
             "width": batch.input_ids.shape[1],
             "terms": {name: round(value, 5) for name, value in zip(list(losses)[1:], terms, strict=True)},
-            "metrics": self.processes.merge(tally).values(),
+            "metrics": Tally({name: (sum_up(top), sum_up(bottom)) for name, (top, bottom) in tally.sums.items()}).values(),
             **{name: round(value, 4) for name, value in {**objective.seconds_of, "step_s": seconds}.items()},
         }
 
