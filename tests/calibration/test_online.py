@@ -26,8 +26,8 @@ def config(temperatures: list[float] | None = None, block_size: int = GAMMA) -> 
     return DSparkConfig(block_size=block_size, confidence_temperatures=temperatures)
 
 
-def attached(temperatures: list[float] | None = None, **options: object) -> OnlineCalibration:
-    online = OnlineCalibration(**{"window": 1500, "every": 500} | options)
+def attached(temperatures: list[float] | None = None, *, window: int = 1500, every: int = 500, adapt: bool = True) -> OnlineCalibration:
+    online = OnlineCalibration(window=window, every=every, adapt=adapt)
     online.check(config(temperatures))
     return online
 
@@ -78,25 +78,20 @@ def test_positions_that_are_never_verified_keep_their_temperature() -> None:
 
 def test_it_begins_where_the_checkpoint_is() -> None:
     """The first call takes the checkpoint's temperatures, ones where it has none; later calls go on from what was found."""
-    online = OnlineCalibration()
-    online.check(config())
+    online = attached()
     assert online.temperatures == [1.0] * GAMMA
     online.temperatures = [2.0] * GAMMA
     online.check(config([5.0] * GAMMA))
     assert online.temperatures == [2.0] * GAMMA
 
 
-def test_another_block_size_is_another_object() -> None:
-    """Said with both sizes."""
+def test_what_cannot_be_watched_is_refused() -> None:
+    """Another block size, a window too small to fit temperatures to, no distance between checks."""
     with pytest.raises(ValueError, match="blocks of 3 tokens; the drafter's have 4"):
         attached().check(config(block_size=4))
-
-
-@pytest.mark.parametrize("wrong", [{"window": 10}, {"every": 0}])
-def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
-    """A window too small to fit temperatures to, or no distance between checks."""
-    with pytest.raises(ValueError, match="at least 400"):
-        OnlineCalibration(**wrong)
+    for wrong in ({"window": 10}, {"every": 0}):
+        with pytest.raises(ValueError, match="at least 400"):
+            attached(**wrong)
 
 
 def test_what_was_found_can_be_saved_with_the_drafter() -> None:

@@ -30,17 +30,18 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def simulated(true: list[float], n: int = 20000, seed: int = 0, spread: float = 3.0) -> Rounds:
+def simulated(true: list[float], n: int = 20000, seed: int = 0, spread: float = 3.0, mean: float = 0.5) -> Rounds:
     """Rounds whose token k survives with probability sigmoid(logit_k / T_k), given that the tokens before did."""
     random = np.random.default_rng(seed)
-    logits = spread * random.standard_normal((n, len(true))) + 0.5
+    logits = spread * random.standard_normal((n, len(true))) + mean
     stands = random.random(logits.shape) < sigmoid(logits / np.array(true))
     accepted = np.cumprod(stands, axis=1).sum(axis=1)
     return Rounds(logits, np.full(n, len(true)), accepted)
 
 
-def test_ece_by_hand() -> None:
-    """Two bins: one predicts 0.2 and 0.3 where one of two survives, the other 0.9 where all three do."""
+def test_errors_by_hand() -> None:
+    """ECE of two bins: one predicts 0.2 and 0.3 where one of two survives, the other 0.9 where all do. Brier: mean of squared gaps."""
+    assert brier_score(np.array([0.5, 1.0]), np.array([1.0, 0.0])) == pytest.approx((0.25 + 1.0) / 2)
     predicted, observed = np.array([0.2, 0.3, 0.9, 0.9, 0.9]), np.array([0.0, 1.0, 1.0, 1.0, 1.0])
     expected = (2 / 5) * abs(0.5 - 0.25) + (3 / 5) * abs(1.0 - 0.9)
     assert expected_calibration_error(predicted, observed, bins=2) == pytest.approx(expected)
@@ -58,11 +59,6 @@ def test_auc_equals_a_count_of_pairs(seed: int) -> None:
     assert area_under_curve(predicted, observed) == pytest.approx(expected)
 
 
-def test_brier_by_hand() -> None:
-    """Mean of squared gaps."""
-    assert brier_score(np.array([0.5, 1.0]), np.array([1.0, 0.0])) == pytest.approx((0.25 + 1.0) / 2)
-
-
 def test_a_reliability_diagram_adds_up() -> None:
     """Counts cover all samples; the gaps weighted by them are the calibration error."""
     rounds = simulated([1.0], 500)
@@ -75,13 +71,16 @@ def test_a_reliability_diagram_adds_up() -> None:
 
 @pytest.mark.parametrize("true", [[1.0, 1.0, 1.0], [0.5, 3.0, 1.0]])
 def test_known_temperatures_are_found(true: list[float]) -> None:
-    """From 20,000 simulated rounds each comes back within 15%, and the error falls from several times the noise of the estimate to it."""
+    """From 20,000 simulated rounds each comes back within 15%, and the error falls from several times the noise of the estimate to it.
+    No ranking changes at the first position: its AUC is the same before and after.
+    """
     rounds = simulated(true)
     fitted = fit_temperatures(rounds)
     assert fitted == pytest.approx(true, rel=0.15)
     fresh = simulated(true, seed=1)
     assert np.mean([q["ece"] for q in quality(fresh, fitted)]) < 0.012
     assert true == [1.0, 1.0, 1.0] or np.mean([q["ece"] for q in quality(fresh, None)]) > 0.04
+    assert quality(fresh, fitted)[0]["auc"] == pytest.approx(quality(fresh, None)[0]["auc"], abs=1e-12)
 
 
 def test_positions_are_fitted_left_to_right() -> None:
@@ -106,19 +105,7 @@ def test_positions_are_fitted_left_to_right() -> None:
 
 def test_few_survivors_do_not_drive_temperatures_to_extremes() -> None:
     """Where hardly a token survives any temperature gives a small error; the choice stays within a factor of the truth."""
-    random = np.random.default_rng(8)
-    logits = random.standard_normal((3000, 3)) - 3.0
-    stands = random.random(logits.shape) < sigmoid(logits)
-    accepted = np.cumprod(stands, axis=1).sum(axis=1)
-    fitted = fit_temperatures(Rounds(logits, np.full(3000, 3), accepted))
-    assert all(0.4 < t < 2.5 for t in fitted)
-
-
-def test_calibration_preserves_order() -> None:
-    """Calibration changes no ranking at the first position: its AUC is the same before and after."""
-    rounds = simulated([2.5, 0.5], 4000)
-    fitted = fit_temperatures(rounds)
-    assert quality(rounds, fitted)[0]["auc"] == pytest.approx(quality(rounds, None)[0]["auc"], abs=1e-12)
+    assert all(0.4 < t < 2.5 for t in fit_temperatures(simulated([1.0] * 3, 3000, seed=8, spread=1.0, mean=-3.0)))
 
 
 def test_positions_that_were_not_judged_do_not_count() -> None:
@@ -151,10 +138,12 @@ RECORD = {"format": 1, "temperatures": [1.5, 0.5], "data": []}
 
 
 def test_a_record_survives_the_file(tmp_path: Path) -> None:
-    """What was written is read back."""
+    """What was written is read back; it is refused for a block of another length."""
     write_calibration(tmp_path / "new", RECORD)
     assert read_calibration(str(tmp_path / "new")) == RECORD
     assert read_calibration(str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match="one temperature for each of the 3 block positions; got 2"):
+        check_calibration(RECORD, 3, "somewhere")
 
 
 @pytest.mark.parametrize(
@@ -174,12 +163,6 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: str, message: str) ->
     (tmp_path / "calibration.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         read_calibration(str(tmp_path))
-
-
-def test_a_record_for_another_block_is_refused() -> None:
-    """Lengths must agree."""
-    with pytest.raises(CheckpointError, match="one temperature for each of the 3 block positions; got 2"):
-        check_calibration(RECORD, 3, "somewhere")
 
 
 def test_confidence_is_the_sigmoid_of_the_scaled_logit() -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hf_dspark.decoding.statistics import DecodingStats
+from hf_dspark.decoding.statistics import DecodingStats, RowStats
 from hf_dspark.errors import DataError
 from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, common_prefix, machine_record, round_times
 from hf_dspark.evaluation.prompts import read_prompts
@@ -28,18 +28,14 @@ def test_ratios_divide_by_the_rounds_that_judged():
 
 
 def test_loop_statistics_give_the_counts_worked_out_by_hand():
-    """The loop's own record, fed round by round, leads to the same counts."""
-    stats = DecodingStats(block_size=3)
+    """The loop's record, fed round by round, leads to the same counts; sums keep numerators and denominators, of unequal blocks too."""
+    row, shorter = RowStats(block_size=3), RowStats(block_size=1)
     for verified, accepted in ROUNDS:
-        stats.of(0).count_round(drafted=3, verified=verified, accepted=accepted, kept=accepted + 1)
-    assert AcceptanceCounts.of(stats.rows) == BY_HAND
-
-
-def test_counts_of_rows_add_up():
-    """Sums keep numerators and denominators, also where blocks differ in length."""
-    shorter = AcceptanceCounts(rounds=2, drafted=2, verified=2, accepted=(1,), reached=(2,))
-    total = AcceptanceCounts.sum([BY_HAND, shorter])
-    assert total == AcceptanceCounts(rounds=7, drafted=17, verified=11, accepted=(4, 2, 1), reached=(6, 3, 1))
+        row.count_round(drafted=3, verified=verified, accepted=accepted, kept=accepted + 1)
+    for accepted in (1, 0):
+        shorter.count_round(drafted=1, verified=1, accepted=accepted, kept=accepted + 1)
+    assert AcceptanceCounts.of([row]) == BY_HAND
+    assert AcceptanceCounts.of([row, shorter]) == AcceptanceCounts(7, 17, 11, accepted=(4, 2, 1), reached=(6, 3, 1))
 
 
 def test_ratios_of_nothing_are_none():

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,16 +65,16 @@ class DecodedTau:
         found: dict[str, Any] = {}
         for temperature in self.temperatures:
             by_source = self._run(drafter, temperature)
-            total = AcceptanceCounts.sum(by_source.values())
+            total = AcceptanceCounts.of(chain(*by_source.values()))
             found[f"T={temperature:g}"] = {
                 "tau": total.tau,
                 "acceptance": total.conditional_acceptance,
-                "by_source": {source: counts.tau for source, counts in sorted(by_source.items())},
+                "by_source": {source: AcceptanceCounts.of(rows).tau for source, rows in sorted(by_source.items())},
             }
         taus = [part["tau"] for part in found.values() if part["tau"] is not None]
         return {"tau": sum(taus) / len(taus) if taus else None, "prompts": len(self.prompts), **found}
 
-    def _run(self, drafter: DSparkDrafter, temperature: float) -> dict[str, AcceptanceCounts]:
+    def _run(self, drafter: DSparkDrafter, temperature: float) -> dict[str, list[RowStats]]:
         served = serve(
             self.target, drafter, [ids for _, ids in self.prompts], concurrency=self.batch_size, max_new_tokens=self.max_new_tokens,
             budget=FullBudget(),  # tau is what the drafter can do, not what a budget lets it do
@@ -83,7 +84,7 @@ class DecodedTau:
         rows: dict[str, list[RowStats]] = {}
         for request, row in served.stats.by_request.items():
             rows.setdefault(self.prompts[request][0], []).append(row)
-        return {source: AcceptanceCounts.of(found) for source, found in rows.items()}
+        return rows
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -44,16 +44,11 @@ class AcceptanceCounts:
 
     @classmethod
     def of(cls, rows: Iterable[RowStats]) -> AcceptanceCounts:
-        """Counts of some rows of generations."""
-        return cls.sum(cls(row.rounds, row.drafted, row.verified, tuple(row.accepted_at), tuple(row.reached_at)) for row in rows)
-
-    @classmethod
-    def sum(cls, parts: Iterable[AcceptanceCounts]) -> AcceptanceCounts:
-        """Adds counts up; shorter blocks never reach the later positions."""
-        parts = list(parts)
-        rounds, drafted, verified = (sum(getattr(part, name) for part in parts) for name in ("rounds", "drafted", "verified"))
+        """Counts of some rows of generations, added up; shorter blocks never reach the later positions."""
+        rows = list(rows)
+        rounds, drafted, verified = (sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "verified"))
         accepted, reached = (
-            tuple(map(sum, zip_longest(*(getattr(part, name) for part in parts), fillvalue=0))) for name in ("accepted", "reached")
+            tuple(map(sum, zip_longest(*(getattr(row, name) for row in rows), fillvalue=0))) for name in ("accepted_at", "reached_at")
         )
         return cls(rounds, drafted, verified, accepted, reached)
 
