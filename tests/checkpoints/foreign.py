@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_dspark.cache.kv_cache import RowCache
-from hf_dspark.cache.layout import RowLayout
 from hf_dspark.models.modeling_dspark import DSparkDrafter
+from tests.models.drafting import draft
 from tests.reference import ReferenceDrafter
 from tests.tiny import HIDDEN, MASK, VOCAB, tiny_target
 
@@ -265,11 +264,8 @@ def reference(found: dict[str, Any], target: torch.nn.Module) -> ReferenceDrafte
 def judge(drafter: DSparkDrafter, expected: ReferenceDrafter, length: int = 14, tap_width: int = len(TAPS) * D) -> None:
     """Hidden states, logits of a greedy chain and confidences of one block equal the reference's."""
     taps = torch.randn(length, tap_width, generator=torch.Generator().manual_seed(0))
-    cache = RowCache()
-    cache.add_rows(1)
     with torch.no_grad():
-        drafter.extend_context(taps, RowLayout([0], [length]), cache)
-        h = drafter.draft_hidden(torch.tensor([9]), [length], cache)
+        h = draft(drafter, [taps], [9])
         theirs = expected.hidden(9, taps)
         torch.testing.assert_close(h[0], theirs, rtol=1e-5, atol=2e-5)
         tokens, logits = expected.chain(9, theirs)

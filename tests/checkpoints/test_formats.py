@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from hf_dspark.adapters.lora import add_lora
-from hf_dspark.cache.kv_cache import RowCache
-from hf_dspark.cache.layout import RowLayout
 from hf_dspark.checkpoints.convert import convert
 from hf_dspark.checkpoints.inspect import describe
 from hf_dspark.errors import BindingError, CheckpointError
@@ -35,6 +33,7 @@ from tests.checkpoints.foreign import (
     write,
     zlab,
 )
+from tests.models.drafting import draft
 from tests.reference import Gemma4Reference
 from tests.tiny import MASK, VOCAB, tiny_drafter, tiny_target
 
@@ -90,11 +89,7 @@ def test_sliding_formats_train_as_they_draft(tmp_path, name: str) -> None:
         together = drafter.training_hidden(taps, ids, anchors)
         for row in range(2):
             for i in range(2):
-                start = int(anchors[row, i])
-                cache = RowCache()
-                cache.add_rows(1)
-                drafter.extend_context(taps[row, :start], RowLayout([0], [start]), cache)
-                alone = drafter.draft_hidden(ids[row, i][None], [start], cache)
+                alone = draft(drafter, [taps[row, : int(anchors[row, i])]], [int(ids[row, i])])
                 torch.testing.assert_close(together[row, i], alone[0], rtol=1e-5, atol=2e-5)
 
 
@@ -124,12 +119,9 @@ def test_native_dflash_equals_transformers_own_class(tmp_path, sliding: bool) ->
     memory = DFlashCache(config=theirs.config)
     memory.activate_past_recording()
     memory.set_previous_accepted_tokens(12)
-    cache = RowCache()
-    cache.add_rows(1)
     with torch.no_grad():
         expected = theirs(noise_embeds=block, context_hidden_states=taps, past_key_values=memory, use_cache=True).last_hidden_state
-        drafter.extend_context(taps[0], RowLayout([0], [12]), cache)
-        torch.testing.assert_close(drafter.draft_hidden(torch.tensor([9]), [12], cache), expected[:, 1:], rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(draft(drafter, [taps[0]], [9]), expected[:, 1:], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("k_eq_v", [True, False])

@@ -85,17 +85,18 @@ def test_pushed_drafter_comes_back_bit_for_bit(hub, tmp_path) -> None:
     assert same_weights(drafter, automatic)
 
 
-def test_sharded_push_is_pulled_whole(hub) -> None:
-    """A small max_shard_size gives several files and an index; pulling puts them together."""
-    drafter = tiny_drafter(tiny_target())
+def test_sharded_push_is_pulled_whole_and_replaced_whole(hub) -> None:
+    """A small max_shard_size gives several files and an index; pulling puts them together. Another drafter's push leaves none of them, nor
+    the temperatures of the first."""
+    drafter = tiny_drafter(tiny_target()).set_calibration(calibration())
     drafter.push_to_hub(REPO, max_shard_size="20KB")
     files = hub.repositories[REPO].files()
     assert "model.safetensors.index.json" in files
     assert sum(name.endswith(".safetensors") for name in files) > 1
     assert same_weights(drafter, DSparkDrafter.from_pretrained(REPO))
-    drafter.push_to_hub(REPO)
-    files = hub.repositories[REPO].files()
-    assert [name for name in files if name.endswith((".safetensors", ".index.json"))] == ["model.safetensors"]
+    tiny_drafter(tiny_target(), seed=4).push_to_hub(REPO)
+    assert set(hub.repositories[REPO].files()) == {"model.safetensors", "config.json", "README.md", ".gitattributes"}
+    assert DSparkDrafter.from_pretrained(REPO).config.confidence_temperatures is None
 
 
 def test_branches_and_pull_requests_leave_main_alone(hub) -> None:
@@ -204,16 +205,6 @@ def test_card_that_somebody_wrote_keeps_its_text(hub) -> None:
     assert "not calibrated" in card(hub, other)[1]
     tiny_drafter(tiny_target()).set_calibration(calibration()).push_to_hub(other)
     assert "not calibrated" not in card(hub, other)[1]
-
-
-def test_second_push_without_calibration_takes_the_first_ones_away(hub) -> None:
-    """Temperatures never stay beside weights that they were not fitted to."""
-    target = tiny_target()
-    tiny_drafter(target).set_calibration(calibration()).push_to_hub(REPO)
-    assert "calibration.json" in hub.repositories[REPO].files()
-    tiny_drafter(target, seed=4).push_to_hub(REPO)
-    assert "calibration.json" not in hub.repositories[REPO].files()
-    assert DSparkDrafter.from_pretrained(REPO).config.confidence_temperatures is None
 
 
 def test_calibration_is_pushed_alone_and_pulled_on_top(hub) -> None:

@@ -14,10 +14,9 @@ import torch
 from safetensors import safe_open
 
 from hf_dspark import DSparkDrafter
-from hf_dspark.cache.kv_cache import RowCache
-from hf_dspark.cache.layout import RowLayout
 from hf_dspark.checkpoints.card import render_card
 from hf_dspark.hub.bundled import DRAFTER_NAME, bundled_drafter_path
+from tests.models.drafting import draft, random_taps
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "model_cards" / "smollm2-dspark"
@@ -46,13 +45,8 @@ def test_it_loads_strictly_and_drafts() -> None:
     assert (ids[1:] > ids[:-1]).all()
     assert 0 <= ids[0] < ids[-1] < config.vocab_size
     assert config.eos_token_id in ids
-    target = tiny_smollm2(config)
-    cache = RowCache()
-    cache.add_rows(1)
-    drafter.bind(target)
     with torch.no_grad():
-        drafter.extend_context(torch.randn(4, len(config.target_layer_ids) * config.hidden_size), RowLayout([0], [4]), cache)
-        h = drafter.draft_hidden(torch.tensor([9]), [4], cache)
+        h = draft(drafter.bind(tiny_smollm2(config)), [random_taps(drafter, 4)], [9])
     assert h.shape == (1, config.block_size, config.hidden_size)
     assert h.isfinite().all()
 

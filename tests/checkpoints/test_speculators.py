@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_dspark.cache.kv_cache import RowCache
-from hf_dspark.cache.layout import RowLayout
 from hf_dspark.checkpoints.convert import convert
 from hf_dspark.models.modeling_dspark import DSparkDrafter
+from tests.models.drafting import draft
 from tests.tiny import HIDDEN, tiny_drafter, tiny_target
 
 pytest.importorskip("speculators", reason="the package speculators is not installed")
@@ -54,24 +53,13 @@ def test_speculators_own_classes_give_our_logits(tmp_path, head: str, reduced: b
     with torch.no_grad():
         backbone = type(judge)._backbone_forward
         backbone = getattr(backbone, "__wrapped__", backbone)
-        hidden, logits, *_ = backbone(
-            judge,
-            taps,
-            tokens,
-            loss_mask,
-            torch.randn(1, length, HIDDEN),
-            torch.zeros(1, length, dtype=torch.long),
-            torch.arange(length)[None],
-            max_anchors=1,
-        )
+        unused, positions = (torch.randn(1, length, HIDDEN), torch.zeros(1, length, dtype=torch.long)), torch.arange(length)[None]
+        hidden, logits, *_ = backbone(judge, taps, tokens, loss_mask, *unused, positions, max_anchors=1)
         previous = tokens[:, ANCHOR : ANCHOR + BLOCK]
         embedded = judge.markov_head.prev_embeddings(previous)
         expected = logits + judge.markov_head.block_bias(prev_token_ids=previous, hidden_states=hidden, prev_emb=embedded)
         confidence = judge.confidence_head(torch.cat((hidden, embedded), -1))
-        cache = RowCache()
-        cache.add_rows(1)
-        drafter.extend_context(taps[0, :ANCHOR], RowLayout([0], [ANCHOR]), cache)
-        h = drafter.draft_hidden(tokens[:, ANCHOR], [ANCHOR], cache)
+        h = draft(drafter, [taps[0, :ANCHOR]], [int(tokens[0, ANCHOR])])
         own = drafter.base_logits(h) + drafter.markov_head.project(drafter.markov_head.block(previous, h))
     torch.testing.assert_close(h, hidden, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
