@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hf_dspark.training.trainer import Trainer
-from tests.training.tiny_runs import events, tiny_config, tiny_drafter, tiny_rows, tiny_target
+from tests.training.tiny_runs import losses, tiny_config, tiny_drafter, tiny_rows, tiny_target
 
 
 def main() -> None:
@@ -29,8 +29,7 @@ def main() -> None:
     trainer = Trainer(tiny_drafter(target), target, tiny_rows(14), tiny_rows(20)[14:], config, args.output, fsdp=args.fsdp)
     trainer.train(stop_after=args.stop_after)
     if trainer.processes.leads:
-        losses = [event["loss"] for event in events(args.output) if event["event"] == "step"]
-        print(json.dumps({"losses": losses, "processes": trainer.processes.count}))
+        print(json.dumps({"losses": losses(args.output), "processes": trainer.processes.count}))
     trainer.close()
     threads = [file.read_text(encoding="utf-8").strip() for file in Path("/proc/self/task").glob("*/comm")]
     if any("gloo" in thread for thread in threads):

@@ -19,12 +19,10 @@ from safetensors.torch import load_file
 
 from hf_dspark.cli import run
 from hf_dspark.models.loading import load_drafter, load_target
-from tests.tiny import tiny_target
+from tests.chat import save_chat_target
 from tests.training.tiny_runs import events, largest_file, write
-from tests.words import word_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} end {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 
 
 def command(*arguments: object, fails: bool = False) -> str:
@@ -36,23 +34,18 @@ def command(*arguments: object, fails: bool = False) -> str:
     return " ".join(error.getvalue().split()) if fails else out.getvalue()
 
 
-def last_json(printed: str) -> dict[str, Any]:
-    return json.loads(printed.strip().rsplit("\n", 1)[-1])
+def steps_of(*arguments: object) -> int:
+    """The steps that a command's last line tells as JSON."""
+    return json.loads(command(*arguments, "--json").strip().rsplit("\n", 1)[-1])["steps"]
 
 
-def save_target(folder: Path, seed: int = 0) -> Path:
-    """A tiny target with a tokenizer of one token a word and a chat template."""
-    model = tiny_target("llama", seed)
-    model.save_pretrained(folder)
-    tokenizer = word_tokenizer(model.config)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_target(tmp_path_factory.mktemp("target"))
+    return save_chat_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +72,7 @@ def training(target: Path, data: Path, output: Path, *more: object) -> list[obje
 def trained(target: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drafter that the command trained."""
     output = tmp_path_factory.mktemp("run")
-    assert last_json(command(*training(target, data, output, "--steps", 8, "--json")))["steps"] == 8
+    assert steps_of(*training(target, data, output, "--steps", 8)) == 8
     return output
 
 
@@ -94,7 +87,7 @@ def test_a_drafter_is_made_from_prompts_alone(target: Path, trained: Path) -> No
     """The trained drafter drafts; its folder holds card, curve and recipe, and nothing as big as the optimizer's state."""
     assert_drafts(target, load_drafter(trained / "best", dtype="fp32"))
     assert {path.name for path in (trained / "best").iterdir()} >= {"README.md", "recipe.json", "config.json"}
-    recipe = json.loads((trained / "recipe.json").read_text(encoding="utf-8"))
+    recipe = read_json(trained / "recipe.json")
     assert recipe["result"]["hidden_states_bytes_on_disk"] == 0
     assert recipe["curve"][-1]["decoded"]["tau"] >= 1
     assert recipe["arguments"]["shape"]["rank"] == 4
@@ -106,15 +99,14 @@ def test_a_drafter_is_made_from_prompts_alone(target: Path, trained: Path) -> No
 
 def test_an_adapter_is_made_from_the_drafter(target: Path, data: Path, trained: Path, tmp_path: Path) -> None:
     """finetune leaves an adapter that loads onto its base alone, and drafts."""
-    arguments = ("--lora-rank", 2, "--steps", 3, *STEP, "--decode-prompts", 2, "--json")
-    printed = command("finetune", "--target", target, "--drafter", trained / "best", "--data", data, "--output", tmp_path, *arguments)
-    assert last_json(printed)["steps"] == 3
+    place = ("--target", target, "--drafter", trained / "best", "--data", data, "--output", tmp_path)
+    assert steps_of("finetune", *place, "--lora-rank", 2, "--steps", 3, *STEP, "--decode-prompts", 2) == 3
     assert (tmp_path / "best" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "best" / "model.safetensors").exists()
     drafter = load_drafter(trained / "best", dtype="fp32")
     drafter.load_adapter(str(tmp_path / "best"))
     assert_drafts(target, drafter)
-    recipe = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
+    recipe = read_json(tmp_path / "recipe.json")
     assert (recipe["lora"]["rank"], recipe["lora"]["targets"][0]) == (2, "attention")
     assert recipe["arguments"]["training"]["ce_start"] == recipe["arguments"]["training"]["ce_end"] == 0.1
 
@@ -136,19 +128,15 @@ def test_a_trained_drafter_is_trained_further_and_its_card_says_so(target: Path,
     assert "best" in card
     assert "rank 256" not in card
     assert str(tmp_path) not in card
-    assert json.loads((tmp_path / "best" / "config.json").read_text(encoding="utf-8"))["markov_rank"] == 4
+    assert read_json(tmp_path / "best" / "config.json")["markov_rank"] == 4
 
 
 def test_a_finished_run_is_left_alone(target: Path, data: Path, trained: Path) -> None:
     """The same command once more changes no weight and adds nothing to the curve."""
-
-    def standing() -> tuple[int, int]:
-        curve = json.loads((trained / "recipe.json").read_text(encoding="utf-8"))["curve"]
-        return (trained / "final" / "model.safetensors").stat().st_mtime_ns, len(curve)
-
-    before = standing()
-    command(*training(target, data, trained, "--steps", 8, "--json"))
-    assert standing() == before
+    weights, recipe = trained / "final" / "model.safetensors", trained / "recipe.json"
+    before = weights.stat().st_mtime_ns, read_json(recipe)["curve"]
+    command(*training(target, data, trained, "--steps", 8))
+    assert (weights.stat().st_mtime_ns, read_json(recipe)["curve"]) == before
 
 
 @pytest.mark.slow
@@ -179,13 +167,16 @@ def test_a_killed_and_resumed_training_equals_the_uninterrupted_one(target: Path
         assert torch.equal(weight, resumed[name]), name
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(target: Path, data: Path, tmp_path: Path) -> None:
-    """Where files may not grow past a limit, the run ends with an error that names the problem; with room again it resumes."""
-    arguments = training(target, data, tmp_path, "--steps", 4, "--decode-prompts", 0)
+def test_an_output_that_cannot_be_written_is_one_line_and_the_run_goes_on_later(target: Path, data: Path, tmp_path: Path) -> None:
+    """A file where the folder should be, or files that may not grow past a limit, end the run with an error that names the problem; with
+    room again it resumes."""
+    run, more = tmp_path / "run", ("--steps", 4, "--decode-prompts", 0)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    assert "cannot write" in command(*training(target, data, tmp_path / "file" / "run", *more), fails=True)
     with largest_file(20_000):
-        assert "cannot write" in command(*arguments, fails=True)
-    command(*arguments)
-    assert (tmp_path / "final" / "model.safetensors").is_file()
+        assert "cannot write" in command(*training(target, data, run, *more), fails=True)
+    command(*training(target, data, run, *more))
+    assert (run / "final" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["data", "train", "finetune"])
@@ -218,7 +209,7 @@ def test_options_have_the_defaults_of_their_dataclass() -> None:
 
 def test_data_or_a_drafter_of_another_target_is_refused(target: Path, data: Path, tmp_path: Path) -> None:
     """A manifest that names another target stops the run; so does the embedded drafter, which does not fit the tiny one."""
-    other = save_target(tmp_path / "other", seed=5)
+    other = save_chat_target(tmp_path / "other", seed=5)
     assert f"{data}: the responses are those of" in command(*training(other, data, tmp_path / "run", "--steps", 2), fails=True)
     place = ("--target", target, "--data", data, "--output", tmp_path)
     assert "hidden size" in command("finetune", "--drafter", "smollm2-dspark", *place, "--steps", 2, fails=True)
@@ -239,9 +230,3 @@ def test_data_or_a_drafter_of_another_target_is_refused(target: Path, data: Path
 def test_options_that_do_not_fit_are_refused(target: Path, data: Path, trained: Path, changed: tuple[object, ...], message: str) -> None:
     """Another kind of drafter than the run's, no length or two, a value out of range, an option that a given drafter decides."""
     assert message in command(*training(target, data, trained, *changed), fails=True)
-
-
-def test_an_output_that_cannot_be_written_is_found_first(target: Path, data: Path, tmp_path: Path) -> None:
-    """A file stands where the folder should be: one line, before anything is loaded."""
-    (tmp_path / "file").write_text("x", encoding="utf-8")
-    assert "cannot write" in command(*training(target, data, tmp_path / "file" / "run", "--steps", 2), fails=True)

@@ -50,8 +50,7 @@ def test_rank_beyond_the_table_is_filled_with_zeros():
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_every_head_starts_near_the_table_of_mean_states(kind):
     """B of a started head correlates with what the last token adds to the target's logits, seen tokens only; a random one's does not."""
-    target = tiny_target()
-    rows = tiny_rows(40)
+    target, rows = tiny_target(), tiny_rows(40)
     states = TargetStates(target, [0, 2])
     drafter = tiny_drafter(target, markov_head_type=kind, markov_rank=24)
     prev = torch.tensor([t for row in rows for t in row.response_ids[:-1]])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.tiny_runs import events, tiny_trainer
+from tests.training.tiny_runs import losses, tiny_trainer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -22,21 +22,10 @@ ROOT = HERE.parents[1]
 def launch(output: Path, *arguments: str) -> dict[str, Any]:
     """Run the tiny training in two processes under torch's launcher, as `accelerate launch` does; what the first one printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    done = subprocess.run(
-        [*command, str(HERE / "run_tiny_training.py"), str(output), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += [str(HERE / "run_tiny_training.py"), str(output), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
 
@@ -46,7 +35,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     """The same run in this one process."""
     folder = tmp_path_factory.mktemp("alone")
     tiny_trainer(folder, rows=14, held_out=6, steps=8, batch_size=4).train()
-    return {"losses": [event["loss"] for event in events(folder) if event["event"] == "step"]}, folder
+    return {"losses": losses(folder)}, folder
 
 
 def assert_same_run(found: dict[str, Any], folder: Path, expected: dict[str, Any], expected_folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.training.data import collate
 from hf_dspark.training.target_states import TargetHead, TargetStates
-from tests.training.tiny_runs import events, tiny_drafter, tiny_rows, tiny_target, tiny_trainer
+from tests.training.tiny_runs import losses, tiny_drafter, tiny_rows, tiny_target, tiny_trainer
 
 
 def test_target_states_are_layer_outputs_and_the_normed_last_state():
@@ -71,14 +71,12 @@ def test_states_stay_within_their_memory():
 
 def test_a_run_with_states_in_memory_is_the_run_without(tmp_path):
     """Two epochs have the same losses, within float noise, and nothing is on disk but the run's files."""
-    losses = {}
-    for memory in (0.0, 0.01):
-        folder = tmp_path / str(memory)
+    without, held = tmp_path / "without", tmp_path / "held"
+    for folder, memory in ((without, 0.0), (held, 0.01)):
         tiny_trainer(folder, steps=8, states_memory_gib=memory).train()
-        losses[memory] = [event["loss"] for event in events(folder) if event["event"] == "step"]
         assert {path.name for path in folder.iterdir()} == {"log.jsonl", "checkpoints", "best", "final", "tensorboard"}
-    assert len(losses[0.0]) == 8
-    assert losses[0.01] == pytest.approx(losses[0.0], rel=1e-3)
+    assert len(losses(without)) == 8
+    assert losses(held) == pytest.approx(losses(without), rel=1e-3)
 
 
 def test_a_target_that_changes_its_logits_after_the_head_is_refused():

@@ -62,6 +62,11 @@ def events(output: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
+def losses(output: Path) -> list[float]:
+    """The loss of each logged step of a run."""
+    return [event["loss"] for event in events(output) if event["event"] == "step"]
+
+
 def write(path: Path, *records: object) -> Path:
     """Write JSON lines; texts as they stand."""
     opener = gzip.open if path.suffix == ".gz" else open
