@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from hf_dspark.errors import BindingError, CheckpointError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from tests.checkpoints.foreign import V, deepspec_config_json, deepspec_tensors, write
+from tests.checkpoints.foreign import deepspec_config_json, deepspec_tensors, write
 from tests.tiny import tiny_target
 
 
@@ -106,63 +106,26 @@ def test_incomplete_deepspec_config_lists_its_missing_keys(tmp_path, target) -> 
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"sample_from_anchor": True}, {"final_logit_softcapping": 30.0}, {"quantization_config": {"quant_method": "fp8"}}],
-)
-def test_keys_that_change_the_meaning_are_refused(tmp_path, target, change: dict[str, Any]) -> None:
-    """A key of another format in a DeepSpec config is refused by name."""
-    with pytest.raises(CheckpointError, match=next(iter(change))):
-        DSparkDrafter.from_pretrained(write(tmp_path, deepspec_config_json(**change), deepspec_tensors(target)))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
+    ("config", "message"),
     [
-        ({"mask_token_id": V}, r"mask_token_id must be a row .* got 97"),
-        ({"target_layer_ids": [1, 3]}, "must not hold the last layer"),
-        ({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"architectures": ["DFlash2DraftModel"], "model_type": "qwen3"}, "DFlash 2.*Readable are"),
+        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}}, "Domino.*Readable are"),
+        ({"speculators_model_type": "eagle3"}, "no DSpark or DFlash drafter.*Readable are"),
+        ({"architectures": ["DeepseekV4ForCausalLM"], "dspark_block_size": 5, "dspark_markov_rank": 256}, "DeepSeek-V4.*Readable are"),
+        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "a target model.*Readable are"),
+        ({"architectures": ["Qwen3Eagle3Model"], "model_type": "qwen3"}, "unknown format.*Readable are"),
+        ({"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4_text"}, "Gemma4DSparkModel.*Missing keys"),
+        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"mask_token_id": 1}}, "z-lab DFlashDraftModel.*Missing keys"),
+        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "dspark"}}, "Model-Optimizer.*Missing keys"),
+        ({"architectures": ["DSparkDraftModel"], "dflash_config": {}}, "SpecForge.*Missing keys"),
+        ({"architectures": ["DSparkSpeculator"], "speculators_model_type": "dspark"}, "speculators.*Missing keys"),
+        ({"model_type": "muse_glimmer_assistant"}, "muse_glimmer_assistant.*Missing keys"),
     ],
 )
-def test_deepspec_configs_are_validated_like_our_own(tmp_path, target, change: dict[str, Any], message: str) -> None:
-    """Values out of range are refused with the file's name before any tensor is read."""
+def test_other_formats_and_incomplete_configs_are_refused_by_name(tmp_path, config: dict[str, Any], message: str) -> None:
+    """Each format of the wild that is not readable is named, with those that are; a readable one that lacks a key, with that key."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
-        DSparkDrafter.from_pretrained(write(tmp_path, deepspec_config_json(**change), deepspec_tensors(target)))
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"architectures": ["DFlash2DraftModel"], "model_type": "qwen3"}, "DFlash 2"),
-        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}}, "Domino"),
-        ({"speculators_model_type": "eagle3"}, "no DSpark or DFlash drafter"),
-        ({"architectures": ["DeepseekV4ForCausalLM"], "dspark_block_size": 5, "dspark_markov_rank": 256}, "DeepSeek-V4"),
-        ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, "a target model"),
-        ({"architectures": ["Qwen3Eagle3Model"], "model_type": "qwen3"}, "unknown format"),
-    ],
-)
-def test_other_formats_are_refused_by_name(tmp_path, config: dict[str, Any], name: str) -> None:
-    """Each format of the wild that is not readable is named, with those that are."""
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=name) as caught:
-        DSparkDrafter.from_pretrained(tmp_path)
-    assert "Readable are" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4_text"}, "Gemma4DSparkModel"),
-        ({"architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dflash_config": {"mask_token_id": 1}}, "z-lab DFlashDraftModel"),
-        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "dspark"}}, "Model-Optimizer"),
-        ({"architectures": ["DSparkDraftModel"], "dflash_config": {}}, "SpecForge"),
-        ({"architectures": ["DSparkSpeculator"], "speculators_model_type": "dspark"}, "speculators"),
-        ({"model_type": "muse_glimmer_assistant"}, "muse_glimmer_assistant"),
-    ],
-)
-def test_incomplete_configs_of_readable_formats_are_refused_by_name(tmp_path, config: dict[str, Any], name: str) -> None:
-    """A readable format whose config leaves out what it needs is named, with a missing key."""
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"{name}.*Missing keys"):
         DSparkDrafter.from_pretrained(tmp_path)
 
 
