@@ -416,6 +416,7 @@ def test_caches_are_reused_over_three_turns(family, kind, caplog):
     """Each turn gives the text of a plain call without a cache, reads its new tokens only, and needs no warning."""
     w = world(family)
     own = DynamicCache(config=w.target.config)
+    speculate(w.target, w.drafter, w.inputs(1), max_new_tokens=2)  # the first call examines the model
     sizes, hook = _tokens_read(w.target)
     previous = 0
     with caplog.at_level(logging.WARNING, "hf_dspark"):

@@ -10,10 +10,14 @@ from torch import nn
 from transformers import (
     AfmoeConfig,
     AfmoeForCausalLM,
+    AutoModelForImageTextToText,
     FalconMambaConfig,
     FalconMambaForCausalLM,
+    Gemma3Config,
+    Gemma4Config,
     MambaConfig,
     MambaForCausalLM,
+    Mistral3Config,
     MoshiConfig,
     MoshiForCausalLM,
     OpenAIGPTConfig,
@@ -21,6 +25,8 @@ from transformers import (
     PreTrainedModel,
     ProphetNetConfig,
     ProphetNetForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -130,3 +136,57 @@ def test_from_target_says_that_a_recurrent_model_cannot_roll_back(model_class: t
     """Not that another part of it should be passed."""
     with pytest.raises(ValueError, match=rf"{config.model_type}.*recurrent state cannot take rejected tokens back"):
         DSparkDrafter.from_target(made(model_class, config), mask_token_id=MASK)
+
+
+# ----------------------------------------------------------------------------------- classes that also take images, with text alone
+
+VISION = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+QWEN_VISION = {"depth": 2, "hidden_size": HIDDEN, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": HIDDEN}
+QWEN_IDS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def m_rope(section: list[int]) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section}}
+
+
+MULTIMODAL: dict[str, Any] = {
+    "gemma3": lambda: Gemma3Config(
+        text_config=_COMMON | SLIDING | {"head_dim": 16, "query_pre_attn_scalar": 16},
+        vision_config=VISION,
+        image_token_index=90,
+        boi_token_index=91,
+        eoi_token_index=92,
+    ),
+    "gemma4": lambda: Gemma4Config(
+        text_config=_COMMON | SLIDING | {"head_dim": 16, "global_head_dim": 16}, vision_config=None, audio_config=None
+    ),
+    "mistral3": lambda: Mistral3Config(
+        text_config=_COMMON | {"model_type": "mistral", "sliding_window": 8},
+        vision_config=VISION | {"model_type": "pixtral"},
+        image_token_index=90,
+    ),
+    "qwen2.5-vl": lambda: Qwen2_5_VLConfig(text_config=_COMMON | m_rope([1, 1, 2]), vision_config=QWEN_VISION, **QWEN_IDS),
+    "qwen3-vl": lambda: Qwen3VLConfig(
+        text_config=_COMMON | {"head_dim": 8} | m_rope([2, 1, 1]), vision_config=QWEN_VISION | {"deepstack_visual_indexes": [0]}, **QWEN_IDS
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_a_class_that_also_takes_images_is_drafted_for_where_there_is_only_text(family: str, batch: int) -> None:
+    """`generate` adds an empty dictionary of encoder outputs, and m-rope classes positions with several equal axes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        target = AutoModelForImageTextToText.from_config(MULTIMODAL[family]()).eval()
+    target.generation_config.eos_token_id, target.generation_config.pad_token_id = EOS, PAD
+    prompts = inputs(batch, 12)
+    assert torch.equal(speculate(target, tiny_drafter(target), prompts), plain(target, prompts))

@@ -14,6 +14,7 @@ from hf_dspark.adapters.lora import adapter_for_call, check_choice, plain_drafte
 from hf_dspark.budgets.budget import Budget
 from hf_dspark.calibration.online import OnlineCalibration
 from hf_dspark.decoding.candidate_generator import stock_loop
+from hf_dspark.decoding.checks import with_assistant_fields
 from hf_dspark.decoding.generate import GenerateDSparkOutput, generate_batch
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
@@ -60,7 +61,8 @@ def assisted_decoding(original: Any, target: PreTrainedModel, *args: Any, **kwar
 
 def _decode(original: Any, target: Any, call: _Call, *args: Any, **kwargs: Any) -> Any:
     """This package's loop; the original with our candidates where a target takes one row only."""
-    drafter, options = call.drafter, call.options
+    drafter = call.drafter
+    options = with_assistant_fields(call.options, drafter, kwargs.get("generation_config"))
     try:
         return generate_batch(target, drafter, options, *args, **{k: v for k, v in kwargs.items() if k not in _UNUSED})
     except UnsupportedTargetError as refused:

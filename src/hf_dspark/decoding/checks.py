@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from hf_dspark.decoding.options import Options
 from hf_dspark.errors import UnsupportedOptionError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import input_device
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Prepared arguments that say nothing this loop does not already have.
 _HANDLED = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "cache_position", "logits_to_keep"}
+# Fields of transformers' assisted generation, and what `generate` fills in where the user says nothing.
+_ASSISTANT_FIELDS = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.4}
 _STATIC_CACHES = ("static", "hybrid", "sliding_window", "offloaded_static", "offloaded_hybrid")
 
 
@@ -59,13 +63,50 @@ def check_call(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, str
             "turns is for batch size 1"
         )
     else:
-        extra = sorted(name for name, value in kwargs.items() if value is not None and name not in _HANDLED)
+        # Classes that also take images and audio prepare an empty dictionary where there is only text.
+        extra = sorted(name for name, value in kwargs.items() if value is not None and value != {} and name not in _HANDLED)
         # Families mark text with token type 0; a mask of zeros says nothing.
         extra = [name for name in extra if not (name == "token_type_ids" and not kwargs[name].any())]
         if extra:
             wrong = f"model inputs {extra}: only input_ids of text are drafted for. Generate without a drafter"
     if wrong:
         raise UnsupportedOptionError(f"DSpark decoding does not support {wrong}.")
+
+
+def with_assistant_fields(options: Options, drafter: DSparkDrafter, config: Any) -> Options:
+    """Options of a call with what transformers' own fields for assisted generation ask for, where nothing else was said.
+
+    `num_assistant_tokens` is a static length, `assistant_confidence_threshold` the threshold budget; the values that transformers fills in
+    say nothing.
+
+    Args:
+        options (`Options`): of the call; a budget in it wins.
+        drafter (`DSparkDrafter`), config (`GenerationConfig`): whose fields are read, the config's first.
+    Raises:
+        ValueError: for a length below 1.
+    """
+    given: dict[str, Any] = {}
+    for source in (config, getattr(drafter, "generation_config", None)):
+        for name, unset in _ASSISTANT_FIELDS.items():
+            if (value := getattr(source, name, None)) not in (None, unset):
+                given.setdefault(name, value)
+    length, threshold = given.get("num_assistant_tokens"), given.get("assistant_confidence_threshold")
+    schedule = given.pop("num_assistant_tokens_schedule", None)
+    if schedule is not None:
+        warn_once(
+            logger,
+            f"num_assistant_tokens_schedule={schedule!r} is not followed: drafts here have one length unless a budget chooses it. Set "
+            "drafter.budget = 'load-aware' for lengths that adapt.",
+        )
+    if given and options.budget is not None:
+        warn_once(logger, f"{', '.join(given)} of the generation config or assistant is not followed: the budget of the call was given.")
+        return options
+    if length is not None and length < 1:
+        raise ValueError(f"num_assistant_tokens must be at least 1; got {length}. Without drafts, leave assistant_model out.")
+    if length is not None:
+        length = min(int(length), options.block_size or drafter.config.block_size)
+        options = replace(options, budget=f"static:{length}", block_size=length)
+    return replace(options, budget=f"threshold:{threshold}") if threshold else options
 
 
 def check_placement(model: PreTrainedModel, drafter: DSparkDrafter) -> None:
@@ -101,7 +142,7 @@ def prompt_masks(
     Args:
         input_ids (`torch.LongTensor` of shape `(B, n)`): prompts.
         attention_mask (`torch.Tensor` of shape `(B, n)`, *optional*): all ones where None.
-        position_ids (`torch.LongTensor` of shape `(B, n)`, *optional*): checked only.
+        position_ids (`torch.LongTensor` of shape `(B, n)`, or `(axes, B, n)` with m-rope, *optional*): checked only.
         mask_length (`int`, *optional*): how long a mask of ones was that `generate` has dropped.
     Returns:
         `torch.BoolTensor` of shape `(B, n)`; None where all do.
@@ -126,6 +167,7 @@ def prompt_masks(
         raise UnsupportedOptionError(f"Rows {empty} of the batch are empty prompts (attention_mask all 0); every row needs a token.")
     if position_ids is not None and position_ids.shape[-1] == input_ids.shape[1]:
         expected = (mask.long().cumsum(1) - 1)[mask]
-        if not torch.equal(position_ids.to(input_ids.device).expand_as(input_ids)[mask], expected):
+        axes = position_ids.to(input_ids.device).expand(*position_ids.shape[:-2], *input_ids.shape)
+        if not all(torch.equal(axis[mask], expected) for axis in axes.reshape(-1, *input_ids.shape)):
             raise UnsupportedOptionError("position_ids other than 0, 1, .. over the unmasked tokens are not supported; leave them out.")
     return None if min(counts) == mask.shape[1] else mask

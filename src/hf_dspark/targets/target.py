@@ -272,10 +272,15 @@ def _test_ids(model: Any, count: int) -> torch.Tensor:
 def _in_passes(model: Any, ids: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Logits `(n, V)` of plain passes over so many tokens each of `ids` `(n,)`, behind the cache that `generate` would make."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    passes = [model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0].float() for piece in ids.split(list(counts))]
+    positions, numbered = torch.arange(len(ids), device=ids.device), _accepts(model, "position_ids")
+    logits = []
+    for piece, places in zip(ids.split(list(counts)), positions.split(list(counts)), strict=True):
+        # Left alone, m-rope classes would number positions by what the last `generate` has left on them.
+        extra = {"position_ids": places[None]} if numbered else {}
+        logits.append(model(input_ids=piece[None], use_cache=True, **{CACHE: cache}, **extra).logits[0].float())
     if cache.get_seq_length() == 0:
         raise RuntimeError("it keeps no cache")
-    return torch.cat(passes)
+    return torch.cat(logits)
 
 
 def _cache_windows(model: Any) -> set[int]:
