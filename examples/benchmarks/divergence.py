@@ -14,11 +14,10 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from examples.benchmarks.command import options, run_command, write_record
+from examples.benchmarks.command import chosen, options, run_command, write_record
 from transformers import BatchEncoding, DynamicCache, PreTrainedModel
 
 from hf_dspark.cache.kv_cache import RowCache
@@ -147,13 +146,13 @@ def shape_differences(
     prompt = n if prompt_tokens is None else prompt_tokens
     blocks = list(range(1, min(_BLOCKS, n - 1) + 1))
     scored: dict[str, torch.Tensor] = {"full": target(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[0, -1]}
-    whole = _filled(target, ids[None, :-1])
+    whole = filled_cache(target, ids[None, :-1])
     for k in blocks:
         cache = copy.deepcopy(whole)  # a sliding window lets go of what lies before it, so a cache is cropped once
         cache.crop(1 - k)
         scored[f"block_{k}"] = target(input_ids=ids[None, n - k :], past_key_values=cache, use_cache=True).logits[0, -1]
     for k in range(2, min(_BLOCKS, n - prompt) + 1):
-        cache = _filled(target, ids[None, :prompt])
+        cache = filled_cache(target, ids[None, :prompt])
         for end in range(n - (n - prompt - 1) // k * k, n + 1, k):
             logits = target(input_ids=ids[None, max(end - k, prompt) : end], past_key_values=cache, use_cache=True).logits
         scored[f"decode_{k}"] = logits[0, -1]
@@ -169,7 +168,7 @@ def _step_in_batch(target: PreTrainedModel, ids: torch.Tensor, padding: int) -> 
     mask = torch.ones_like(whole)
     mask[:, :padding] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = _filled(target, whole[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
+    cache = filled_cache(target, whole[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
     last = {"input_ids": whole[:, -1:], "attention_mask": mask, "position_ids": positions[:, -1:]}
     return target(**last, past_key_values=cache, use_cache=True).logits[0, -1]
 
@@ -192,7 +191,7 @@ def _ragged_scores(target: PreTrainedModel, ids: torch.Tensor, blocks: Sequence[
     return scored
 
 
-def _filled(target: PreTrainedModel, ids: torch.Tensor, **inputs: torch.Tensor) -> DynamicCache:
+def filled_cache(target: PreTrainedModel, ids: torch.Tensor, **inputs: torch.Tensor) -> DynamicCache:
     """A cache after one pass over `ids` `(batch, n)`."""
     cache = DynamicCache(config=target.config)
     if hasattr(cache, "activate_past_recording"):  # newer releases of transformers crop only what was recorded
@@ -217,11 +216,7 @@ def _texts(bench: Bench, method: str, group: Sequence[Conversation], alone: Sequ
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `compare` in `--dtype` and in fp32; returns 1 where a difference is unexplained or an fp32 text differs, 2 for bad input."""
-    parser = options(__doc__)
-    parser.add_argument("--prompts", type=Path, action="append", required=True)
-    parser.add_argument("--limit", type=int, help="rows of each file")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser = options(__doc__, prompts=True, limit=None, max_new_tokens=96, batch_size=8)
     parser.add_argument("--budget", default="full")
     args = parser.parse_args(arguments)
     failed = []
@@ -236,9 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         judged, exact = legs
         failed.extend([*judged.unexplained, *exact.divergences])
         record = {
-            **{name: getattr(args, name) for name in ("target", "drafter")},
+            **chosen(args, "target", "drafter"),
             "prompts": [path.name for path in args.prompts],
-            "settings": {name: getattr(args, name) for name in ("max_new_tokens", "batch_size", "budget", "limit")},
+            "settings": chosen(args, "max_new_tokens", "batch_size", "budget", "limit"),
             **judged.to_json(),
             "fp32": exact.to_json(),
             "machine": machine_record(target.device),

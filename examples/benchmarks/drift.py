@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.command import options, run_command, write_record
+from examples.benchmarks.command import chosen, options, run_command, write_record
 from transformers import PreTrainedModel
 
 from hf_dspark.budgets.cost_model import Costs
@@ -68,13 +68,9 @@ def shift(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison from the command line; returns 2 for bad input."""
-    parser = options(__doc__)
+    parser = options(__doc__, limit=48, concurrency=4, max_new_tokens=128, window=1000)
     parser.add_argument("--first", type=Path, required=True, help="prompts of the traffic until the shift")
     parser.add_argument("--then", type=Path, required=True, help="prompts of the traffic after it")
-    parser.add_argument("--limit", type=int, default=48, help="prompts of each file")
-    parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--window", type=int, default=1000)
     args = parser.parse_args(arguments)
 
     def run() -> None:
@@ -82,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drafter = load_drafter(args.drafter, dtype=args.dtype).bind(target)
         phases = {path.stem: prompt_ids(tokenizer, read_prompts(path, args.limit)) for path in (args.first, args.then)}
         costs = CostProfile.cached(target, drafter, rows=args.concurrency).costs()
-        settings = {name: getattr(args, name) for name in ("concurrency", "max_new_tokens", "seed")}
+        settings = chosen(args, "concurrency", "max_new_tokens", "seed")
         runs = {}
         for name in ("watched", "adapted"):
             online = OnlineCalibration(window=args.window, adapt=name == "adapted")
@@ -90,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for phase, part in runs[name]["phases"].items():
                 errors = [check["ece"] for check in runs[name]["checks"] if check["phase"] == phase]
                 print(f"{name}, {phase}: {part['tokens_per_s']:.1f} tokens/s, tau {part['tau']:.2f}, ECE {errors[-1:]}")
-        about = {name: getattr(args, name) for name in ("target", "drafter", "dtype", "limit", "window")}
+        about = chosen(args, "target", "drafter", "dtype", "limit", "window")
         write_record(args.json, {**about, "settings": settings, "runs": runs, "machine": machine_record(target.device)})
 
     return run_command(run)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.benchmarks.command import options, run_command, write_record
+from examples.benchmarks.command import chosen, options, run_command, write_record
 
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.evaluation.decoded import DecodedTau
@@ -58,20 +58,12 @@ def by_set(decoded: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison from the command line; returns 2 for bad input."""
-    parser = options(__doc__)
+    numbers = {"steps": 300, "batch_size": 4, "anchors": 128, "held_out": 96, "rank": 48, "draft_vocab": 12288}
+    parser = options(__doc__, prompts=True, limit=8, max_new_tokens=64, **numbers)
     parser.add_argument("--data", type=Path, action="append", required=True)
-    parser.add_argument("--prompts", type=Path, action="append", required=True)
-    parser.add_argument("--limit", type=int, default=8, help="prompts of each file")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--variants", action="append", choices=list(VARIANTS), help="default: all")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--anchors", type=int, default=128)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--held-out", type=int, default=96, help="held-out rows of the teacher-forced evaluation")
-    parser.add_argument("--rank", type=int, default=48)
-    parser.add_argument("--draft-vocab", type=int, default=12288)
     parser.add_argument("--mask-token", default=None)
     parser.add_argument("--states-memory", type=float, default=6.0, help="GiB")
     args = parser.parse_args(arguments)
@@ -89,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chunk_positions=512, states_memory_gib=args.states_memory, evaluation_minutes=1e6, checkpoint_minutes=1e6, seed=args.seed,
         )  # fmt: skip
         settings = {
-            **{name: getattr(args, name) for name in ("target", "dtype", "max_new_tokens", "held_out")},
+            **chosen(args, "target", "dtype", "max_new_tokens", "held_out"),
             "sets": list(sets),
             "prompts": args.limit,
             "temperatures": ["T=0", "T=1"],

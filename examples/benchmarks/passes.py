@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from examples.benchmarks.command import options, run_command, write_record
+from examples.benchmarks.divergence import filled_cache
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_dspark.cache.kv_cache import RowCache
@@ -45,13 +46,6 @@ def verify_pass(model: PreTrainedModel, rows: int, *, block_size: int = 7, seed:
     store.reserve(width + 2 * block_size)
     ids = some_ids(sum(counts))
 
-    def filled(context: int) -> DynamicCache:
-        cache = DynamicCache(config=model.config)
-        if hasattr(cache, "activate_past_recording"):
-            cache.activate_past_recording()
-        model(input_ids=some_ids(rows, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
     equal_ids, padded_ids = some_ids(rows, sum(counts) // rows), some_ids(rows, 1 + block_size)
     mask = torch.zeros(rows, width + 1 + block_size, dtype=torch.long, device=device)
     for row, context in enumerate(contexts):
@@ -63,7 +57,7 @@ def verify_pass(model: PreTrainedModel, rows: int, *, block_size: int = 7, seed:
         cache.crop(-tokens.shape[1])
 
     with torch.inference_mode(), target.open():
-        equal_cache, padded_cache = filled(round(sum(contexts) / rows)), filled(width)
+        equal_cache, padded_cache = (filled_cache(model, some_ids(rows, n)) for n in (round(sum(contexts) / rows), width))
         target.forward(some_ids(sum(contexts)), RowLayout([0] * rows, contexts, device), store, only_last=True)
         times = _interleaved(
             {
@@ -100,9 +94,8 @@ def _interleaved(cases: dict[str, Callable[[], object]], repeats: int, device: t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure passes from the command line; returns 2 for bad input."""
-    parser = options(__doc__)
+    parser = options(__doc__, repeats=15)
     parser.add_argument("--rows", type=int, action="append", help="default: 16 and 32")
-    parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args(arguments)
 
     def run() -> None:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from examples.benchmarks.command import run_command, write_record
+from examples.benchmarks.command import chosen, options, run_command, write_record
 from examples.benchmarks.report import number
 
 from hf_dspark.budgets.budget import Budget, Drafts, FinishedRound, LiveRows, Proposal, StaticBudget
@@ -31,8 +31,8 @@ from hf_dspark.budgets.load_aware import LoadAwareBudget
 from hf_dspark.budgets.named import make_budget
 from hf_dspark.decoding.profiler import CostProfile
 from hf_dspark.evaluation.load_benchmark import PLAIN, summary
-from hf_dspark.evaluation.metrics import machine_record
-from hf_dspark.evaluation.prompts import encode, read_prompts
+from hf_dspark.evaluation.metrics import common_prefix, machine_record
+from hf_dspark.evaluation.prompts import prompt_ids, read_prompts
 from hf_dspark.evaluation.serving import Server
 from hf_dspark.models.loading import load_drafter, load_target
 from hf_dspark.utils.tokens import eos_token_ids
@@ -64,50 +64,37 @@ class _DraftOnly(Budget):
         return [0] * drafts.rows
 
 
-def record_blocks(server: Server, requests: int) -> tuple[list[list[int]], list[list[tuple[list[int], list[float]]]]]:
-    """Run a server to its end. The one place that depends on the decoding loop's steps.
-
-    Returns:
-        answers, and for each the tokens and confidences of the blocks drafted in its rounds.
-    Raises:
-        ValueError: for a drafter without a confidence head.
-    """
-    loop, draft = server.loop, server.loop.draft
-    blocks: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(requests)]
-
-    def record(proposal: Proposal) -> Any:
-        block = draft(proposal)
-        if block.confidence is None:
-            raise ValueError("this drafter has no confidence head, so budgets have nothing to go by; train one with a confidence head")
-        for request, tokens, confidence in zip(loop.state.requests, block.tokens.tolist(), block.confidence.tolist(), strict=True):
-            blocks[request].append((tokens, confidence))
-        return block
-
-    loop.draft = record  # type: ignore[method-assign]
-    return server.run().tokens, blocks
-
-
 def record_walks(
     target: Any, drafter: Any, prompts: Sequence[Sequence[int]], *, end_ids: Sequence[int], max_new_tokens: int, concurrency: int = 32
 ) -> list[Walk]:
-    """Decode greedily, one token a round, and keep the block drafted at each.
+    """Decode greedily, one token a round, and keep the block drafted at each. The one place that depends on the decoding loop's steps.
 
     Args:
         target (`PreTrainedModel`), drafter (`DSparkDrafter`): a pair; the drafter has a confidence head.
         prompts (`list[list[int]]`): token ids.
         end_ids (`list[int]`), max_new_tokens (`int`), concurrency (`int`): of serving.
+    Raises:
+        ValueError: for a drafter without a confidence head.
     """
     server = Server(target, drafter, prompts, concurrency=concurrency, max_new_tokens=max_new_tokens, budget=_DraftOnly(), end_ids=end_ids)
+    draft = server.loop.draft
+    blocks: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]  # tokens and confidences, of each answer's rounds
+
+    def record(proposal: Proposal) -> Any:
+        block = draft(proposal)
+        if block.confidence is None:
+            raise ValueError("this drafter has no confidence head, so budgets have nothing to go by; train one with a confidence head")
+        for request, tokens, confidence in zip(server.loop.state.requests, block.tokens.tolist(), block.confidence.tolist(), strict=True):
+            blocks[request].append((tokens, confidence))
+        return block
+
+    server.loop.draft = record  # type: ignore[method-assign]
     walks = []
-    for prompt, answer, blocks in zip(prompts, *record_blocks(server, len(prompts)), strict=True):
-        if blocks:
-            accepted = [_agreeing(tokens, answer[place + 1 :]) for place, (tokens, _) in enumerate(blocks)]
-            walks.append(Walk(len(prompt), max_new_tokens, np.array(accepted), np.array([confidence for _, confidence in blocks])))
+    for prompt, answer, found in zip(prompts, server.run().tokens, blocks, strict=True):
+        if found:
+            accepted = [common_prefix(tokens, answer[place + 1 :]) for place, (tokens, _) in enumerate(found)]
+            walks.append(Walk(len(prompt), max_new_tokens, np.array(accepted), np.array([confidence for _, confidence in found])))
     return walks
-
-
-def _agreeing(drafted: Sequence[int], answer: Sequence[int]) -> int:
-    return next((k for k, (a, b) in enumerate(zip(drafted, answer, strict=False)) if a != b), min(len(drafted), len(answer)))
 
 
 @dataclass
@@ -213,22 +200,13 @@ class Misjudged(Costs):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record and play from the command line; returns 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="smollm2")
-    parser.add_argument("--drafter", default="smollm2-dspark")
-    parser.add_argument("--prompts", type=Path, action="append", required=True)
-    parser.add_argument("--limit", type=int, default=48, help="prompts of each file")
+    # So many requests each budget serves at each concurrency, in so many orders, each from a seed of its own.
+    parser = options(__doc__, dtype="fast", prompts=True, limit=48, max_new_tokens=128, requests=96, orders=4)
     parser.add_argument("--concurrency", default="1,2,4,8,16,32")
     parser.add_argument("--budgets", default="plain,full,static:1,static:2,static:4,threshold:0.5,load-aware,load-aware-lag2")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--requests", type=int, default=96, help="answers that each budget serves at each concurrency")
-    parser.add_argument("--orders", type=int, default=4, help="orders of answers, each from a seed of its own")
     parser.add_argument("--costs", type=Path, help="a result of `hf-dspark bench` whose profile to take; measured here by default")
     parser.add_argument("--errors", default="0.3/1,1/1,2.5/1,1/0.4", help="what a profile takes tokens/drafts for, over what they cost")
     parser.add_argument("--noise", type=float, default=0.1, help="of the times that online cost estimation reads")
-    parser.add_argument("--dtype", default="fast")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
     return run_command(lambda: _run(args))
 
@@ -241,7 +219,7 @@ def _run(args: argparse.Namespace) -> None:
     errors = [tuple(map(float, pair.split("/"))) for pair in args.errors.split(",") if pair]
     target, tokenizer = load_target(args.target, dtype=args.dtype)
     drafter = load_drafter(args.drafter, dtype=args.dtype).bind(target)
-    prompts = [encode(tokenizer, [one])["input_ids"][0].tolist() for one in (c for rows in files for c in rows)]
+    prompts = [ids for rows in files for ids in prompt_ids(tokenizer, rows)]
     profile, origin = recorded or (CostProfile.cached(target, drafter, rows=max(sizes)), machine_record(target.device))
     costs = profile.costs()
     if costs.block_size != drafter.config.block_size or max(costs.rows) < max(sizes):
@@ -265,9 +243,10 @@ def _run(args: argparse.Namespace) -> None:
 
     cells = [cell(name, budget, costs, size) for size in sizes for name, budget in budgets.items()]
     found = summary(cells)
-    best = {size: max((c["tokens_per_s"] for c in cells if _fixed(c, size)), default=None) for size in sizes}
+    rates_of = {(c["concurrency"], c["budget"]): c["tokens_per_s"] for c in cells}
+    best = {row["concurrency"]: rates_of[row["concurrency"], row["best_fixed"]] for row in found if "best_fixed" in row}
     misled = []
-    for tokens, drafts in errors if None not in best.values() else ():
+    for tokens, drafts in errors if best else ():
         believed = Misjudged(costs, tokens, drafts)
         for name, budget in budgets.items():
             for learn in (False, True) if isinstance(budget, LoadAwareBudget) else ():
@@ -282,7 +261,7 @@ def _run(args: argparse.Namespace) -> None:
         "cells": cells,
         "summary": found,
         "misjudged": misled,
-        "settings": {name: getattr(args, name) for name in ("limit", "max_new_tokens", "requests", "orders", "dtype", "seed", "noise")}
+        "settings": chosen(args, "limit", "max_new_tokens", "requests", "orders", "dtype", "seed", "noise")
         | {"concurrency": sizes, "budgets": names, "answers": len(walks), "places": sum(len(walk.accepted) for walk in walks)},
         "costs": {mode: {str(r): table.to_json() for r, table in rows.items()} for mode, rows in profile.tables.items()},
         "costs_file": None if args.costs is None else args.costs.name,
@@ -298,10 +277,6 @@ def _run(args: argparse.Namespace) -> None:
         ratios = " ".join(number(ratio, 3) for ratio in row["over_best_fixed"])
         taken = f"tokens taken for {row['tokens_taken_for']:g}, drafts for {row['drafts_taken_for']:g} of their cost"
         print(f"{taken}, {row['budget']}, {how}: {ratios}")
-
-
-def _fixed(cell: Mapping[str, Any], concurrency: int) -> bool:
-    return cell["concurrency"] == concurrency and (cell["budget"] in (PLAIN, "full") or cell["budget"].startswith("static:"))
 
 
 def _recorded_profile(path: Path) -> tuple[CostProfile, dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.command import options, run_command, write_record
+from examples.benchmarks.command import chosen, options, run_command, write_record
 
 from hf_dspark.evaluation.decoded import DecodedTau, spread_prompts
 from hf_dspark.evaluation.metrics import machine_record
@@ -22,12 +22,10 @@ from hf_dspark.training.data import load_data
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure from the command line; returns 2 for bad input."""
-    parser = options(__doc__)
+    parser = options(__doc__, limit=16, max_new_tokens=96)
     parser.add_argument("--tuned", type=Path, action="append", default=[], help="a fine-tuned adapter or drafter; repeat it for more")
     parser.add_argument("--new", required=True, metavar="NAME=FOLDER", help="data folder of the new domain; its held-out prompts are used")
     parser.add_argument("--old", type=Path, action="append", default=[], help="prompt file of an old domain; repeat it for more")
-    parser.add_argument("--limit", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
     args = parser.parse_args(arguments)
 
     def run() -> None:
@@ -51,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "stored_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
                 "decoded": decode(drafter.eval()),
             }
-        settings = {name: getattr(args, name) for name in ("target", "drafter", "dtype", "limit", "max_new_tokens", "seed")}
+        settings = chosen(args, "target", "drafter", "dtype", "limit", "max_new_tokens", "seed")
         write_record(args.json, {"settings": settings, "drafters": drafters, "machine": machine_record(target.device)})
         for label, found in drafters.items():
             print(label, {key: value["by_source"] for key, value in found["decoded"].items() if key.startswith("T=")})

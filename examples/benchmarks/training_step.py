@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.benchmarks.command import options, run_command, write_record
+from examples.benchmarks.command import chosen, options, run_command, write_record
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_dspark.evaluation.metrics import machine_record
@@ -149,30 +149,26 @@ def compare(commands: dict[str, Sequence[str]], repeats: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure training steps from the command line; returns 2 for bad input."""
-    parser = options(__doc__)
-    parser.add_argument("--draft-vocab-size", type=int, help="of the drafter; default: the whole vocabulary")
-    parser.add_argument("--mask-token-id", type=int, help="where the target's tokenizer has no spare token")
+    sizes = {one.name: one.default for one in fields(StepShape)}
+    # By default the drafter has the whole vocabulary and a spare token of the target's; a turn has timed steps in processes of its own.
+    parser = options(__doc__, draft_vocab_size=None, mask_token_id=None, repeats=3, steps=5, **sizes)
     parser.add_argument("--compare", action="append", default=[], metavar="COMMAND", help="another program's step; may be repeated")
-    parser.add_argument("--repeats", type=int, default=3, help="turns, each in new processes")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a process")
     parser.add_argument("--worker", action="store_true", help="measure here, and print the figures")
-    for size in fields(StepShape):
-        parser.add_argument("--" + size.name.replace("_", "-"), type=int, default=size.default)
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(given)
-    shape = StepShape(**{size.name: getattr(args, size.name) for size in fields(StepShape)})
+    shape = StepShape(**chosen(args, *sizes))
 
     def run() -> None:
         if args.worker:
             keep_freed_memory()  # as `hf-dspark train` does
             target, tokenizer = load_target(args.target, dtype=args.dtype)
             target.requires_grad_(False)
-            same = {"mask_token_id": args.mask_token_id, "draft_vocab_size": args.draft_vocab_size, "steps": args.steps, "seed": args.seed}
+            same = chosen(args, "mask_token_id", "draft_vocab_size", "steps", "seed")
             print(json.dumps(time_steps(target, shape, tokenizer=tokenizer, **same)))
             return
         ours = [sys.executable, "-m", "examples.benchmarks.training_step", *given, "--worker"]
         found = compare({"hf_dspark": ours, **{line: shlex.split(line) for line in args.compare}}, args.repeats)
-        settings = {name: getattr(args, name) for name in ("target", "dtype", "draft_vocab_size", "repeats", "steps", "seed")}
+        settings = chosen(args, "target", "dtype", "draft_vocab_size", "repeats", "steps", "seed")
         write_record(args.json, {"settings": settings, "shape": asdict(shape), "programs": found, "machine": machine_record("cpu")})
 
     return run_command(run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def _in_bins(predicted: np.ndarray, weights: np.ndarray | None, bins: int) -> np
 
 
 def expected_calibration_error(predicted: np.ndarray, observed: np.ndarray, bins: int = BINS) -> float:
-    """ECE: mean gap between predicted probability and observed frequency over equally wide bins, weighted by counts; NaN without samples.
+    """ECE: mean gap between predicted probability and observed frequency over equally wide bins, weighted by counts.
 
     Source: Guo et al. 2017 (arXiv 1706.04599), Eq. 3. On N samples even a perfect forecast shows about 0.8 sqrt(p (1 - p) bins / N).
 
@@ -83,7 +84,7 @@ def expected_calibration_error(predicted: np.ndarray, observed: np.ndarray, bins
         observed (`numpy.ndarray` of shape `(N,)`): 0 or 1.
         bins (`int`): how many.
     """
-    return float(np.abs(_in_bins(predicted, predicted - observed, bins)).sum() / len(predicted)) if len(predicted) else float("nan")
+    return float(np.abs(_in_bins(predicted, predicted - observed, bins)).sum() / len(predicted))
 
 
 def noise_of_error(predicted: np.ndarray, bins: int = BINS) -> tuple[float, float]:
@@ -96,20 +97,20 @@ def noise_of_error(predicted: np.ndarray, bins: int = BINS) -> tuple[float, floa
     return float(mean), float(np.sqrt((1 - 2 / np.pi) * variance.sum()) / len(predicted))
 
 
-def area_under_curve(predicted: np.ndarray, observed: np.ndarray) -> float:
-    """AUC-ROC: probability that a token that survived had more confidence than one that did not; NaN where only one outcome was seen."""
+def area_under_curve(predicted: np.ndarray, observed: np.ndarray) -> float | None:
+    """AUC-ROC: probability that a token that survived had more confidence than one that did not; None where only one outcome was seen."""
     positive = int(observed.sum())
     negative = len(observed) - positive
     if not positive or not negative:
-        return float("nan")
+        return None
     _, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
     ranks = np.cumsum(counts) - (counts - 1) / 2
     return float((ranks[inverse][observed.astype(bool)].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def brier_score(predicted: np.ndarray, observed: np.ndarray) -> float:
-    """Mean squared gap between forecast and outcome; NaN without samples."""
-    return float(np.square(predicted - observed).mean()) if len(predicted) else float("nan")
+    """Mean squared gap between forecast and outcome."""
+    return float(np.square(predicted - observed).mean())
 
 
 def reliability(predicted: np.ndarray, observed: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
@@ -118,20 +119,19 @@ def reliability(predicted: np.ndarray, observed: np.ndarray, bins: int = BINS) -
     return [{"predicted": mean[b] / n, "observed": hits[b] / n, "count": int(n)} for b, n in enumerate(counts.tolist()) if n]
 
 
-def quality(rounds: Rounds, temperatures: Sequence[float] | None) -> list[dict[str, float]]:
+def quality(rounds: Rounds, temperatures: Sequence[float] | None) -> list[dict[str, Any]]:
     """For each block position, how good predicted prefix survival is; temperatures are ones where None.
 
     Returns:
-        `list[dict[str, float]]`: `rounds` in which the position was judged, by an earlier rejection too; the share that `survived`; `ece`,
-        `auc`, `brier`; NaN where undefined.
+        `list[dict]`: `rounds` in which the position was judged, by an earlier rejection too; the share that `survived`; `ece`, `auc`,
+        `brier`; None where undefined.
     """
+    measures = {"ece": expected_calibration_error, "auc": area_under_curve, "brier": brier_score}
     return [
         {
             "rounds": len(observed),
-            "survived": float(observed.mean()) if len(observed) else float("nan"),
-            "ece": expected_calibration_error(predicted, observed),
-            "auc": area_under_curve(predicted, observed),
-            "brier": brier_score(predicted, observed),
+            "survived": float(observed.mean()) if len(observed) else None,
+            **{name: measure(predicted, observed) if len(observed) else None for name, measure in measures.items()},
         }
         for predicted, observed in rounds.positions(temperatures)
     ]

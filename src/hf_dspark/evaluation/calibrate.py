@@ -205,10 +205,10 @@ def _before_and_after(rounds: Rounds, temperatures: Sequence[float], table: Tabl
 
 def _judged(rounds: Rounds, temperatures: Sequence[float] | None) -> dict[str, Any]:
     """Means over positions, the positions, and the points of their reliability diagrams; what is undefined is None."""
-    rows = [{name: None if value != value else value for name, value in one.items()} for one in quality(rounds, temperatures)]
+    positions = quality(rounds, temperatures)
     means: dict[str, float | None] = {}
     for name in ("ece", "auc", "brier"):
-        values = [value for row in rows if (value := row[name]) is not None]
+        values = [row[name] for row in positions if row[name] is not None]
         means[name] = sum(values) / len(values) if values else None
     diagrams = [reliability(predicted, observed) for predicted, observed in rounds.positions(temperatures)]
-    return {"rounds": rows[0]["rounds"], **means, "positions": rows, "reliability": diagrams}
+    return {"rounds": positions[0]["rounds"], **means, "positions": positions, "reliability": diagrams}
