@@ -48,15 +48,12 @@ class Blocks:
 
 
 def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw anchor positions uniformly, without replacement, among response tokens whose next token is a response token too.
+    """Draw at most so many anchor positions a row uniformly, without replacement, among response tokens (where the mask `(batch, sequence)`
+    is True) whose next token is a response token too.
 
     Source: DeepSpec's training code (released recipe: 512 anchors a sequence). Differs: the result is no wider than the row with the most
     candidates needs, so short rows cost little.
 
-    Args:
-        loss_mask (`torch.Tensor` of shape `(batch, sequence)`): bool, True on response tokens.
-        num_anchors (`int`): at most this many anchors a row.
-        generator (`torch.Generator`, *optional*): CPU generator of the draw.
     Returns:
         increasing positions `(batch, anchors)`, 0 where there is none, and a bool tensor that is True where the anchor exists.
     """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from hf_dspark.errors import DataError
@@ -165,10 +166,9 @@ def ordered_batches(rows: Sequence[ResponseRow], *, batch_size: int) -> Iterator
 def collate(rows: Sequence[ResponseRow]) -> Batch:
     """Pad rows on the right into one batch; the loss mask covers the response tokens."""
     lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    input_ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
     loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row.ids)
+    for mask, row in zip(loss_mask, rows, strict=True):
         for begin, end in row.spans:
-            loss_mask[i, begin:end] = True
+            mask[begin:end] = True
     return Batch(input_ids, loss_mask, lengths)

@@ -76,11 +76,7 @@ def check_target(manifest: dict[str, Any], folder: Path, fingerprint: str) -> No
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder; None where it has none.
-
-    Raises:
-        DataError: if it is not whole, or of a format that this version does not read.
-    """
+    """The manifest of a folder, None where it has none; a `DataError` if it is not whole, or of another format than this version reads."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -104,21 +100,14 @@ def shards(folder: Path) -> list[Path]:
 class ResponseFolder:
     """A folder of shards `responses-*.jsonl`, its `manifest.json`, and `skipped.jsonl`, which names prompts that came to nothing.
 
-    Args:
-        path (`Path`): made where it does not exist.
-        identity (`dict`): what must stay the same when a folder is continued: target, sampling, seed ..
-        rows_a_shard (`int`): rows of one file.
-    Attributes:
-        keys (`dict[str, str]`): id to normalised prompt of every row.
-        turn_keys (`set[str]`): normalised turns of conversations of several.
-        skips (`dict[str, str]`): id to reason of every prompt that came to nothing.
+    `identity` is what must stay the same when the folder is continued: target, sampling, seed ..
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], *, rows_a_shard: int = 4096) -> None:
         self.path, self.identity, self.rows_a_shard = path, identity, rows_a_shard
-        self.keys: dict[str, str] = {}
-        self.turn_keys: set[str] = set()
-        self.skips: dict[str, str] = {}
+        self.keys: dict[str, str] = {}  # id to normalised prompt of every row
+        self.turn_keys: set[str] = set()  # normalised turns of conversations of several
+        self.skips: dict[str, str] = {}  # id to reason of every prompt that came to nothing
         self.rows = self.tokens = self.response_tokens = 0
         self.by_source: dict[str, Counter[str]] = {}
         self.by_temperature: dict[str, Counter[str]] = {}
@@ -128,11 +117,8 @@ class ResponseFolder:
 
     @contextmanager
     def open(self) -> Iterator[ResponseFolder]:
-        """Lock the folder, repair its ends, and read what it holds; on leaving, the manifest is up to date.
-
-        Raises:
-            DataError: if another process writes to it, its manifest says something else, or a shard is corrupt.
-        """
+        """Lock the folder, repair its ends, and read what it holds; on leaving, the manifest is up to date. A `DataError` says if another
+        process writes to it, its manifest says something else, or a shard is corrupt."""
         lock = FileLock(self.path / ".lock")
         with self._room():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -150,11 +136,7 @@ class ResponseFolder:
             lock.release()
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Add the rows of one prompt, all or none.
-
-        Raises:
-            DataError: where the disk is full; the folder stays as it was.
-        """
+        """Add the rows of one prompt, or, where the disk is full (a `DataError`), none."""
         if len(records) > 1:
             records = [{**record, "more": len(records) - 1 - n} for n, record in enumerate(records)]
         if self._shard is None or self._shard_rows >= self.rows_a_shard:

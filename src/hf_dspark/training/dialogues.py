@@ -18,12 +18,7 @@ from hf_dspark.training.row_sampler import Request
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): with a template or without; without one, only raw text can be encoded.
-        thinking (`bool`): passed on as `enable_thinking` where the template reads it.
-    """
+    """A tokenizer's chat template; without one, only raw text can be encoded. `thinking` is passed on where the template reads it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> None:
         self.tokenizer = tokenizer
@@ -40,15 +35,12 @@ class ChatTemplate:
                 f'the tokenizer {self.name!r} has no chat template, so turns cannot be put to it; give prompts as {{"text": "raw text"}}, '
                 "or a tokenizer with a chat template."
             )
+        how = {"tokenize": False, "add_generation_prompt": generation_prompt, **self._options}
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._options
-            )
+            return self.tokenizer.apply_chat_template(list(messages), **how)
         except TemplateError as error:
             roles = [message["role"] for message in messages]
-            raise DataError(
-                f"the chat template of {self.name!r} refuses the roles {roles}: {error}. Change or remove such rows."
-            ) from error
+            raise DataError(f"the template of {self.name!r} refuses the roles {roles}: {error}. Change or remove such rows.") from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text, which has its special tokens written out."""

@@ -83,16 +83,11 @@ def _predicted_states(target: PreTrainedModel, means: Tensor, counts: Tensor) ->
 
 
 def low_rank_bigram(states: Tensor, head: Tensor, weights: Tensor, following: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-r factors of the weighted, doubly centred product of states and head rows.
+    """Best rank-r factors, W1 `(V, r)` and W2 `(V_draft, r)`, of the weighted, doubly centred product of states h `(V, d)` and head rows e
+    `(V_draft, d)`; columns beyond the rank of the product are zero.
 
-    Minimises sum_ij p_i q_j ((h_i - h_mean) . (e_j - e_mean) - w1_i . w2_j)^2 with p, q the normalised weights.
-
-    Args:
-        states, head (`torch.Tensor` of shape `(V, d)` and `(V_draft, d)`): h_i and e_j, float32.
-        weights, following (`torch.Tensor` of shape `(V,)` and `(V_draft,)`): counts of the previous and the next token, positive.
-        rank (`int`): r; columns beyond the rank of the product are zero.
-    Returns:
-        W1 `(V, r)` and W2 `(V_draft, r)`.
+    Minimises sum_ij p_i q_j ((h_i - h_mean) . (e_j - e_mean) - w1_i . w2_j)^2 with p, q the normalised weights: counts of the previous and
+    of the next token, positive.
     """
     p, q = (weights / weights.sum())[:, None], (following / following.sum())[:, None]
     h, e = states - (p * states).sum(0), head - (q * head).sum(0)

@@ -128,7 +128,7 @@ class _Positions:
         self.labels = labels if label_index is None else label_index.to(device)[labels]  # -1 outside the draft vocabulary
         w = position_weights(shape[-1], weights.decay).to(device).expand(shape).reshape(-1)[self.index]
         known = w * (self.labels >= 0)
-        known_total, total = (known.sum(), w.sum()) if totals is None else (t.to(device) for t in totals)
+        known_total, total = (t.to(device) for t in totals or (known.sum(), w.sum()))
         self.ce_share, self.tv_share = known / known_total.clamp(min=torch.finfo(torch.float32).tiny), w / total
         hard, self.soft = weights.cross_entropy * (1 - weights.soft_labels), weights.cross_entropy * weights.soft_labels
         # Coefficients of CE, CE against p_t and L1.
@@ -309,11 +309,7 @@ class BlockObjective(nn.Module):
         self.seconds_of: dict[str, float] = {}
 
     def forward(self, blocks: Blocks, weights: LossWeights, totals: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, LossResult]:
-        """The target's states, drafter and loss of the blocks of a whole step, or of a part of it with the `weight_totals` of the whole.
-
-        Returns:
-            the loss, which carries the gradient, and the whole result.
-        """
+        """The loss of the blocks of a whole step, or of a part of it with the `weight_totals` of the whole, and the whole result."""
         marks = [time.perf_counter()]
         batch, targets = blocks.batch, blocks.targets.to(self.device)
         taps, last = self.states.of_batch(batch.input_ids, batch.lengths)

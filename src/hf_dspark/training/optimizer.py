@@ -25,17 +25,14 @@ class MasterOptimizer:
     updates are scaled to the size of AdamW's, so that one learning rate serves both. Gradients of the parts of a step are added up in
     float32, and over processes where there are several.
 
-    Source: torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`.
+    Source: torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`; a `ValueError` where this torch has none, and on shards of matrices.
 
     Args:
         parameters: trainable tensors of the drafter, any float dtype.
         kind (`str`): `"adamw"` or `"muon"`.
         matrices: which of the parameters are Muon's.
         weight_decay (`float`): decoupled.
-        reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where gradients arrive reduced (one
-            process, or FSDP).
-    Raises:
-        ValueError: for Muon where this torch has none, and on shards of matrices.
+        reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where gradients arrive reduced.
     """
 
     def __init__(
@@ -72,11 +69,8 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip: float) -> float:
-        """Accumulate, reduce, clip, step, copy back and drop the gradients.
-
-        Returns:
-            `float`: gradient norm before clipping, the same in every process; where it is not finite no parameter changes.
-        """
+        """Accumulate, reduce, clip, step, copy back and drop the gradients. Returns their norm before clipping, the same in every process;
+        where it is not finite no parameter changes."""
         self.accumulate()
         if self._reduce is not None:
             flat = torch.cat([torch.zeros_like(m).flatten() if m.grad is None else m.grad.flatten() for m in self.masters])

@@ -136,13 +136,7 @@ def drafter_identity(drafter: DSparkDrafter) -> dict[str, Any]:
 
 def load_weights(drafter: DSparkDrafter, run: Path) -> int:
     """Start a drafter from the newest checkpoint of another run: its weights and, since row j of the head's second matrix belongs to draft
-    id j, its draft vocabulary; nothing of its optimizer or schedule.
-
-    Returns:
-        `int`: the step of the checkpoint.
-    Raises:
-        CheckpointError: if there is none, its tensors have other shapes, or block, taps or mask token are others.
-    """
+    id j, its draft vocabulary; nothing of its optimizer or schedule. Returns its step; a `CheckpointError` says what does not fit."""
     found = newest_state(run)
     if found is None:
         raise CheckpointError(f"{run} holds no checkpoint; expected {run}/checkpoints/step-*/state.pt, as a run writes them.")

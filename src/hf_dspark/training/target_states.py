@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from hf_dspark.errors import UnsupportedTargetError
@@ -51,12 +52,8 @@ class TargetStates:
         return len(self._rows)
 
     def __call__(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass over ids `(batch, sequence)`, padded on the right.
-
-        Returns:
-            tapped states `(batch, sequence, taps * hidden)`, and last hidden states after the final norm `(batch, sequence, hidden)`;
-            ordinary tensors without gradient history.
-        """
+        """One pass over ids `(batch, sequence)`, padded on the right: tapped states `(batch, sequence, taps * hidden)`, and the last hidden
+        states after the final norm `(batch, sequence, hidden)`, as ordinary tensors without gradient history."""
         with _frozen(self.target), self._taps.open():
             last = self.decoder(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
         # Outside inference mode: the concatenation and the copy are ordinary tensors that backward may save.
@@ -64,14 +61,11 @@ class TargetStates:
 
     def of_batch(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """States of a batch as `__call__` returns them, from memory where they are there (then zeros at padding); `lengths` `(batch,)` are
-        tokens without padding."""
+        tokens without padding, of the longest row as many as the batch is wide."""
         if not self._remembers:
             return self(input_ids)
         rows = [self._row(ids[:length]) for ids, length in zip(input_ids, lengths.tolist(), strict=True)]
-        taps, last = (rows[0][i].new_zeros(*input_ids.shape, rows[0][i].shape[-1]) for i in range(2))
-        for r, (row_taps, row_last) in enumerate(rows):
-            taps[r, : len(row_taps)] = row_taps
-            last[r, : len(row_last)] = row_last
+        taps, last = (pad_sequence([row[i] for row in rows], batch_first=True) for i in range(2))
         return taps, last
 
     def _row(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,11 +154,7 @@ class TargetHead:
         return TargetProbabilities(inside, outside, places(vocab, columns, logits.device)[best])
 
     def check(self, states: TargetStates, ids: Tensor) -> None:
-        """Refuse a target whose logits at some tokens `(1, n)` are not its lm_head on its last hidden states.
-
-        Raises:
-            UnsupportedTargetError: telling by how much they differ.
-        """
+        """Refuse a target whose logits at some tokens `(1, n)` are not its lm_head on its last hidden states: `UnsupportedTargetError`."""
         _, last = states(ids)
         with _frozen(states.target):
             expected = states.target(input_ids=ids.to(states.device), use_cache=False).logits[0].float().softmax(dim=-1)

@@ -73,8 +73,7 @@ class Trainer:
         decode (`Callable`, *optional*): called at every evaluation with the drafter; returns figures of real decoding as a dictionary, of
             which `tau` decides which weights are the best. Without it the teacher-forced estimate does.
         accelerator (`accelerate.Accelerator`, *optional*): default: one of the launched processes.
-        fsdp (`bool`): shard the drafter's weights, gradients and optimizer state over the processes; also on where
-            `accelerate launch --use_fsdp` says so.
+        fsdp (`bool`): shard weights, gradients and optimizer state over the processes, as `accelerate launch --use_fsdp` does.
         identity (`dict`, *optional*): what else must be the same when a checkpoint is resumed, as JSON takes it.
     Raises:
         ValueError: if no training row holds an anchor, the drafter is float16, an adapter is to be sharded, or drafter and process have
@@ -237,10 +236,8 @@ class Trainer:
         return self.processes.agree(min(1.0, self.seconds() / (60 * self.config.minutes)))
 
     def train(self, *, stop_after: int | None = None) -> Progress:
-        """Resume where the output folder stands, train to the end, evaluate, and save `best` and `final`.
-
-        With `stop_after` it leaves after so many steps of this call, with a checkpoint, as an interrupted run would.
-        """
+        """Resume where the output folder stands, train to the end, evaluate, and save `best` and `final`. With `stop_after` it leaves after
+        so many steps of this call, with a checkpoint, as an interrupted run would."""
         config = self.config
         self._started = time.monotonic()
         resumed = self.resume()
@@ -294,10 +291,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, rows: Sequence[ResponseRow]) -> dict[str, Any]:
-        """Teacher-forced metrics on held-out rows, over all, per temperature and per domain and temperature.
-
-        The anchors depend on the seed and the rows only, so two evaluations of the same rows compare the same blocks.
-        """
+        """Teacher-forced metrics on held-out rows, over all, per temperature and per domain and temperature. The anchors depend on the seed
+        and the rows only, so two evaluations of the same rows compare the same blocks."""
         tallies: dict[str, Tally] = {}
         self.drafter.eval()
         weights = self.config.loss_weights_at(1.0)
