@@ -21,7 +21,10 @@ BY_HAND = AcceptanceCounts(rounds=5, drafted=15, verified=9, accepted=(3, 2, 1),
 
 
 def test_ratios_divide_by_the_rounds_that_judged():
-    """tau counts a bonus token a round; a token that the budget cut off is in no denominator of conditional acceptance."""
+    """tau counts a bonus token a round; a token that the budget cut off is in no denominator. Where nothing was seen a ratio is None."""
+    nothing = AcceptanceCounts(rounds=0, drafted=0, verified=0, accepted=(0, 0), reached=(0, 0))
+    assert (nothing.tau, nothing.acceptance_rate, nothing.conditional_acceptance) == (None, None, [None, None])
+    assert (round_times([])["overhead_share"], Throughput().tokens_per_s, Throughput().over(Throughput(1, 1.0))) == (None, None, None)
     assert BY_HAND.tau == (6 + 5) / 5
     assert BY_HAND.conditional_acceptance == [3 / 4, 2 / 3, 1 / 1]
     assert BY_HAND.acceptance_rate == 6 / 9
@@ -36,13 +39,6 @@ def test_loop_statistics_give_the_counts_worked_out_by_hand():
         shorter.count_round(drafted=1, verified=1, accepted=accepted, kept=accepted + 1)
     assert AcceptanceCounts.of([row]) == BY_HAND
     assert AcceptanceCounts.of([row, shorter]) == AcceptanceCounts(7, 17, 11, accepted=(4, 2, 1), reached=(6, 3, 1))
-
-
-def test_ratios_of_nothing_are_none():
-    """Where nothing was seen a ratio is None."""
-    nothing = AcceptanceCounts(rounds=0, drafted=0, verified=0, accepted=(0, 0), reached=(0, 0))
-    assert (nothing.tau, nothing.acceptance_rate, nothing.conditional_acceptance) == (None, None, [None, None])
-    assert (round_times([])["overhead_share"], Throughput().tokens_per_s, Throughput().over(Throughput(1, 1.0))) == (None, None, None)
 
 
 def test_throughput_and_time_add_up():
