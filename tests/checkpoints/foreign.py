@@ -261,9 +261,9 @@ def reference(found: dict[str, Any], target: torch.nn.Module) -> ReferenceDrafte
     )
 
 
-def judge(drafter: DSparkDrafter, expected: ReferenceDrafter, length: int = 14, tap_width: int = len(TAPS) * D) -> None:
+def judge(drafter: DSparkDrafter, expected: ReferenceDrafter) -> None:
     """Hidden states, logits of a greedy chain and confidences of one block equal the reference's."""
-    taps = torch.randn(length, tap_width, generator=torch.Generator().manual_seed(0))
+    taps = torch.randn(14, len(TAPS) * D, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         h = draft(drafter, [taps], [9])
         theirs = expected.hidden(9, taps)

@@ -7,13 +7,13 @@ that would change the meaning of the tensors is refused, all such keys at once.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel
 
 from hf_dspark.checkpoints.formats.own import REQUIRED, check_plausible, clean_errors
 from hf_dspark.configuration_dspark import DSparkConfig
@@ -34,10 +34,8 @@ HEAD_KEYS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confi
 DEEPSPEC_KEYS = {
     *(*HEAD_KEYS, "block_size", "num_target_layers", "target_layer_ids", "mask_token_id", "num_anchors", "confidence_temperatures")
 }
-_OWN_KEYS = {
-    *("sample_from_anchor", "draft_vocab_size", "backbone", "attention_k_eq_v", "raw_embeddings", "window_from_anchor"),
-    *("causal_sliding_block", "target_model_type", "target_name"),
-}
+# Fields of a config, without those that no other project writes: in its files they are not read.
+_KNOWN_KEYS = {field.name for field in dataclasses.fields(DSparkConfig)} - {"copy_weights", "copy_confidence", "target_hidden_size"}
 # Keys of backbones and heads that this package does not have: each changes what the same tensors mean.
 _FOREIGN_KEYS = (
     *("dflash_config", "shift_label", "projector_type", "aux_hidden_state_layer_ids", "transformer_layer_config"),
@@ -47,11 +45,11 @@ _FOREIGN_KEYS = (
 )
 _HARMLESS_KEYS = {
     *("torch_dtype", "dtype", "rope_theta", "rope_scaling", "auto_map", "_name_or_path", "name_or_path", "_attn_implementation"),
-    *("_attn_implementation_autoset", "attn_implementation", "model_type", "architectures", "transformers_version"),
+    *("_attn_implementation_autoset", "attn_implementation", "model_type", "architectures", "transformers_version", "output_attentions"),
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Format:
     """One format: how its config becomes flat keys, and its tensor names ours."""
 
@@ -93,11 +91,10 @@ class Format:
                 f"config.json of {source!r} is not a {self.title} config that can be read. Missing keys: {', '.join(missing) or 'none'}. "
                 f"Keys that this reader does not understand: {', '.join(foreign) or 'none'}."
             )
-        known = {*Qwen3Config().to_dict(), *PreTrainedConfig().to_dict(), *DEEPSPEC_KEYS, *_OWN_KEYS}
-        unknown = sorted(str(key) for key in flat if key not in known | _HARMLESS_KEYS)
+        unknown = sorted(str(key) for key in flat if key not in _KNOWN_KEYS | _HARMLESS_KEYS)
         if unknown:
             logger.warning("config.json of %r has keys that are not used: %s.", source, ", ".join(unknown))
-        fields = {key: value for key, value in flat.items() if key in known and key not in _HARMLESS_KEYS}
+        fields = {key: value for key, value in flat.items() if key in _KNOWN_KEYS - _HARMLESS_KEYS}
         # DeepSpec's own model reads RoPE from rope_parameters first, then from the older pair of keys.
         fields.update({key: flat[key] for key in ("rope_theta", "rope_scaling") if flat.get(key) is not None})
         with clean_errors(source):
