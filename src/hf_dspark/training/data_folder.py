@@ -87,6 +87,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} cannot be read ({error!r}). Restore it, or write to a new folder.") from error
     if found != (FORMAT, FORMAT_VERSION):
         raise DataError(f"{path} is of format {found}; allowed: {(FORMAT, FORMAT_VERSION)}. Use the version of hf-dspark that wrote it.")
+    if missing := {"target", "held_out"} - manifest.keys():
+        raise DataError(f"{path} lacks {sorted(missing)}. Restore it, or write to a new folder.")
     return manifest
 
 

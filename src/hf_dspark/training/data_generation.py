@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 import time
@@ -17,7 +16,7 @@ from hf_dspark.errors import DataError
 from hf_dspark.training.configuration import DataSettings
 from hf_dspark.training.data_folder import ResponseFolder, target_fingerprint
 from hf_dspark.training.dialogues import ChatTemplate, Dialogue, SelfPrompts
-from hf_dspark.training.prompts import Prompt, prompt_key
+from hf_dspark.training.prompts import Prompt, digest, prompt_key
 from hf_dspark.training.row_sampler import Request, RowSampler
 from hf_dspark.utils.tokens import eos_token_ids
 
@@ -35,7 +34,7 @@ def make_folder(path: Path, model: PreTrainedModel, template: ChatTemplate, sett
             "fingerprint": target_fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "vocab_size": model.config.get_text_config(decoder=True).vocab_size,
-            "template": _digest(template.source),
+            "template": digest(template.source),
         },
         "sampling": {
             "temperatures": list(settings.temperatures),
@@ -151,7 +150,7 @@ class ResponseMaker:
                 waiting.append(prompt)
                 self._keys.add(prompt.key)
             seen.add(prompt.id)
-        waiting.sort(key=lambda prompt: _digest(f"{self.settings.seed}/{prompt.id}"))
+        waiting.sort(key=lambda prompt: digest(f"{self.settings.seed}/{prompt.id}"))
         count = self.settings.self_prompts
         self._numbers = deque(number for number in range(count) if self.selves.id(number) not in done)
         self.total = self.done + len(waiting) + count
@@ -178,7 +177,7 @@ class ResponseMaker:
     def _answer(self, prompt: Prompt) -> None:
         """Queue the first answer to a prompt, if it is short enough."""
         s = self.settings
-        temperature = s.temperatures[int(_digest(f"{s.seed}/{prompt.id}/temperature"), 16) % len(s.temperatures)]
+        temperature = s.temperatures[int(digest(f"{s.seed}/{prompt.id}/temperature"), 16) % len(s.temperatures)]
         dialogue = Dialogue(prompt, self.template, temperature)
         ids = dialogue.open()
         if ids and len(ids) <= s.max_prompt_tokens:
@@ -237,8 +236,3 @@ class ResponseMaker:
             self.folder.skip(prompt.id, reason)
         else:
             self.skipped[reason] += 1
-
-
-def _digest(text: str) -> str:
-    """A short digest of a text, the same on every machine."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_dspark.errors import DataError
 from hf_dspark.training.configuration import SHORTEST_SELF_PROMPT, DataSettings, Opening
-from hf_dspark.training.prompts import Message, Prompt, prompt_key
+from hf_dspark.training.prompts import Message, Prompt, digest, prompt_key
 from hf_dspark.training.row_sampler import Request
 
 
@@ -156,7 +155,7 @@ class SelfPrompts:
     def __init__(self, template: ChatTemplate, settings: DataSettings, stop: frozenset[int]) -> None:
         self.template, self.settings, self._stop = template, settings, stop
         recipe = [settings.seed, settings.self_temperature, settings.self_tokens, [asdict(opening) for opening in settings.openings]]
-        self.name = "self-" + hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+        self.name = "self-" + digest(json.dumps(recipe), 8)
         self._special = frozenset(template.tokenizer.all_special_ids)
 
     def id(self, number: int) -> str:

@@ -35,7 +35,7 @@ class Prompt:
     @cached_property
     def id(self) -> str:
         """The same for the same content in every file and run."""
-        return self.name or hashlib.sha256(json.dumps([self.text, self.messages]).encode()).hexdigest()[:20]
+        return self.name or digest(json.dumps([self.text, self.messages]), 20)
 
     @cached_property
     def turns(self) -> tuple[str, ...]:
@@ -67,10 +67,15 @@ class PromptRow(NamedTuple):
     text: str | None = None
 
 
+def digest(text: str, digits: int = 16) -> str:
+    """The first digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
 def prompt_key(turns: Iterable[str]) -> str:
     """A digest of the turns of a user, normalised."""
     texts = [" ".join(unicodedata.normalize("NFKC", turn).casefold().split()) for turn in turns]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    return digest(json.dumps(texts))
 
 
 def read_prompts(name: str, limit: int | None = None) -> list[Prompt]:
