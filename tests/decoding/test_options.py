@@ -404,6 +404,27 @@ def _conversation(target, drafter, cache_of, **options):
         yield inputs, out
 
 
+def test_a_cache_that_was_filled_under_inference_mode_goes_on_outside():
+    """Turn one under `torch.inference_mode()`, turn two not, and the other way round."""
+    w = world()
+    for modes in ((True, False), (False, True)):
+        inputs, cache = w.inputs(1), None
+        for mode in modes:
+            with torch.inference_mode(mode):
+                out = speculate(w.target, w.drafter, inputs, past_key_values=cache, return_dict_in_generate=True)
+            assert torch.equal(out.sequences, plain(w.target, inputs))
+            cache, inputs = out.past_key_values, left_padded([[*out.sequences[0].tolist(), 30, 31]])
+
+
+def test_the_same_single_token_with_the_same_cache_again():
+    """A prompt that the cache holds altogether is read again, however short."""
+    w = world()
+    cache, prompt = DynamicCache(config=w.target.config), left_padded([[7]])
+    for _ in range(3):
+        out = speculate(w.target, w.drafter, prompt, max_new_tokens=1, past_key_values=cache)
+        assert torch.equal(out, plain(w.target, prompt, max_new_tokens=1))
+
+
 def _tokens_read(target):
     """A list that gathers how many tokens each pass of the target reads, and its hook."""
     sizes: list[int] = []

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
 import hf_dspark
-from hf_dspark import errors
+from hf_dspark import BindingError, errors
 from tests.helpers import (
     World,
     left_padded,
@@ -189,6 +189,21 @@ def test_two_threads_on_one_target(other, implementation):
     _together(speculating, otherwise)
     assert target.config._attn_implementation == implementation
     assert not any(layer._forward_hooks for layer in target.model.layers)
+
+
+def test_a_drafter_that_is_decoding_is_not_bound_to_another_target():
+    """It would go on with the other one's embeddings and head; afterwards it may be."""
+    w, second = make_world(talking_target()), talking_target(loudness=3.0)
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            with pytest.raises(BindingError, match=r"decoding for another target right now.*second drafter"):
+                speculate(second, w.drafter, w.inputs(1))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    text = speculate(w.target, w.drafter, w.inputs(3), stopping_criteria=[Asks()])
+    assert torch.equal(text, plain(w.target, w.inputs(3)))
+    assert torch.equal(speculate(second, w.drafter, w.inputs(1)), plain(second, w.inputs(1)))
 
 
 def test_one_drafter_in_two_threads():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -109,3 +110,37 @@ def test_a_soft_capped_target_caps_the_base_logits(raw: bool) -> None:
     drafter, h = tiny_drafter(target, raw_embeddings=raw), torch.randn(HIDDEN)
     logits = target.lm_head.weight @ h
     torch.testing.assert_close(drafter.base_logits(h), logits if raw else 3.0 * torch.tanh(logits / 3.0))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_offloaded_embeddings_are_what_they_are_in_memory(raw: bool) -> None:
+    """Weights that accelerate keeps elsewhere are embedded raw, or scaled as Gemma scales them, exactly as before."""
+    target = tiny_target("gemma3")
+    drafter = tiny_drafter(target, raw_embeddings=raw)
+    taps, anchors = torch.randn(1, 6, 2 * HIDDEN), (torch.tensor([[5, 9]]), torch.tensor([[2, 5]]))
+    with torch.no_grad():
+        expected = drafter.training_hidden(taps, *anchors)
+        accelerate.cpu_offload(target)
+        assert target.get_input_embeddings().weight.device.type == "meta"
+        torch.testing.assert_close(drafter.training_hidden(taps, *anchors), expected)
+
+
+def test_the_next_call_sees_weights_that_were_synced_through_data() -> None:
+    """Policy updates and weight syncs write through `.data`, which leaves no trace on the tensor; the copied rows follow all the same."""
+    target, prompt = tiny_llama(), torch.tensor([[5, 6, 7]])
+    drafter, h = tiny_drafter(target, draft_token_ids=torch.arange(0, 20)), torch.randn(HIDDEN)
+    target.generate(prompt, assistant_model=drafter, max_new_tokens=2)
+    target.lm_head.weight.data.copy_(torch.randn_like(target.lm_head.weight))
+    target.generate(prompt, assistant_model=drafter, max_new_tokens=2)
+    torch.testing.assert_close(drafter.base_logits(h), target.lm_head.weight[:20] @ h)
+
+
+def test_a_drafter_that_drafted_under_inference_mode_can_be_trained() -> None:
+    """What it keeps between calls is no inference tensor."""
+    target = tiny_llama()
+    drafter, h = tiny_drafter(target, draft_token_ids=torch.arange(0, 20)), torch.randn(HIDDEN, requires_grad=True)
+    with torch.inference_mode():
+        target.generate(torch.tensor([[5, 6, 7]]), assistant_model=drafter, max_new_tokens=4)
+    logits = drafter.base_logits(h)
+    drafter.values_at(logits, torch.tensor(4)).backward()
+    torch.testing.assert_close(h.grad, target.lm_head.weight[4].detach())

@@ -62,8 +62,10 @@ class RowCache:
                 buffer[layout.rows, :, layout.positions] = new
 
     def _grown(self, old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        # Zeros, not empty: a masked key has weight 0, and 0 * NaN would still be NaN.
-        new = like.new_zeros(self._row_capacity, like.shape[1], self._capacity, like.shape[2])
+        # Zeros, not empty: a masked key has weight 0, and 0 * NaN would still be NaN. Also where a call runs under inference mode the next
+        # turn, which writes here too, may not.
+        with torch.inference_mode(False):
+            new = torch.zeros(self._row_capacity, like.shape[1], self._capacity, like.shape[2], dtype=like.dtype, device=like.device)
         if old is not None:
             new[: old.shape[0], :, : old.shape[2]] = old
         return new

@@ -174,7 +174,7 @@ def stock_loop(target: PreTrainedModel, drafter: DSparkDrafter, options: Options
 
     token = _FACTORY.set(candidates)
     try:
-        with _dispatching(target), taps.open():
+        with drafter.decoding_for(target), _dispatching(target), taps.open():
             yield
     finally:
         _FACTORY.reset(token)

@@ -102,7 +102,7 @@ def generate_batch(
     state = State(target.device, limit=max_length + drafter.config.block_size + 1)
     known = resume(cache, drafter, state, texts[0]) if whole else 0
     loop = DecodingLoop(target, drafter, started(budget, model, drafter, options.sample), options, rules, state)
-    with target.open():
+    with drafter.decoding_for(model), target.open():
         loop.join(range(batch), texts, None if masks is None else list(masks.to(target.device)), known)
         loop.run()
     if streamer is not None:

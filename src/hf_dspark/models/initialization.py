@@ -20,9 +20,9 @@ def copy_last_layers(target: PreTrainedModel, drafter: nn.Module) -> list[str]:
     theirs = next((m for name in ("layers", "h") if isinstance(m := getattr(decoder, name, None), nn.ModuleList)), None)
     copied: list[str] = []
 
-    def copy_into(name: str, weight: torch.Tensor | None) -> None:
+    def copy_into(name: str, weight: object) -> None:
         own = drafter.get_parameter(name)
-        if weight is not None and weight.is_floating_point() and weight.shape == own.shape and weight.device.type != "meta":
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape == own.shape and weight.device.type != "meta":
             own.copy_(weight)
             copied.append(name)
 

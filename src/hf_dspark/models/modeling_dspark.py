@@ -6,7 +6,10 @@ target, V_draft of the drafter, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.configuration_dspark import DSparkConfig, check_block_size
-from hf_dspark.errors import UnboundDrafterError
+from hf_dspark.errors import BindingError, UnboundDrafterError
 from hf_dspark.models.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
 from hf_dspark.models.backbone_gemma4 import Gemma4Layer, Gemma4Norm
 from hf_dspark.models.heads import ConfidenceHead, SequentialHead, build_head
@@ -26,6 +29,9 @@ from hf_dspark.models.mask_token import mask_token_for
 from hf_dspark.models.pretrained import DSparkPreTrainedModel
 from hf_dspark.models.target_embeddings import TargetEmbeddings, check_carried, check_fit, input_output_embeddings
 from hf_dspark.models.vocabulary import DraftVocabularyMixin, check_draft_ids
+
+_LOCK = threading.Lock()
+_DECODING: weakref.WeakKeyDictionary[DSparkDrafter, int] = weakref.WeakKeyDictionary()  # calls that run with a drafter
 
 
 class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
@@ -130,8 +136,9 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
     def bind(self, target: PreTrainedModel) -> DSparkDrafter:
         """Use a target's embedding and head from now on, after checking that drafter and target fit.
 
-        Binding again to the same target does nothing. Embeddings that scale (Gemma) are used through the target's own module, so the
-        drafter gets what the target gets.
+        Every call of `generate` binds. Binding again to the same target takes in what was written to its head since, also through `.data`
+        (weight syncs, merged adapters). Embeddings that scale (Gemma) are used through the target's own module, so the drafter gets what
+        the target gets.
 
         Args:
             target (`PreTrainedModel` or a PEFT wrapper): the causal LM to draft for.
@@ -139,12 +146,18 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
             `DSparkDrafter`: itself.
         Raises:
             BindingError: listing everything that does not fit; also if the copies of embedding or head in the drafter's checkpoint differ
-                from the target's.
+                from the target's, and while it decodes for another target.
         """
         embedding, head = input_output_embeddings(target)
         current = self._target_embeddings
         if current is not None and current.embedding is embedding and current.head is head:
+            current.refresh()
             return self
+        if _DECODING.get(self):
+            raise BindingError(
+                f"This drafter is decoding for another target right now ({type(self.target).__name__}, in another thread or further up), "
+                "and would go on with this target's embeddings. Load a second drafter for this target, or wait."
+            )
         check_fit(self.config, self.draft_token_ids, target, embedding)
         check_carried(self._carried, target, embedding, head, self.draft_token_ids)
         self._carried = {}
@@ -152,6 +165,18 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
             self.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
         self._target_embeddings = TargetEmbeddings(target, embedding, head, raw=self.config.raw_embeddings)
         return self
+
+    @contextmanager
+    def decoding_for(self, target: PreTrainedModel) -> Iterator[None]:
+        """Bound to this target for as long as this is open, in any number of threads; `bind` refuses others meanwhile."""
+        with _LOCK:
+            self.bind(target)
+            _DECODING[self] = _DECODING.get(self, 0) + 1
+        try:
+            yield
+        finally:
+            with _LOCK:
+                _DECODING[self] -= 1
 
     @property
     def bound(self) -> bool:

@@ -6,10 +6,11 @@ import logging
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,6 +37,7 @@ class TargetEmbeddings:
         self.raw = raw
         self.softcap = None if raw else getattr(target.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         self._reduced: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None] | None = None
+        self._stale = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TargetEmbeddings:
         return self
@@ -47,12 +49,15 @@ class TargetEmbeddings:
         """Embeddings of `ids` `(...)`: `(..., d)`, scaled as the target scales them unless they are raw."""
         # Through the module, not its weight: some families scale inside it (Gemma), adapters and offloading wrap it.
         with torch.no_grad():
-            weight = getattr(self.embedding, "weight", None)
-            if weight is not None and weight.device.type != "meta":
-                ids = ids.to(weight.device)
-                if self.raw and weight.is_floating_point():
-                    return F.embedding(ids, weight)
-            return self.embedding(ids)
+            weight = weight_of(self.embedding)
+            if weight is None or weight.device.type != "meta":
+                ids = ids if weight is None else ids.to(weight.device)
+                raw = self.raw and weight is not None and weight.is_floating_point()
+                return F.embedding(ids, cast(torch.Tensor, weight)) if raw else self.embedding(ids)
+            if not self.raw:
+                return self.embedding(ids)
+            with align_module_device(self.embedding):  # offloaded: the weight comes for as long as this is open
+                return F.embedding(ids.to(self.embedding.weight.device), cast(torch.Tensor, self.embedding.weight))
 
     def logits(self, h: torch.Tensor, draft_ids: torch.Tensor | None) -> torch.Tensor:
         """Soft-capped logits of `h` `(..., d)`, at the draft ids or, without them, at all: `(..., V_draft)`."""
@@ -69,7 +74,7 @@ class TargetEmbeddings:
             # Quantized heads and heads with hooks get the dtype that the target's own layers give them.
             target = self.target()
             h = h if target is None else h.to(target.dtype)
-            weight = getattr(head, "weight", None)
+            weight = weight_of(head)
             if weight is not None and weight.device.type != "meta":
                 h = h.to(weight.device, weight.dtype if weight.is_floating_point() else None)
             logits = head(h)
@@ -77,14 +82,26 @@ class TargetEmbeddings:
                 logits = logits.index_select(-1, draft_ids.to(logits.device))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def refresh(self) -> None:
+        """Copy the head's rows again when they are next needed: what was written to its weight through `.data` has left no trace."""
+        self._stale = True
+
     def _rows(self, weight: torch.Tensor, bias: torch.Tensor | None, draft_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Copied once, not every round; again if the target's head moved or was written to.
+        # Copied once a binding, not every round; again if the target's head moved or was written to.
         version = -1 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device, draft_ids.data_ptr(), len(draft_ids))
-        if self._reduced is None or self._reduced[0] != key:
-            ids = draft_ids.to(weight.device)
-            self._reduced = (key, weight[ids], None if bias is None else bias[ids])
+        if self._reduced is None or self._stale or self._reduced[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # kept over calls, of which others may need gradients
+                ids = draft_ids.to(weight.device)
+                self._reduced = (key, weight[ids], None if bias is None else bias[ids])
+            self._stale = False
         return self._reduced[1], self._reduced[2]
+
+
+def weight_of(module: nn.Module) -> torch.Tensor | None:
+    """The module's weight; None where it has none or hides it behind a method, as dynamically quantized layers do."""
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
 
 
 def input_output_embeddings(target: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -131,7 +148,7 @@ def check_fit(config: DSparkConfig, draft_token_ids: torch.Tensor | None, target
             check_tapped_layers(config.target_layer_ids, text.num_hidden_layers)
         except ValueError as error:
             wrong.append(f"taps: {error}")
-    weight = getattr(embedding, "weight", None)
+    weight = weight_of(embedding)
     if weight is not None and weight.is_floating_point() and weight.dim() == 2:
         rows, width = weight.shape
         if width != config.hidden_size and width != text.hidden_size:
@@ -181,7 +198,7 @@ def check_carried(
         record = carried.get(key)
         if record is None:
             continue
-        weight = getattr(module, "weight", None)
+        weight = weight_of(module)
         if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
             logger.warning("The target's %s is quantized or offloaded and could not be compared with the checkpoint's copy.", key)
             continue

@@ -74,9 +74,10 @@ class DraftVocabularyMixin:
         version = -1 if self.d2t.is_inference() else self.d2t._version
         key = (self.d2t.data_ptr(), version, self.d2t.device)
         if self._draft_vocabulary is None or self._draft_vocabulary[0] != key:
-            draft_ids = torch.arange(len(self.d2t), device=self.d2t.device)
-            target_ids = self.d2t + draft_ids
-            inverse = torch.full((self.config.vocab_size,), -1, device=self.d2t.device).scatter_(0, target_ids, draft_ids)
+            with torch.inference_mode(False):  # kept over calls, of which others may need gradients
+                draft_ids = torch.arange(len(self.d2t), device=self.d2t.device)
+                target_ids = self.d2t + draft_ids
+                inverse = torch.full((self.config.vocab_size,), -1, device=self.d2t.device).scatter_(0, target_ids, draft_ids)
             self._draft_vocabulary = (key, target_ids, inverse)
         return self._draft_vocabulary[1:]
 
