@@ -178,8 +178,7 @@ def test_profile_prints_what_it_remembers(capsys, tmp_path, monkeypatch, files):
     record = last_json(capsys.readouterr().out)
     (path,) = (tmp_path / "profiles").iterdir()
     assert record == json.loads(path.read_text(encoding="utf-8"))
-    assert run([*arguments, "--plot", str(tmp_path / "costs.png")]) == 0
-    assert (tmp_path / "costs.png").stat().st_size > 1000
+    assert run(arguments) == 0
     assert json.loads(path.read_text(encoding="utf-8")) == record
     assert "draft" in capsys.readouterr().out
 

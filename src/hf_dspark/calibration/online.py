@@ -29,21 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OnlineState:
-    """Result of a check of the window.
+    """Result of a check of the window."""
 
-    Attributes:
-        seen (`int`): rounds of rows so far.
-        ece (`float`): mean over positions of the window's calibration error, with the temperatures in force until now.
-        excess (`float`): largest calibration error over positions, less what chance would show.
-        drifted (`bool`): whether a position's error is beyond chance.
-        temperatures (`tuple[float, ...]`): in force from now on.
-    """
-
-    seen: int
-    ece: float
-    excess: float
-    drifted: bool
-    temperatures: tuple[float, ...]
+    seen: int  # rounds of rows so far
+    ece: float  # mean over positions of the window's calibration error, with the temperatures in force until now
+    excess: float  # largest calibration error over positions, less what chance would show
+    drifted: bool  # whether a position's error is beyond chance
+    temperatures: tuple[float, ...]  # in force from now on
 
 
 # A window of a few thousand rounds cannot tell temperatures apart that are closer than a fifth.

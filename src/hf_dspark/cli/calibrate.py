@@ -23,7 +23,6 @@ def profile(
     rows: Annotated[int, typer.Option(min=1, max=64, help="Largest batch to measure; 1, 2, 4 .. up to it are.")] = 32,
     sample: Annotated[bool, typer.Option("--sample", help="Rounds that draw tokens, instead of greedy ones.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what is stored.")] = False,
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw the times to this file (.png).")] = None,
     json: opt.Json = False,
     **options: Any,
 ) -> None:
@@ -32,16 +31,12 @@ def profile(
     Without a stored profile they start from a guess and learn from their own rounds. Measure again after the machine has changed.
     """
     from hf_dspark.decoding.profiler import CostProfile
-    from hf_dspark.evaluation.plots import plot_costs
 
     model, _, loaded = opt.chosen(options).load()
     with Console(stderr=True).status("measuring rounds"):
         found = CostProfile.cached(model, loaded, rows=rows, sample=sample, refresh=refresh)
-    record = found.to_json()
-    if plot is not None:
-        plot_costs(record, plot)
     if json:
-        print_json(record)
+        print_json(found.to_json())
         return
     costs, gamma = found.costs(sample), found.block_size
     counts = sorted({1, 2, 3, 1 + (gamma + 1) // 2, 1 + gamma})

@@ -27,20 +27,13 @@ class AcceptanceCounts:
     """What happened to the drafts of one row, or of many rows added up.
 
     Source: paper sections 3.1 and 4 (accepted length, conditional acceptance). Differs: no.
-
-    Args:
-        rounds: verification rounds (draft, verify, accept); the prefill is not one.
-        drafted: tokens drafted.
-        verified: drafted tokens sent to the target, the sum of l_r.
-        accepted: for each block position k, the rounds in which token k was accepted.
-        reached: for each block position k, the rounds in which token k was verified and tokens 1..k-1 were accepted.
     """
 
-    rounds: int
+    rounds: int  # verification rounds (draft, verify, accept); the prefill is not one
     drafted: int
-    verified: int
-    accepted: tuple[int, ...]
-    reached: tuple[int, ...]
+    verified: int  # drafted tokens sent to the target, the sum of l_r
+    accepted: tuple[int, ...]  # for each block position k, the rounds in which token k was accepted
+    reached: tuple[int, ...]  # for each block position k, the rounds in which token k was verified and tokens 1..k-1 were accepted
 
     @classmethod
     def of(cls, rows: Iterable[RowStats]) -> AcceptanceCounts:

@@ -1,4 +1,4 @@
-"""Plots of load benchmarks, calibrations and cost profiles, from their JSON records. Needs matplotlib."""
+"""Plots of load benchmarks and calibrations, from their JSON records. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -60,18 +60,6 @@ def plot_reliability(record: Mapping[str, Any], folder: Path) -> None:
                 _line(axes, ((p["predicted"], p["observed"]) for p in part[when]["reliability"][k]), when, bold=bold)
             axes.set(title=f"k = {k + 1}", xlim=(0, 1), ylim=(0, 1), xlabel="predicted", ylabel="" if k else "observed survival")
         _save(figure, folder / f"reliability{name}.png")
-
-
-def plot_costs(record: Mapping[str, Any], path: Path) -> None:
-    """Draws the measured times of rounds by tokens in the pass, one line for each number of rows, from a profile's JSON."""
-    figure, (axes,) = _figure(6, 4)
-    for mode, table in record["tables"].items():
-        for rows, costs in table.items():
-            context, column = next(iter(costs["verify_s"].items()))
-            points = sorted((int(rows) * int(n), 1e3 * seconds) for n, seconds in column.items())
-            _line(axes, points, f"{rows} rows, {context} tokens each, {mode}", bold=True)
-    axes.set(xlabel="tokens in the pass", ylabel="milliseconds, draft left out")
-    _save(figure, path)
 
 
 def _line(axes: Axes, points: Iterable[tuple[float, float]], label: str, *, bold: bool) -> None:

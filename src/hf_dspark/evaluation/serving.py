@@ -16,32 +16,24 @@ from transformers import LogitsProcessor, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from hf_dspark.budgets.budget import Budget, RoundCallback
+from hf_dspark.budgets.budget import Budget
 from hf_dspark.decoding.loop import DecodingLoop, Rules
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.row_processors import RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.statistics import DecodingStats
-from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target, check_length
 
 
 @dataclass(frozen=True)
 class Served:
-    """What came out in one run of a `Server`.
+    """What came out in one run of a `Server`."""
 
-    Attributes:
-        tokens (`list[list[int]]`): new tokens of each request so far, in the order they were given; empty for those that never began.
-        emitted (`int`): new tokens of all requests while the clock ran.
-        seconds (`float`): on the clock.
-        stats (`DecodingStats`): of the loop while the clock ran, of the requests that were live then; `t_total_s` equals `seconds`.
-    """
-
-    tokens: list[list[int]]
-    emitted: int
-    seconds: float
-    stats: DecodingStats
+    tokens: list[list[int]]  # new ones of each request so far, in the order they were given; empty for those that never began
+    emitted: int  # new tokens of all requests while the clock ran
+    seconds: float  # on the clock
+    stats: DecodingStats  # while the clock ran, of the requests that were live then
 
 
 class Server:
@@ -54,7 +46,8 @@ class Server:
         max_new_tokens (`int` or `list[int]`): of each request.
         budget (`Budget`): started.
         end_ids (`list[int]`): that end a request; the one met is kept.
-        temperature, top_p, seed, round_callback, copying, verification: as in `generate`; temperature 0 is greedy.
+        temperature, top_p, seed: as in `generate`; temperature 0 is greedy.
+        options: `round_callback`, `copying` and `verification`, as in `Options`.
     """
 
     def __init__(
@@ -70,9 +63,7 @@ class Server:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        round_callback: RoundCallback | None = None,
-        copying: bool = True,
-        verification: str = DEFAULT_VERIFICATION,
+        **options: Any,
     ) -> None:
         self.count = len(prompts)
         new = [max_new_tokens] * self.count if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -82,16 +73,10 @@ class Server:
         warpers: list[LogitsProcessor] = [] if temperature in (0.0, 1.0) else [TemperatureLogitsWarper(temperature)]
         warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         criteria = [EosTokenCriteria(list(end_ids))] if end_ids else []
-        options = Options(
-            block_size=1 if drafter is None else drafter.config.block_size,
-            copying=copying,
-            verification=verification,
-            generator=torch.Generator(device=target.device).manual_seed(seed),
-            round_callback=round_callback,
-            sample=temperature > 0,
-        )
+        gamma, generator = 1 if drafter is None else drafter.config.block_size, torch.Generator(device=target.device).manual_seed(seed)
+        how = Options(block_size=gamma, generator=generator, sample=temperature > 0, **options)
         rules = Rules(RowProcessors(warpers, self.count), RowStopping(criteria, self.count, limits))
-        self.loop = DecodingLoop(target, drafter, budget, options, rules)
+        self.loop = DecodingLoop(target, drafter, budget, how, rules)
         self.concurrency = concurrency
         self._ids = [torch.tensor(list(prompt), device=target.device) for prompt in prompts]
         self._waiting = 0
