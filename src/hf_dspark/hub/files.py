@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,6 +22,9 @@ from transformers.utils.hub import extract_commit_hash
 
 from hf_dspark.errors import CheckpointError, HubError
 from hf_dspark.utils.hashing import file_sha256
+
+if TYPE_CHECKING:
+    import torch
 
 # What a broken connection raises: the HTTP library behind huggingface_hub has had several names.
 TransportError = cast(type[Exception], HfHubHTTPError.__bases__[0])
