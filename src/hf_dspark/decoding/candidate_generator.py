@@ -29,6 +29,7 @@ from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.profiler import started
 from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
 from hf_dspark.decoding.state import State
+from hf_dspark.errors import UnsupportedOptionError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.taps import Taps
 
@@ -74,6 +75,11 @@ class DSparkCandidateGenerator(CandidateGenerator):
         budget = make_budget(drafter.budget if options.budget is None else options.budget, options.max_verify_tokens)
         self.budget = started(budget, target, drafter, do_sample)
         self.processors = RowProcessors(logits_processor, 1)
+        if self.processors.in_order:
+            raise UnsupportedOptionError(
+                "This target is decoded by transformers' assisted loop, which also calls logits processors for tokens that it rejects, "
+                "and one of them is not known to keep no state (its name is in the warning). Declare it: `stateless = True` on its class."
+            )
         self.taps = Taps(target, drafter.config.target_layer_ids)
         self.block_size = check_block_size(options.block_size, drafter.config.block_size)
         self.copy_weights = copy_weights_of(drafter.config, options.copying)

@@ -187,7 +187,7 @@ class DecodingLoop:
                 length=proposal.length,
                 sample=self.options.sample,
                 processors=None
-                if not processors
+                if not processors.for_drafts
                 else DraftProcessors(processors, state, rows or range(state.num_rows), self.drafter, self.target.vocab_size),
                 with_confidence=self.budget.needs_confidence or self.callback is not None,
                 generator=self.options.generator,
@@ -223,6 +223,8 @@ class DecodingLoop:
         """Which tokens stand, by the target's distributions after the user's processors, which are returned too, `(T, V)`."""
         if self.rules.processors.needs_ids and block.block_size:
             self.state.write_draft(block.tokens)
+        if self.rules.processors.in_order:
+            return self.accept_in_order(logits, block)
         scores = self.process(logits, [(place, j) for place, count in enumerate(layout.counts) for j in range(count)])
         if not self.options.sample:
             return accept_greedy(scores.argmax(-1), block, layout), scores
@@ -288,6 +290,20 @@ class DecodingLoop:
         if self.rules.processors:
             return self.rules.processors(logits.to(self.state.device, torch.float32, copy=True), self.state, positions)
         return logits.to(self.state.device, torch.float32 if self.options.sample else None)
+
+    def accept_in_order(self, logits: torch.Tensor, block: DraftBlock) -> tuple[Verdict, torch.Tensor]:
+        """The same for one row whose processors may keep state: each is called once for every token that stands, as in a plain call.
+
+        The target's token is drawn, and the draft goes on as long as it holds the same one.
+        """
+        stopping, scores, tokens = self.rules.stopping, list[torch.Tensor](), list[torch.Tensor]()
+        for j in range(len(logits)):
+            scores.append(self.process(logits[j : j + 1], [(0, j)]))
+            tokens.append(draw(scores[j].softmax(-1), self.options.generator) if self.options.sample else scores[j].argmax(-1))
+            ended = stopping.kept(torch.stack(tokens, dim=1), torch.full_like(tokens[j], j + 1), self.state)[1]
+            if j == block.block_size or bool(ended) or stopping.reads_text or not torch.equal(tokens[j], block.tokens[:, j]):
+                break
+        return Verdict(accepted=torch.full_like(tokens[0], len(tokens) - 1), next_token=tokens[-1]), torch.cat(scores)
 
     def settle(
         self,

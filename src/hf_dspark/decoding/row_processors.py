@@ -6,7 +6,8 @@ at one length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from transformers.generation import logits_process as lp
 
 from hf_dspark.decoding.state import State
 from hf_dspark.errors import UnsupportedOptionError
+from hf_dspark.utils.logging import warn_once
+
+logger = logging.getLogger(__name__)
 
 # Look at one distribution alone, whatever its vocabulary: also fit for a reduced draft vocabulary.
 _ANY_VOCABULARY = (
@@ -57,6 +61,10 @@ class RowProcessors:
         batch_size (`int`): rows of the caller's batch, for processors that are bound to a row.
     Raises:
         UnsupportedOptionError: for processors that cannot be honoured exactly.
+
+    Attributes:
+        in_order (`bool`): some may keep state, so they are to be called for committed tokens only, one at a time.
+        for_drafts (`RowProcessors`): those that drafts may be shaped by.
     """
 
     def __init__(self, processors: Sequence[lp.LogitsProcessor], batch_size: int) -> None:
@@ -67,8 +75,21 @@ class RowProcessors:
                         f"{type(processor).__name__} cannot be used with speculative decoding: {why}. Call generate "
                         "without `assistant_model`, or without the option that adds this processor."
                     )
+        unknown = [p for p in processors if not _is_stateless(p)]
+        for processor in unknown:
+            name = type(processor).__name__
+            warn_once(
+                logger,
+                f"{name} is not known to keep no state. In a batch of one it is called for committed tokens only, one at a time, as in a "
+                f"plain call, and drafts are made without it; in larger batches it is refused if a call changes it. If it keeps no state, "
+                f"say so and it is fast: {name}.stateless = True.",
+            )
         self._processors = list(processors)
         self._batch_size = batch_size
+        # Those of one row that may keep state see committed tokens only; those of several are watched.
+        self.in_order = bool(unknown) and batch_size == 1
+        self._watched = [] if self.in_order else unknown
+        self.for_drafts = RowProcessors([p for p in processors if p not in unknown], 1) if self.in_order else self
         self._penalties: dict[tuple[int, int], lp.LogitsProcessor] = {}
         self.needs_ids = any(type(p) not in _NO_IDS for p in processors)
         self.any_vocabulary = all(type(p) in _ANY_VOCABULARY for p in processors)
@@ -120,7 +141,16 @@ class RowProcessors:
             return self._penalty_of_row(processor, row)(ids, scores)
         # Bound to its place in the batch, or unknown: show it the whole batch with this row's ids everywhere, read this
         # row's answer.
-        return processor(ids.expand(self._batch_size, -1), scores.repeat(self._batch_size, 1))[row : row + 1]
+        before = _contents(processor) if processor in self._watched else None
+        answer = processor(ids.expand(self._batch_size, -1), scores.repeat(self._batch_size, 1))[row : row + 1]
+        if before is not None and _contents(processor) != before:
+            name = type(processor).__name__
+            raise UnsupportedOptionError(
+                f"{name} changed as it was called, so it keeps a state, and cannot follow the rows of a batch of {self._batch_size}: they "
+                f"do not advance in step here. Use batch size 1, or declare {name}.stateless = True if what changes is no more than a "
+                "memory of answers."
+            )
+        return answer
 
     def _penalty_of_row(self, processor: lp.RepetitionPenaltyLogitsProcessor, row: int) -> lp.LogitsProcessor:
         """The repetition penalty as one row has it: on a padded batch it holds every row's padding, which it ignores."""
@@ -131,6 +161,24 @@ class RowProcessors:
         if key not in self._penalties:
             self._penalties[key] = lp.RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding[row : row + 1])
         return self._penalties[key]
+
+
+def _is_stateless(processor: lp.LogitsProcessor) -> bool:
+    """Whether a call depends on its arguments alone: transformers' own classes (what does not is refused), and what is declared so."""
+    return type(processor).__module__.startswith("transformers.") or bool(getattr(processor, "stateless", False))
+
+
+def _contents(processor: lp.LogitsProcessor) -> dict[str, Any]:
+    """What a call may change, in a form to compare: numbers and texts, lengths of containers, identities and versions of tensors."""
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, (int, float, str, bytes, bool, type(None))):
+            return value
+        if isinstance(value, torch.Tensor):
+            return id(value), 0 if value.is_inference() else value._version
+        return id(value), len(value) if isinstance(value, Sized) else 0
+
+    return {name: seen(value) for name, value in getattr(processor, "__dict__", {}).items()}
 
 
 class DraftProcessors:
@@ -147,6 +195,7 @@ class DraftProcessors:
     """
 
     def __init__(self, processors: RowProcessors, state: State, places: Sequence[int], drafter: Any, vocab_size: int) -> None:
+        processors = processors.for_drafts
         self._processors, self._state, self._drafter, self._vocab_size = processors, state, drafter, vocab_size
         self._places = list(places)
         self._index = torch.tensor(self._places).to(state.device, non_blocking=True) if processors.needs_ids else None
