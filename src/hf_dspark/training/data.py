@@ -6,7 +6,7 @@ import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,6 @@ def epoch_batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: 
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     rng.shuffle(batches)
     return batches
-
-
-def ordered_batches(rows: Sequence[ResponseRow], *, batch_size: int) -> Iterator[list[ResponseRow]]:
-    """Batches of all rows in order of length, for evaluation."""
-    ordered = sorted(rows, key=len)
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
 
 
 def collate(rows: Sequence[ResponseRow]) -> Batch:

@@ -22,7 +22,7 @@ from hf_dspark.errors import CheckpointError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.training.blocks import cut_blocks
 from hf_dspark.training.configuration import LossWeights, TrainingConfig
-from hf_dspark.training.data import Batch, can_train, collate, epoch_batches, ordered_batches
+from hf_dspark.training.data import Batch, can_train, collate, epoch_batches
 from hf_dspark.training.losses import BlockObjective, LossResult, Tally, weight_totals
 from hf_dspark.training.optimizer import MasterOptimizer, gathered
 from hf_dspark.training.processes import Processes, shard
@@ -296,7 +296,9 @@ class Trainer:
         tallies: dict[str, Tally] = {}
         self.drafter.eval()
         weights = self.config.loss_weights_at(1.0)
-        for number, chunk in enumerate(ordered_batches(rows, batch_size=self.config.batch_size)):
+        ordered, size = sorted(rows, key=len), self.config.batch_size
+        for number, start in enumerate(range(0, len(ordered), size)):
+            chunk = ordered[start : start + size]
             generator = self.generator("evaluation", number)
             result = self.batch_loss(collate(chunk), num_anchors=self.config.evaluation_anchors, generator=generator, weights=weights)
             keys = [("all", f"T={row.temperature:g}", f"{row.source} T={row.temperature:g}") for row in chunk]
