@@ -6,6 +6,8 @@ Source: maximum likelihood of a two-part mixture by expectation-maximisation (De
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hf_dspark.configuration_dspark import COPY_FEATURES, COPY_RELATIONS
 
@@ -58,31 +60,23 @@ def fit_copy_confidence(features: np.ndarray, survived: np.ndarray) -> list[list
     """
     own = np.zeros(features.shape[1] - 1)
     own[COPY_FEATURES.index("confidence")] = 1.0
-    table = []
-    for relation in range(len(COPY_RELATIONS)):
-        of_it = features[:, 0] == relation
-        x, y = features[of_it, 1:].astype(np.float64), survived[of_it].astype(np.float64)
-        table.append([float(w) for w in _regressed(x, y, own)])
-    return table
+    relations = [features[:, 0] == relation for relation in range(len(COPY_RELATIONS))]
+    return [_regressed(features[of_it, 1:], survived[of_it], own) for of_it in relations]
 
 
-def _regressed(x: np.ndarray, y: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Weights of a logistic regression, pulled towards `start`, by Newton's method; the loss is convex and every step lowers it."""
+@torch.enable_grad()
+def _regressed(features: np.ndarray, survived: np.ndarray, own: np.ndarray) -> list[float]:
+    """Weights of a logistic regression, pulled towards `own`; the loss is convex."""
+    x, y, start = (torch.from_numpy(values.astype(np.float64)) for values in (features, survived, own))
+    weights = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
-    def loss(weights: np.ndarray) -> float:
-        z = x @ weights
-        return float((np.logaddexp(0.0, z) - y * z).sum() + 0.5 * _RIDGE * np.square(weights - start).sum())
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        fit = binary_cross_entropy_with_logits(x @ weights, y, reduction="sum")
+        total = fit + 0.5 * _RIDGE * (weights - start).square().sum()
+        total.backward()
+        return total
 
-    weights = start.copy()
-    for _ in range(100):
-        p = 0.5 * (1.0 + np.tanh(0.5 * (x @ weights)))
-        gradient = x.T @ (p - y) + _RIDGE * (weights - start)
-        curvature = (x * (p * (1 - p))[:, None]).T @ x + _RIDGE * np.eye(x.shape[1])
-        step, now = np.linalg.solve(curvature, gradient), loss(weights)
-        share = 1.0
-        while share > 1e-6 and loss(weights - share * step) > now - 0.25 * share * float(gradient @ step):
-            share /= 2
-        if np.abs(share * step).max() < 1e-8 or share <= 1e-6:
-            break
-        weights = weights - share * step
-    return weights
+    optimizer.step(loss)
+    return weights.tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,20 +109,16 @@ def bench(
         """Shows the cells of a concurrency that is done, and writes all so far."""
         for cell in record["cells"]:
             if cell["concurrency"] == record["cells"][-1]["concurrency"]:
-                _say(f"{cell['concurrency']} in flight, {cell['budget']}: {cell['tokens_per_s']:.1f} tokens/s")
+                typer.echo(f"{cell['concurrency']} in flight, {cell['budget']}: {cell['tokens_per_s']:.1f} tokens/s", err=True)
         if json is not None:
             atomic_write_json(json, about | record, indent=1)
 
-    _say(f"{len(names)} contenders at {concurrency} requests in flight; a missing cost profile is measured first")
+    typer.echo(f"{len(names)} contenders at {concurrency} requests in flight; a missing cost profile is measured first", err=True)
     with progress("measuring", (repeats + 1) * len(sizes)) as advance:
         record = about | run(load, concurrencies=sizes, budgets=names, on_turn=lambda: advance(1), on_concurrency=done)
     if plots is not None:
         plot_load(record, plots)
     _print_load(record)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _numbers(text: str) -> list[int]:

@@ -23,7 +23,6 @@ from hf_dspark.budgets.named import make_budget
 from hf_dspark.calibration.online import OnlineCalibration
 from hf_dspark.decoding.profiler import CostProfile, costs_at_hand
 from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, machine_record, round_times
-from hf_dspark.evaluation.prompts import left_padded
 from hf_dspark.evaluation.serving import Server
 from hf_dspark.evaluation.speed import Bench
 from hf_dspark.utils.tokens import eos_token_ids
@@ -145,8 +144,9 @@ class Cell:
         bench, method = self.load.bench, "prompt_lookup" if self.contender.name == LOOKUP else "plain"
         queue = islice(cycle(self.load.prompts), 7 * number, None)
         while self.turn.seconds < self.load.seconds:
-            rows = list(islice(queue, self.concurrency))
-            run = bench.run(method, left_padded(rows, bench.tokenizer.pad_token_id, bench.target.device))
+            rows = {"input_ids": list(islice(queue, self.concurrency))}
+            inputs = bench.tokenizer.pad(rows, padding_side="left", return_attention_mask=True, return_tensors="pt")
+            run = bench.run(method, inputs.to(bench.target.device))
             self.users += [len(row) / run.seconds for row in run.tokens]
             self.turn += run.throughput
 

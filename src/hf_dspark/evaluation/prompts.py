@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from hf_dspark.errors import DataError
 from hf_dspark.training.prompts import read_prompt_rows
@@ -68,11 +66,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[list[int]]:
     """Token ids of each conversation, without padding."""
     return [encode(tokenizer, [conversation])["input_ids"][0].tolist() for conversation in conversations]
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Any]:
-    """Token ids of some length each as `input_ids` and `attention_mask`, `torch.LongTensor` of shape `(batch, longest)`."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
