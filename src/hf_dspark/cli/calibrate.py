@@ -32,9 +32,9 @@ def profile(
     """
     from hf_dspark.decoding.profiler import CostProfile
 
-    model, _, loaded = opt.chosen(options).load()
+    bench = opt.chosen(options).bench()
     with Console(stderr=True).status("measuring rounds"):
-        found = CostProfile.cached(model, loaded, rows=rows, sample=sample, refresh=refresh)
+        found = CostProfile.cached(bench.target, bench.drafter, rows=rows, sample=sample, refresh=refresh)
     if json:
         print_json(found.to_json())
         return
@@ -88,17 +88,18 @@ def calibrate(
     folder = _folder(how.drafter, output)
     paths = [*prompts, *(others or [])]
     texts = read_files(paths, limit)
-    model, tokenizer, drafter = how.load()
+    bench = how.bench()
+    target, drafter = bench.target, bench.drafter
     if drafter.config.confidence_temperatures is not None and not replace:
         raise ValueError(
             f"{how.drafter!r} is calibrated already (temperatures {drafter.config.confidence_temperatures}); a confidence is calibrated "
             "once. Give --replace to fit anew, from confidences before calibration."
         )
-    ids = {name: prompt_ids(tokenizer, rows) for name, rows in texts.items()}
+    ids = {name: prompt_ids(bench.tokenizer, rows) for name, rows in texts.items()}
     fit, judge = ({path.stem: ids[path.stem] for path in group} for group in (prompts, others or []))
     with progress("decoding files", len(texts)) as advance:
         record = run(
-            model, drafter, fit, others=judge, end_ids=eos_token_ids(model), max_new_tokens=how.max_new_tokens,
+            target, drafter, fit, others=judge, end_ids=eos_token_ids(target), max_new_tokens=how.max_new_tokens,
             temperature=how.temperature, top_p=how.top_p, concurrency=concurrency, copying=copying, seed=how.seed,
             on_file=lambda: advance(1),
         )  # fmt: skip

@@ -13,10 +13,7 @@ from hf_dspark.cli.common import computing, load_quietly, pick_device
 from hf_dspark.cli.dataclass_options import take
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from hf_dspark.evaluation.speed import Bench
-    from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 Target = Annotated[str, typer.Option(help="The target: `smollm2` (embedded), a folder or a Hub id.")]
 Drafter = Annotated[str, typer.Option(help="Its drafter: `smollm2-dspark` (embedded), a folder or a Hub id.")]
@@ -63,10 +60,12 @@ class Settings:
         from hf_dspark.evaluation.speed import Sampling
 
         self.sampling = Sampling(self.temperature, self.top_p)
-        make_budget(self.budget or "full")  # a name that is unknown is refused before anything loads
+        make_budget("full" if self.budget is None else self.budget)  # a name that is unknown is refused before anything loads
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DSparkDrafter]:
-        """Target, tokenizer and drafter, without the loaders' own progress bars."""
+    def bench(self, max_verify_tokens: int | None = None) -> Bench:
+        """Target, tokenizer and drafter under these settings, loaded without the loaders' own progress bars."""
+        from hf_dspark.budgets.named import make_budget
+        from hf_dspark.evaluation.speed import Bench
         from hf_dspark.models.loading import load_drafter, load_target, parse_dtype
 
         parse_dtype(self.dtype)
@@ -74,15 +73,7 @@ class Settings:
         with load_quietly(f"{self.target} and {self.drafter}"):
             drafter = load_drafter(self.drafter, **how)  # first: it is small, and often the mistaken one
             target, tokenizer = load_target(self.target, **how)
-        return target, tokenizer, drafter
-
-    def bench(self, max_verify_tokens: int | None = None) -> Bench:
-        """The loaded pair under these settings."""
-        from hf_dspark.budgets.named import make_budget
-        from hf_dspark.evaluation.speed import Bench
-
-        target, tokenizer, drafter = self.load()
-        budget = make_budget(self.budget or drafter.budget, max_verify_tokens)
+        budget = make_budget(drafter.budget if self.budget is None else self.budget, max_verify_tokens)
         return Bench(target, drafter, tokenizer, self.sampling, self.max_new_tokens, budget, self.copying, self.verification, self.seed)
 
 
