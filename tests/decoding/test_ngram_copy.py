@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dspark import CheckpointError, DSparkDrafter
 from hf_dspark.cache.kv_cache import RowCache
@@ -20,6 +22,24 @@ from tests.searched import agreed, searched
 from tests.tiny import VOCAB, tiny_drafter, tiny_target
 
 WEIGHTS = [0.1, 0.3, 0.5, 0.9]
+
+
+def test_copies_on_an_accelerator_take_two_bytes_a_place_and_length() -> None:
+    """No tensor of the search is larger than a byte for each row, place and length of a copy; a meta device stands for the accelerator."""
+    rows, width, lengths, largest = 4, 1000, 32, 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view:
+                largest = max(largest, out.numel() * out.element_size())
+            return out
+
+    ids, ends = torch.zeros(rows, width, dtype=torch.long, device="meta"), torch.full((rows, 1), width, device="meta")
+    with Sizes():
+        Copies(ids, ends, ends[:, 0], [0.5] * lengths, 4)
+    assert rows * width * lengths <= largest <= 1.1 * rows * width * lengths
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["step by step", "at once"])

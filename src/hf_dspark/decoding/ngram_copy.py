@@ -78,13 +78,13 @@ class Copies:
         return self._suffixes_step_by_step() if self.ids.device.type == "cpu" else self._suffixes_at_once()
 
     def _suffixes_at_once(self) -> torch.Tensor:
-        """In R W M bytes: no host has to hear whether a match is left."""
-        back = torch.arange(self.longest, device=self.ids.device)
+        """In 2 R W (M + 1) bytes: no host has to hear whether a match is left."""
+        back = torch.arange(self.longest, -1, -1, device=self.ids.device)  # the last one differs from everything: it ends the longest run
         last = self.ids.gather(1, (self.ends - 1 - back).clamp(min=0))
-        last = torch.where((back < self.ends) & (last >= 0), last, -2)
-        before = torch.nn.functional.pad(self.ids, (self.longest - 1, 0), value=-3).unfold(1, self.longest, 1).flip(-1)
-        differ = torch.nn.functional.pad(before != last[:, None], (0, 1), value=True)
-        return differ.view(torch.uint8).argmax(-1)
+        last = torch.where((back < self.ends) & (back < self.longest) & (last >= 0), last, -2)
+        # Views of the ids, oldest first; what is turned round is one byte a token.
+        before = torch.nn.functional.pad(self.ids, (self.longest, 0), value=-3).unfold(1, self.longest + 1, 1)
+        return (before != last[:, None]).flip(-1).view(torch.uint8).argmax(-1)
 
     def _suffixes_step_by_step(self) -> torch.Tensor:
         """One token further back at a time, as long as anything matches: mostly a few steps."""

@@ -57,7 +57,8 @@ class TargetEmbeddings:
             if not self.raw:
                 return self.embedding(ids)
             with align_module_device(self.embedding):  # offloaded: the weight comes for as long as this is open
-                return F.embedding(ids.to(self.embedding.weight.device), cast(torch.Tensor, self.embedding.weight))
+                weight = cast(torch.Tensor, self.embedding.weight)
+                return F.embedding(ids.to(weight.device), weight)
 
     def logits(self, h: torch.Tensor, draft_ids: torch.Tensor | None) -> torch.Tensor:
         """Soft-capped logits of `h` `(..., d)`, at the draft ids or, without them, at all: `(..., V_draft)`."""
@@ -153,7 +154,7 @@ def check_fit(config: DSparkConfig, draft_token_ids: torch.Tensor | None, target
         rows, width = weight.shape
         if width != config.hidden_size and width != text.hidden_size:
             wrong.append(f"embedding width: the drafter needs {config.hidden_size}, the target's is {width}")
-        if config.mask_token_id >= rows:
+        if (config.mask_token_id or 0) >= rows:
             wrong.append(f"mask token id {config.mask_token_id}: the target's embedding has rows 0..{rows - 1} only")
     if getattr(target.config, "is_encoder_decoder", False):
         wrong.append("kind of model: the target is an encoder-decoder, a drafter needs a decoder-only language model")

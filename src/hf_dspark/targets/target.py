@@ -17,6 +17,7 @@ from hf_dspark.cache.layout import RowLayout
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.targets.ragged_attention import PREFIX, RaggedCache, RaggedPass, active_pass, ragged_attention
 from hf_dspark.targets.taps import Taps
+from hf_dspark.targets.uncompiled import uncompiled
 from hf_dspark.utils.compat import CACHE
 
 # Layers whose state cannot be rolled back, or whose attention pattern the ragged pass does not reproduce.
@@ -55,7 +56,7 @@ class Target:
     @contextmanager
     def open(self) -> Iterator[Target]:
         """Attention follows rows and taps are caught until this is left."""
-        with ragged_attention(self.model), self.taps.open():
+        with uncompiled(self.model), ragged_attention(self.model), self.taps.open():
             yield self
 
     def forward(self, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +162,8 @@ def _finding(model: Any) -> _Finding:
     key = (attention, model.dtype, str(model.device), model.training)
     known = _FOUND.setdefault(model, {})
     if key not in known:
-        known[key] = _examine(model, config)
+        with uncompiled(model):
+            known[key] = _examine(model, config)
     return known[key]
 
 
