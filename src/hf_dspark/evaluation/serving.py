@@ -22,6 +22,7 @@ from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.row_processors import RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.statistics import DecodingStats
+from hf_dspark.evaluation.speed import synchronize
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target, check_length
 
@@ -114,12 +115,13 @@ class Server:
                 out_of_time = seconds is not None and self._clock - before >= seconds
                 if out_of_time or (tokens is not None and self.emitted >= tokens) or (steady and self.exhausted):
                     break
-            times = loop.watch.read()
-        loop.stats.set_times(times)
-        self._clock = before + times["total"]
+            synchronize(loop.target.device)
+            spent = time.perf_counter() - start  # before the watch is read, which takes time on a device
+        loop.stats.set_times(loop.watch.read() | {"total": spent})
+        self._clock = before + spent
         self._counted.update({request: row.generated for request, row in loop.stats.by_request.items()})
         answers = [self._answer(request) for request in range(self.count)]
-        return Served(answers, sum(row.generated for row in loop.stats.rows), times["total"], loop.stats)
+        return Served(answers, sum(row.generated for row in loop.stats.rows), spent, loop.stats)
 
     def _answer(self, request: int) -> list[int]:
         """New tokens of a request so far."""

@@ -211,9 +211,7 @@ def evaluate(
         the overall figures at the top, then `files` with those of each file, `settings` and `machine`.
     """
     bench.warm_up(bench.inputs(next(iter(prompt_files.values()))[:batch_size]))
-    files = {name: Measured() for name in prompt_files}
-    overall = Measured()
-    turn = 0
+    files, overall, turn = {name: Measured() for name in prompt_files}, Measured(), 0
     for name, conversations in prompt_files.items():
         for first in range(0, len(conversations), batch_size):
             inputs = bench.inputs(conversations[first : first + batch_size])
