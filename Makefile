@@ -5,23 +5,29 @@
 #   make check         ruff and mypy
 #   make format        let ruff rewrite the code
 #   make test-oldest   all tests on the oldest supported transformers
+#   make test-newest   all tests on the newest
 #   make setup         only the virtual environment
 #   make clean         remove environments and caches
 #
-# Variables to override: PYTHON, VENV, TORCH_SPEC, TORCH_CPU_INDEX, OLDEST_TRANSFORMERS, TEST_THREADS, TEST_PROCESSES, PYTEST_ARGS, DEMO_ARGS.
+# Variables to override: PYTHON, VENV, TORCH_SPEC, TORCH_CPU_INDEX, TRANSFORMERS, OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS, TEST_THREADS, TEST_PROCESSES, PYTEST_ARGS, DEMO_ARGS.
 # To use an environment of your own: make check VENV=/path/to/venv STAMP=
 
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
+NEWEST_VENV ?= .venv-newest
 STAMP ?= $(VENV)/.hf-dspark-ready
 OLDEST_STAMP ?= $(OLDEST_VENV)/.hf-dspark-ready
+NEWEST_STAMP ?= $(NEWEST_VENV)/.hf-dspark-ready
 PY = $(VENV)/bin/python
 
 # Without an NVIDIA GPU the CPU build of torch is installed, first, so that nothing else pulls the CUDA build (several GB).
 TORCH_SPEC ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# The newest with which a released peft can add adapters.
+TRANSFORMERS ?= transformers==5.23.*
 OLDEST_TRANSFORMERS ?= transformers==5.17.*
+NEWEST_TRANSFORMERS ?= transformers==5.24.*
 # The models in the tests are tiny: threads that wait for each other cost more than they give, the more so beside other work. Processes do
 # better; a file's tests stay in one of them, and share what they load.
 TEST_THREADS ?= 1
@@ -32,7 +38,7 @@ PYTEST_ARGS ?=
 PARALLEL = $(if $(filter-out 0 1,$(TEST_PROCESSES)),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 DEMO_ARGS ?=
 
-.PHONY: help setup demo test check format test-oldest clean
+.PHONY: help setup demo test check format test-oldest test-newest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -57,11 +63,15 @@ define install
 endef
 
 $(VENV)/.hf-dspark-ready: pyproject.toml hatch_build.py
-	$(call install,$(VENV),)
+	$(call install,$(VENV),'$(TRANSFORMERS)')
 	touch $@
 
 $(OLDEST_VENV)/.hf-dspark-ready: pyproject.toml hatch_build.py
 	$(call install,$(OLDEST_VENV),'$(OLDEST_TRANSFORMERS)')
+	touch $@
+
+$(NEWEST_VENV)/.hf-dspark-ready: pyproject.toml hatch_build.py
+	$(call install,$(NEWEST_VENV),'$(NEWEST_TRANSFORMERS)')
 	touch $@
 
 setup: $(STAMP)
@@ -75,6 +85,9 @@ test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
+test-newest: $(NEWEST_STAMP)
+	@OMP_NUM_THREADS=$(TEST_THREADS) TOKENIZERS_PARALLELISM=false $(NEWEST_VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
 check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -85,5 +98,5 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) .mypy_cache .pytest_cache .ruff_cache build dist
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

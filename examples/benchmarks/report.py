@@ -88,8 +88,14 @@ def render_eval(record: Record) -> str:
     return (
         f"{table(heading, rows)}\n\nPlain, DSpark and prompt lookup in tokens/s; c1..c{gamma}: acceptance given that all before it were "
         f"accepted; {sampling(settings)}, at most {settings['max_new_tokens']} new tokens, batch size {settings['batch_size']}, budget "
-        f"`{settings['budget']}`, target {settings['target_dtype']}, seed {settings['seed']}. {machine(record)}"
+        f"`{settings['budget']}`, target {dtypes(settings)}, seed {settings['seed']}. {machine(record)}"
     )
+
+
+def dtypes(settings: Record) -> str:
+    """The target's dtype, and plain decoding's where that was measured in one of its own."""
+    own, plain = settings["target_dtype"], settings.get("plain_dtype", settings["target_dtype"])
+    return own if plain == own else f"{own} (plain decoding in {plain}, where it is faster)"
 
 
 def render_decoded(record: Record) -> str:

@@ -16,7 +16,11 @@ from hf_dspark.adapters.files import fingerprint, load_adapter, save_adapter
 from hf_dspark.adapters.lora import active_adapters, adapter_names, add_lora, check_choice, merge_adapter, target_pattern
 from hf_dspark.errors import CheckpointError
 from tests.adapters.test_lora import outputs, stir
+from tests.helpers import needs_adapters
 from tests.tiny import tiny_drafter, tiny_llama
+
+pytestmark = needs_adapters
+
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "dspark_adapter.json"}
 

@@ -26,7 +26,11 @@ from hf_dspark.training.configuration import TrainingConfig
 from hf_dspark.training.rows import ResponseRow
 from hf_dspark.training.trainer import Trainer
 from hf_dspark.utils.logging import warn_once
+from tests.helpers import needs_adapters
 from tests.tiny import HIDDEN, VOCAB, tiny_drafter, tiny_llama
+
+pytestmark = needs_adapters
+
 
 HEADS = ["vanilla", "gated", "rnn", "none"]
 

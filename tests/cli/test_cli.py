@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from hf_dspark import load_target
 from hf_dspark.cli import run
+from hf_dspark.utils.hardware import cpu_name
 from hf_dspark.version import __version__
 
 
@@ -153,6 +156,22 @@ def test_a_seed_repeats_the_text(capsys, files):
         texts.append(last_json(capsys.readouterr().out)["results"][0]["text"])
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize(("one", "blocks", "plain", "other"), [(0.5, 2.0, "float32", "bfloat16"), (2.0, 0.5, "bfloat16", "float32")])
+def test_eval_takes_each_method_in_its_own_best_dtype(capsys, tmp_path, monkeypatch, files, one, blocks, plain, other):
+    """On a processor that is faster in bf16 for one token and slower for blocks, or the other way round, plain decoding is not handicapped."""
+    key = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    (tmp_path / "bf16.json").write_text(json.dumps({key: {"1": one, "8": blocks, "32": blocks}}))
+    monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
+    target, tokenizer = load_target(files.target)
+    tokenizer.save_pretrained(tmp_path / "target")
+    target.to(torch.bfloat16).save_pretrained(tmp_path / "target")
+    pair = ["--target", str(tmp_path / "target"), "--drafter", str(files.drafter), "--device", "cpu"]
+    assert run(["eval", *pair, "--prompts", str(files.prompts), "--limit", "1", "--max-new-tokens", "4", "--json"]) == 0
+    record = last_json(capsys.readouterr().out)
+    assert (record["settings"]["plain_dtype"], record["settings"]["target_dtype"]) == (plain, other)
+    assert record["identical_rows"] is None
 
 
 def test_demo_ends_with_the_figures(capsys, files):

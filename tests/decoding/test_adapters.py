@@ -14,8 +14,10 @@ import hf_dspark
 from hf_dspark.adapters.files import load_adapter, save_adapter
 from hf_dspark.adapters.lora import active_adapters, add_lora, merge_adapter, target_pattern
 from tests.adapters.test_lora import stir
-from tests.helpers import NEVER, World, counts, make_world, plain, speculate, talking_target
+from tests.helpers import NEVER, World, counts, make_world, needs_adapters, plain, speculate, talking_target
 from tests.tiny import BOS, EOS, HIDDEN, PAD, VOCAB
+
+pytestmark = needs_adapters
 
 
 def generate(w: World, drafter, rows: int = 4, **options):

@@ -187,7 +187,7 @@ def test_generate_measures_nothing(cache, caplog):
         )
         hook.remove()
         assert torch.equal(out.sequences, plain(target, inputs))
-        assert len(passes) <= 1 + out.stats.rounds + 4  # the prompt's pass, and the self-test's on first use
+        assert len(passes) <= 1 + out.stats.rounds + 8  # the prompt's pass, and the self-test's on first use
         CostProfile.cached(target, drafter, rows=2)
     record = json.loads(profile_path(profile_key(target, drafter)).read_text())
     assert sorted(map(int, record["tables"]["greedy"])) == row_grid(2) == [1, 2]

@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from hf_dspark import UnsupportedOptionError
+from hf_dspark.utils.compat import CACHE, cache_in
 from hf_dspark.utils.logging import warn_once
 from tests.helpers import World, left_padded, make_world, plain, speculate, world
 from tests.tiny import tiny_target
@@ -122,11 +123,8 @@ def test_transformers_own_loop_takes_declared_processors_only() -> None:
 
 
 def _without_positions(forward: Any) -> Any:
-    def without(
-        input_ids: Any = None, attention_mask: Any = None, past_key_values: Any = None, logits_to_keep: Any = 0, **kwargs: Any
-    ) -> Any:
-        return forward(
-            input_ids, attention_mask=attention_mask, past_key_values=past_key_values, logits_to_keep=logits_to_keep, use_cache=True
-        )
+    def without(input_ids: Any = None, attention_mask: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        cache = {CACHE: cache_in(kwargs)}
+        return forward(input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, use_cache=True, **cache)
 
     return without

@@ -13,9 +13,11 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
+from packaging.version import parse
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -195,7 +197,7 @@ def add_lora(
         `DSparkDrafter`: the same drafter.
     Raises:
         ValueError: for a rank, scale, dropout, target or name that cannot be.
-        RuntimeError: for a drafter with an adapter merged in place.
+        RuntimeError: for a drafter with an adapter merged in place, and a peft that is too old for the installed transformers.
     """
     from peft import LoraConfig
 
@@ -212,8 +214,25 @@ def add_lora(
     return drafter
 
 
+def check_peft() -> None:
+    """Refuse adapters where the installed transformers asks for a newer peft than is installed.
+
+    Raises:
+        RuntimeError: with both versions.
+    """
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    have = version("peft")
+    if parse(have) < parse(MIN_PEFT_VERSION):
+        raise RuntimeError(
+            f"Adapters on transformers {version('transformers')} need peft {MIN_PEFT_VERSION} or newer; got peft {have}. Upgrade peft, or, "
+            "as long as it is not released, install 'transformers<5.24'. Everything else works as it is."
+        )
+
+
 def inject(drafter: PreTrainedModel, config: Any, adapter_name: str) -> None:
     """Put an adapter's layers into a drafter and make it the active one; training mode stays as it is."""
+    check_peft()
     training = drafter.training
     with warnings.catch_warnings():
         # PEFT warns of every adapter after the first; several are meant here.

