@@ -33,6 +33,7 @@ from tests.checkpoints.foreign import (
     write,
     zlab,
 )
+from tests.helpers import needs_adapters
 from tests.models.drafting import draft
 from tests.reference import Gemma4Reference
 from tests.tiny import MASK, VOCAB, tiny_drafter, tiny_target
@@ -215,6 +216,7 @@ def test_converted_reduced_vocabulary_holds_the_targets_rows(tmp_path) -> None:
         convert(load(own), tmp_path / "none", "speculators")
 
 
+@needs_adapters
 def test_what_cannot_be_converted_is_refused(tmp_path) -> None:
     """An adapter, a recurrent head behind a slot that does not predict, a folder with files, and a format of no name."""
     target = tiny_target("qwen3")
@@ -231,6 +233,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+@needs_adapters
 def test_written_files_follow_the_umask(tmp_path) -> None:
     """Saved drafters, adapters and conversions can be read by whom the umask lets read."""
     target = tiny_target("qwen3")

@@ -20,6 +20,7 @@ from hf_dspark.errors import CheckpointError, HubError
 from hf_dspark.hub.bundled import bundled_drafter_path
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from tests.adapters.test_lora import stir
+from tests.helpers import needs_adapters
 from tests.loopback_hub import LoopbackHub
 from tests.tiny import tiny_drafter, tiny_target
 
@@ -250,6 +251,7 @@ def test_calibration_for_another_block_size_is_refused(hub) -> None:
         DSparkDrafter.from_pretrained(REPO, calibration="user/drafter")
 
 
+@needs_adapters
 def test_adapter_is_pushed_and_pulled_alone(hub) -> None:
     """The repository holds the adapter's few files; loading it brings the base from its own repository."""
     tiny_drafter(tiny_target()).push_to_hub("user/base")
@@ -262,6 +264,7 @@ def test_adapter_is_pushed_and_pulled_alone(hub) -> None:
     assert same_weights(drafter, DSparkDrafter.from_pretrained("user/adapter"))
 
 
+@needs_adapters
 def test_adapters_and_drafters_do_not_share_a_repository(hub, tmp_path) -> None:
     """An adapter is not pushed over a drafter, nor a drafter over an adapter; and none whose drafter is a folder of this machine."""
     tiny_drafter(tiny_target()).save_pretrained(tmp_path / "base")

@@ -160,7 +160,7 @@ def test_a_seed_repeats_the_text(capsys, files):
 
 @pytest.mark.parametrize(("one", "blocks", "plain", "other"), [(0.5, 2.0, "float32", "bfloat16"), (2.0, 0.5, "bfloat16", "float32")])
 def test_eval_takes_each_method_in_its_own_best_dtype(capsys, tmp_path, monkeypatch, files, one, blocks, plain, other):
-    """On a processor that is faster in bf16 for one token and slower for blocks, or the other way round, plain decoding is not handicapped."""
+    """On a processor that is faster in bf16 for one token and slower for blocks, or the other way round, plain decoding has its own."""
     key = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     (tmp_path / "bf16.json").write_text(json.dumps({key: {"1": one, "8": blocks, "32": blocks}}))
     monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))

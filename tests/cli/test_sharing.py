@@ -10,6 +10,7 @@ from hf_dspark.adapters.lora import add_lora
 from hf_dspark.cli import run
 from hf_dspark.hub.bundled import bundled_drafter_path
 from hf_dspark.models.modeling_dspark import DSparkDrafter
+from tests.helpers import needs_adapters
 from tests.tiny import tiny_drafter, tiny_target
 
 REPO = "user/drafter"
@@ -47,6 +48,7 @@ def test_info_from_the_hub_fetches_no_weights(hub, capsys) -> None:
     assert 0 < hub.sent["model.safetensors"] < 0.2 * size
 
 
+@needs_adapters
 def test_info_of_an_adapter_and_of_nothing(tmp_path, capsys) -> None:
     """An adapter's folder names its base; a folder with neither config nor adapter is one line and exit code 2."""
     add_lora(tiny_drafter(tiny_target()), rank=2).save_pretrained(tmp_path / "adapter")

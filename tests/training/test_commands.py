@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from hf_dspark.cli import run
 from hf_dspark.models.loading import load_drafter, load_target
 from tests.chat import save_chat_target
+from tests.helpers import needs_adapters
 from tests.training.tiny_runs import events, largest_file, write
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,7 @@ def test_a_drafter_is_made_from_prompts_alone(target: Path, trained: Path) -> No
     assert biggest.name == "state.pt"
 
 
+@needs_adapters
 def test_an_adapter_is_made_from_the_drafter(target: Path, data: Path, trained: Path, tmp_path: Path) -> None:
     """finetune leaves an adapter that loads onto its base alone, and drafts."""
     place = ("--target", target, "--drafter", trained / "best", "--data", data, "--output", tmp_path)

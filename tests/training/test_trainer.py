@@ -207,3 +207,52 @@ def test_flat_metrics_number_lists_from_one_and_leave_out_what_is_no_number():
     """Nested records become slash-separated names."""
     record = {"tau": 2, "acceptance": [0.5, None, 0.25], "note": "x", "T=0": {"tau": 1.5}}
     assert flat_metrics("a", record) == {"a/tau": 2.0, "a/acceptance_1": 0.5, "a/acceptance_3": 0.25, "a/T=0/tau": 1.5}
+
+
+def test_a_checkpoint_does_not_read_the_rows(tmp_path):
+    """Its cost does not grow with the data: rows are read where they are trained on, and once when the run begins."""
+
+    class Counted(list):
+        read = 0
+
+        def __iter__(self):
+            for row in super().__iter__():
+                Counted.read += 1
+                yield row
+
+        def __getitem__(self, index):
+            Counted.read += 1
+            return super().__getitem__(index)
+
+    target = tiny_target()
+    trainer = Trainer(tiny_drafter(target), target, Counted(tiny_rows(40)), [], tiny_config(), tmp_path)
+    trainer.train(stop_after=1)
+    Counted.read = 0
+    trainer.checkpoint()
+    assert Counted.read == 0
+
+
+def test_cross_entropy_alone_leaves_the_confidence_head_untouched(tmp_path):
+    """A drafter with a confidence head trains on a loss that has no term for it; the head stays bit-identical."""
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    torch.nn.init.normal_(drafter.confidence_head.proj.weight)
+    before = copy.deepcopy(drafter.confidence_head.state_dict())
+    config = tiny_config(steps=30, ce_end=1.0, total_variation=0.0, confidence=0.0, weight_decay=0.1)
+    Trainer(drafter, target, tiny_rows(), [], config, tmp_path).train()
+    assert all(torch.equal(value, before[name]) for name, value in drafter.confidence_head.state_dict().items())
+    assert sum(losses(tmp_path)[-4:]) < 0.97 * sum(losses(tmp_path)[:4])
+
+
+def test_a_hundred_bfloat16_steps_of_one_row_have_no_spikes(tmp_path):
+    """No loss lies above what the untrained drafter has at worst, and the last ones lie below the first: a spike is a step gone astray."""
+    target = tiny_target().to(torch.bfloat16)
+    drafter = tiny_drafter(target).to(torch.bfloat16)
+    config = tiny_config(steps=100, batch_size=1, learning_rate=2e-3, ce_anneal=0.0)
+    untrained = tiny_config(steps=12, batch_size=1, learning_rate=1e-12, ce_anneal=0.0)
+    Trainer(copy.deepcopy(drafter).bind(target), target, tiny_rows(), [], untrained, tmp_path / "untrained").train()
+    Trainer(drafter, target, tiny_rows(), [], config, tmp_path / "trained").train()
+    trained = losses(tmp_path / "trained")
+    assert len(trained) == 100
+    assert max(trained) < 1.1 * max(losses(tmp_path / "untrained"))
+    assert sum(trained[-12:]) < 0.97 * sum(trained[:12])

@@ -32,6 +32,7 @@ class MasterOptimizer:
         kind (`str`): `"adamw"` or `"muon"`.
         matrices: which of the parameters are Muon's.
         weight_decay (`float`): decoupled.
+        resting: which of the parameters the loss says nothing of; they do not decay either.
         reduce (`Callable`, *optional*): adds a flat float32 tensor up over processes, in place; None where gradients arrive reduced.
     """
 
@@ -42,6 +43,7 @@ class MasterOptimizer:
         kind: str = "adamw",
         matrices: Sequence[nn.Parameter] = (),
         weight_decay: float = 0.0,
+        resting: Sequence[nn.Parameter] = (),
         reduce: Callable[[Tensor], object] | None = None,
     ) -> None:
         self.parameters = list(parameters)
@@ -54,6 +56,8 @@ class MasterOptimizer:
             indices = [i for i, parameter in enumerate(self.parameters) if (id(parameter) in chosen) == muons]
             if indices:
                 self.parts.append((make([self.masters[i] for i in indices], weight_decay), indices))
+        still = {id(parameter) for parameter in resting}
+        self._resting = [master for master, parameter in zip(self.masters, self.parameters, strict=True) if id(parameter) in still]
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -80,6 +84,8 @@ class MasterOptimizer:
         norm: Any = nn.utils.clip_grad_norm_(self.masters, clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(norm):
+            for master in self._resting:
+                master.grad = None
             for optimizer, _ in self.parts:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate

@@ -129,6 +129,7 @@ class Trainer:
             kind=config.optimizer,
             matrices=[p for name, p in self.objective.named_parameters() if p.dim() == 2 and _BACKBONE_MATRIX.search(name)],
             weight_decay=config.weight_decay,
+            resting=[p for name, p in self.objective.named_parameters() if "confidence_head" in name and not config.confidence],
             reduce=torch.distributed.all_reduce if self.processes.count > 1 and not self.sharded else None,
         )
         self.progress = Progress()
