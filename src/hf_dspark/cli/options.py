@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Target = Annotated[str, typer.Option(help="The target: `smollm2` (embedded), a folder or a Hub id.")]
 Drafter = Annotated[str, typer.Option(help="Its drafter: `smollm2-dspark` (embedded), a folder or a Hub id.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device does not compute in it), fp32, bf16, fp16.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; fp32 where the device is slower in it), fp32, bf16, fp16.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 PromptFiles = Annotated[

@@ -30,8 +30,8 @@ DTYPES = {
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
-    """Returns the torch dtype of a name such as `bf16`; `"auto"` (the checkpoint's own) and `"fast"` (that, unless the device does not
-    compute in it) stay strings.
+    """Returns the torch dtype of a name such as `bf16`; `"auto"` (the checkpoint's own) and `"fast"` (that, unless the device is slower
+    in it) stay strings.
 
     Raises:
         ValueError: for a name that is none of these.
@@ -56,7 +56,7 @@ def load_target(
     Args:
         name (`str` or `Path`): bundled name, folder or Hub id.
         dtype (`str` or `torch.dtype`): a torch dtype, a name such as `bf16`, `auto` for the checkpoint's own, or `fast` for that, but
-            float32 where it is bfloat16 and the device does not compute in it (logged once).
+            float32 where it is bfloat16 and the device is slower in it (logged once).
         device (*optional*): where the model goes; where `from_pretrained` leaves it by default (`device_map` spreads it).
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         model_options: passed to `AutoModelForCausalLM.from_pretrained`.
