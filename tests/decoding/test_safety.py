@@ -311,28 +311,28 @@ def test_the_api_installs_by_itself(original):
 
 def test_calls_that_overlap_after_uninstall_do_not_unpatch_each_other(original):
     """The first of two threads to leave `hf_dspark.generate` leaves the second one's patch in place; the last takes it away."""
-    w, inside, leave = world(), threading.Barrier(2), threading.Event()
+    w, inside, leave = world(), threading.Event(), threading.Event()
     outs: list[torch.Tensor] = []
 
-    class Waits(hf_dspark.Budget):
-        def __init__(self, event):
-            self.event = event
+    def call(at_start):
+        class Waits(hf_dspark.Budget):
+            def start(self, *args, **kwargs):
+                at_start()
+                return hf_dspark.make_budget("full")
 
-        def start(self, costs, *, learn_costs):
-            inside.wait(30)  # both calls have patched
-            if self.event is not None:
-                assert self.event.wait(30)
-            return hf_dspark.make_budget("full")
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 98}
+        outs.append(hf_dspark.generate(w.target, w.drafter, **w.inputs(3), budget=Waits(), **options))
 
-    def call(event):
-        budget = Waits(event)
-        outs.append(
-            hf_dspark.generate(w.target, w.drafter, **w.inputs(3), budget=budget, max_new_tokens=24, do_sample=False, eos_token_id=98)
-        )
+    def later():
+        inside.set()
+        assert leave.wait(30)
 
-    second = threading.Thread(target=call, args=(leave,))
-    second.start()
-    call(None)
+    def begin_the_second():
+        second.start()
+        assert inside.wait(30)
+
+    second = threading.Thread(target=call, args=(later,))
+    call(begin_the_second)
     assert hasattr(GenerationMixin._assisted_decoding, "_hf_dspark_original")
     leave.set()
     second.join()
