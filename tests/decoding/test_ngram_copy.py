@@ -50,8 +50,8 @@ def test_copies_are_what_a_search_finds(monkeypatch: pytest.MonkeyPatch, at_once
     if at_once:
         # What runs on other devices than CPUs: taken for one by its name alone.
         class Elsewhere(Copies):
-            def _suffixes_step_by_step(self) -> torch.Tensor:
-                return self._suffixes_at_once()
+            def _suffixes_step_by_step(self, *args: torch.Tensor) -> torch.Tensor:
+                return self._suffixes_at_once(*args)
 
         monkeypatch.setitem(globals(), "Copies", Elsewhere)
     dice = random.Random(0)

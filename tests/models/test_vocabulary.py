@@ -25,12 +25,12 @@ def test_reduced_vocabulary_maps_and_widens() -> None:
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([90, 2, 17, 40])])
 def test_values_at_reads_the_widened_values(ids: torch.Tensor | None) -> None:
-    """A value at a target id is that of the widened distribution, and `outside` for tokens that cannot be proposed."""
+    """A value at a target id is that of the widened distribution, and 0 for tokens that cannot be proposed."""
     drafter = tiny_drafter(tiny_llama(), draft_token_ids=ids)
     values = torch.rand(VOCAB, VOCAB if ids is None else 4)
     everything = torch.arange(VOCAB)
-    found = drafter.values_at(values, everything, outside=-1.0)
-    assert torch.equal(found, drafter.widen(values, fill=-1.0)[everything, everything])
+    found = drafter.values_at(values, everything)
+    assert torch.equal(found, drafter.widen(values)[everything, everything])
 
 
 def test_whole_vocabulary_passes_through() -> None:

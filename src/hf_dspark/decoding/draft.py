@@ -13,13 +13,14 @@ import torch
 from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.calibration.temperature_scaling import calibrated
 from hf_dspark.configuration_dspark import DSparkConfig
-from hf_dspark.decoding.ngram_copy import Copied, Copies, adjusted
+from hf_dspark.decoding.ngram_copy import Copied, Copies, Position, adjusted
 from hf_dspark.decoding.row_processors import DraftProcessors
 from hf_dspark.decoding.sampling import draw_from_logits, exponential_noise
 from hf_dspark.decoding.verify import DraftBlock
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 
+@torch.inference_mode()
 def draft_block(
     drafter: DSparkDrafter,
     anchors: torch.Tensor,
@@ -57,7 +58,7 @@ def draft_block(
     h = drafter.draft_hidden(anchors, starts, cache, length, row_ids)
     chain = _draw_chain(drafter, h, anchors, sample, processors, generator, copies, counted=with_confidence)
     drafted = torch.stack(chain.tokens, dim=1)
-    copied = Copied.join(chain.copied) if chain.copied else None
+    copied = Copied.of_block(copies.prompt_ends, chain.copied) if copies is not None else None
     raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1)) if with_confidence else None
     if raw is not None and copied is not None:
         copied = replace(copied, confidence=raw)
@@ -83,7 +84,7 @@ class _Chain:
     tokens: list[torch.Tensor] = field(default_factory=list)
     draft_ids: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
-    copied: list[Copied] = field(default_factory=list)
+    copied: list[Position] = field(default_factory=list)
 
 
 def _draw_chain(
@@ -111,17 +112,20 @@ def _draw_chain(
         if head is not None:
             latent, state = head.step(previous, h[:, k], state)
             logits = logits + head.project(latent)
-        if sample or processors is not None or copies is not None:
+        if sample or processors is not None:
             logits = logits.float()
         if processors is not None:
             logits = processors.process(logits, k, chain.tokens)
-        drawn = logits.argmax(-1) if noise is None else draw_from_logits(logits, noise[:, k])
-        previous = drafter.to_target_ids(drawn)
+        p_d, best, best_p = None, None, None
         if copies is not None:
-            best = previous if noise is None else drafter.to_target_ids(logits.argmax(-1))
+            p_d = logits.softmax(-1, dtype=torch.float32)
+            best_p, best = p_d.max(-1)
+        drawn = draw_from_logits(logits, noise[:, k]) if noise is not None else logits.argmax(-1) if best is None else best
+        previous = drafter.to_target_ids(drawn)
+        if copies is not None and p_d is not None and best is not None and best_p is not None:
+            best_ids = previous if drawn is best else drafter.to_target_ids(best)
             allowed = None if processors is None else processors.allow(copies.tokens, k)
-            weights = copies.weight if allowed is None else torch.where(allowed, copies.weight, 0.0)
-            copied = _compare(drafter, copies, weights, logits, best, counted=counted)
+            copied = Position.of(copies, best_ids, best_p, drafter.values_at(p_d, copies.tokens), allowed, counted=counted)
             takes = copied.wins if coins is None else coins[:, k] < copied.weights
             previous = torch.where(takes, copied.tokens, previous)
             chain.copied.append(copied)
@@ -131,15 +135,6 @@ def _draw_chain(
         chain.tokens.append(previous)
         chain.logits.append(logits)
     return chain
-
-
-def _compare(
-    drafter: DSparkDrafter, copies: Copies, weights: torch.Tensor, logits: torch.Tensor, best: torch.Tensor, *, counted: bool
-) -> Copied:
-    """One position's copies, `(R,)` each, beside the drafter's own distribution, processed logits `(R, V_draft)`, and its best token."""
-    log_p = logits.log_softmax(-1)
-    p_copy = drafter.values_at(log_p, copies.tokens, outside=float("-inf")).exp()
-    return Copied.beside(copies, weights, copies.tokens == best, log_p.amax(-1), p_copy, counted=counted)
 
 
 def _temperatures(config: DSparkConfig, copies: Copies | None) -> Sequence[float] | None:

@@ -51,13 +51,22 @@ class Copies:
     """
 
     def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, prompt_ends: torch.Tensor, weights: Sequence[float], drafted: int) -> None:
-        self.ids = torch.nn.functional.pad(ids, (0, drafted), value=-1)
+        self.longest, self.width = len(weights), ids.shape[1] + drafted
+        places = torch.arange(self.width + 1, device=ids.device)  # a column more, so that every place has a successor
+        # Negative where nothing is committed: rows that are shorter than others have a scratch behind them.
+        self.ids = torch.nn.functional.pad(ids, (0, drafted + 1)).masked_fill_(places >= lengths, -1)
         self.ends = lengths
         self.prompt_ends = prompt_ends
-        self.weights = torch.tensor([0.0, *weights], dtype=torch.float32).to(ids.device, non_blocking=True)
-        self.longest = len(weights)
-        self.places = torch.arange(self.ids.shape[1], device=ids.device)[None]
-        self.runs = self._suffixes()
+        odds = [w / (1 - w) if w < 1 else float("inf") for w in weights]
+        table = torch.tensor([[0.0, 0.0], *zip(weights, odds, strict=True)], dtype=torch.float32)
+        self.table = table.to(ids.device, non_blocking=True)
+        places = places[:-1]
+        earlier = places < lengths - 1
+        # The longest run, and of these the last, has the largest `run * width + place`; one whose successor is masked has no run.
+        self.places, most = places.expand(len(ids), -1), places + self.longest * self.width
+        self.most = torch.where(earlier & (self.ids[:, 1:] < 0), places, most)
+        score = torch.minimum(torch.add(places, self._suffixes(earlier), alpha=self.width), self.most)
+        self.score = torch.nn.functional.pad(score, (1, 0), value=-1)  # the place before the first one, where no run ends
         self._look()
 
     @classmethod
@@ -73,58 +82,97 @@ class Copies:
         lengths_, ends_ = (torch.tensor(values).to(device, non_blocking=True) for values in (lengths, ends))
         return cls(ids, lengths_[:, None], ends_, weights, drafted)
 
-    def _suffixes(self) -> torch.Tensor:
-        """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M; any number where no earlier match ends."""
-        return self._suffixes_step_by_step() if self.ids.device.type == "cpu" else self._suffixes_at_once()
+    def _suffixes(self, earlier: torch.Tensor) -> torch.Tensor:
+        """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M; 0 outside `earlier` `(R, W)`."""
+        back = self.ends - 1 - torch.arange(self.longest, device=self.ids.device)
+        last = self.ids.gather(1, back.clamp(min=0))
+        last = torch.where((back >= 0) & (last >= 0), last, -2)
+        before = torch.nn.functional.pad(self.ids[:, : self.width], (self.longest - 1, 0), value=-3)
+        search = self._suffixes_step_by_step if self.ids.device.type == "cpu" else self._suffixes_at_once
+        return search(last, before, earlier)
 
-    def _suffixes_at_once(self) -> torch.Tensor:
+    def _suffixes_at_once(self, last: torch.Tensor, before: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
         """In 2 R W (M + 1) bytes: no host has to hear whether a match is left."""
-        back = torch.arange(self.longest, -1, -1, device=self.ids.device)  # the last one differs from everything: it ends the longest run
-        last = self.ids.gather(1, (self.ends - 1 - back).clamp(min=0))
-        last = torch.where((back < self.ends) & (back < self.longest) & (last >= 0), last, -2)
         # Views of the ids, oldest first; what is turned round is one byte a token.
-        before = torch.nn.functional.pad(self.ids, (self.longest, 0), value=-3).unfold(1, self.longest + 1, 1)
-        return (before != last[:, None]).flip(-1).view(torch.uint8).argmax(-1)
+        differ = (before.unfold(1, self.longest, 1) != last.flip(-1)[:, None]).flip(-1)
+        return torch.nn.functional.pad(differ, (0, 1), value=True).view(torch.uint8).argmax(-1) * earlier
 
-    def _suffixes_step_by_step(self) -> torch.Tensor:
+    def _suffixes_step_by_step(self, last: torch.Tensor, before: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
         """One token further back at a time, as long as anything matches: mostly a few steps."""
-        runs, width = torch.zeros_like(self.ids), self.ids.shape[1]
-        agree = self.places < self.ends - 1
-        for back in range(min(self.longest, width)):
-            last = self.ids.gather(1, (self.ends - 1 - back).clamp(min=0))
-            same = (self.ids == last) & (last >= 0) & (self.ends > back)
-            agree = agree & torch.nn.functional.pad(same[:, : width - back], (back, 0))
+        runs, agree = torch.zeros_like(self.places), earlier
+        for back in range(self.longest):
+            first = self.longest - 1 - back
+            agree = agree & (before[:, first : first + self.width] == last[:, back : back + 1])
             if not agree.any():
                 break
-            runs += agree
+            runs = runs + agree
         return runs
 
     def _look(self) -> None:
-        follows = torch.nn.functional.pad(self.ids[:, 1:], (0, 1), value=-1)  # negative at masked tokens, which are never copied
-        earlier = torch.where((self.places < self.ends - 1) & (follows >= 0), self.runs, 0)
-        found = (earlier * self.places.shape[1] + self.places).argmax(1, keepdim=True)  # the longest, and of these the last
-        length = earlier.gather(1, found)
-        self.tokens = self.ids.gather(1, (found + 1).clamp(max=self.ids.shape[1] - 1))[:, 0].clamp(min=0)
-        self.lengths = length[:, 0]
-        self.weight = self.weights[self.lengths]
-        self.from_prompt = found[:, 0] + 1 < self.prompt_ends
-        self.earlier = earlier
+        best, self.found = self.score[:, 1:].max(1)
+        self.lengths = torch.div(best, self.width, rounding_mode="floor")
+        self.tokens = self.ids[:, 1:].gather(1, self.found[:, None])[:, 0].clamp(min=0)  # any id that exists where there is no copy
+        self.weight, self.odds = self.table[self.lengths].unbind(-1)
+
+    @property
+    def from_prompt(self) -> torch.Tensor:
+        """Whether the copy stands before this answer, `(R,)`."""
+        return self.found + 1 < self.prompt_ends
 
     def agreement(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How many earlier places of the last two tokens go on with the copy, and how many do not, `(R,)` each; of the last token alone
         where the two never stood together before.
         """
-        alike = self.earlier >= self.lengths[:, None].clamp(1, _AGREEMENT_LENGTH)
-        agreeing = (alike[:, :-1] & (self.ids[:, 1:] == self.tokens[:, None])).sum(1)
+        alike = self.score[:, 1:] >= self.lengths[:, None].clamp(1, _AGREEMENT_LENGTH) * self.width
+        agreeing = (alike & (self.ids[:, 1:] == self.tokens[:, None])).sum(1)
         return agreeing, alike.sum(1) - agreeing
 
     def extend(self, tokens: torch.Tensor) -> None:
         """Go on behind `tokens`, ids of shape `(R,)`."""
-        self.ids = self.ids.scatter(1, self.ends, tokens[:, None])
-        before = torch.nn.functional.pad(self.runs[:, :-1], (1, 0))
-        self.runs = torch.where(self.ids == tokens[:, None], (before + 1).clamp(max=self.longest), 0)
+        tokens, score = tokens[:, None], self.score[:, 1:]
+        longer = self.score[:, :-1] + (self.width + 1)  # a token more, a place on
+        # Before they are written: the text's own end is no earlier place.
+        torch.where(self.ids[:, :-1] == tokens, longer, self.places, out=score)
+        torch.minimum(score, self.most, out=score)
+        self.ids.scatter_(1, self.ends, tokens)
         self.ends = self.ends + 1
         self._look()
+
+
+@dataclass(frozen=True)
+class Position:
+    """A block position's copies beside what the drafter would draft without them, tensors of shape `(R,)`.
+
+    Attributes:
+        tokens, weights, found: of `Copies`, weights 0 where a processor rules the copy out.
+        best_ids, best: the drafter's most likely token, as target id, and its p_d.
+        p_d: of the copies.
+        wins: whether the copy is the most likely token of the mixture.
+        counts: of `Copies.agreement`, where confidences are asked for.
+    """
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    found: torch.Tensor
+    best_ids: torch.Tensor
+    best: torch.Tensor
+    p_d: torch.Tensor
+    wins: torch.Tensor
+    counts: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def of(
+        cls, copies: Copies, best_ids: torch.Tensor, best: torch.Tensor, p_d: torch.Tensor, allowed: torch.Tensor | None, *, counted: bool
+    ) -> Position:
+        """From what the copies are now; `allowed` where a processor rules some out."""
+        weights, odds = copies.weight, copies.odds
+        if allowed is not None:
+            weights, odds = torch.where(allowed, weights, 0.0), torch.where(allowed, odds, 0.0)
+        # w + (1 - w) p_copy > (1 - w) p_best
+        return cls(copies.tokens, weights, copies.found, best_ids, best, p_d, odds + p_d > best, copies.agreement() if counted else ())
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens, self.weights, self.found, self.best_ids, self.best, self.p_d, self.wins, *self.counts
 
 
 @dataclass(frozen=True)
@@ -153,21 +201,13 @@ class Copied:
     confidence: torch.Tensor | None = None
 
     @classmethod
-    def beside(
-        cls, copies: Copies, weights: torch.Tensor, agrees: torch.Tensor, best: torch.Tensor, p_d: torch.Tensor, *, counted: bool
-    ) -> Copied:
-        """Of the position that copies stand at: tensors of shape `(R,)`; `agrees` where the copy is p_d's most likely token; `counted`
-        where confidences will be read off it.
-        """
-        wins = weights + (1 - weights) * p_d > (1 - weights) * best.exp()
-        relation = torch.where(agrees, _AGREES, torch.where(wins, _WINS, _LOSES)).masked_fill(weights == 0, _NONE)
-        counts = copies.agreement() if counted else (torch.zeros_like(copies.tokens),) * 2
-        return cls(copies.tokens, weights, relation, best, p_d, copies.from_prompt, *counts)
-
-    @classmethod
-    def join(cls, positions: Sequence[Copied]) -> Copied:
-        """Of a block, from its positions."""
-        return cls(*(torch.stack(tensors, dim=1) for tensors in zip(*(p._tensors()[:-1] for p in positions), strict=True)))
+    def of_block(cls, prompt_ends: torch.Tensor, positions: Sequence[Position]) -> Copied:
+        """Of a block, from its positions; `prompt_ends` `(R,)` as in `Copies`."""
+        columns = [torch.stack(column, dim=1) for column in zip(*(p.tensors() for p in positions), strict=True)]
+        tokens, weights, found, best_ids, best, p_d, wins, *counts = columns
+        relation = torch.where(tokens == best_ids, _AGREES, torch.where(wins, _WINS, _LOSES)).masked_fill(weights == 0, _NONE)
+        agreeing, disagreeing = counts or (torch.zeros_like(tokens),) * 2
+        return cls(tokens, weights, relation, best.log(), p_d, found + 1 < prompt_ends[:, None], agreeing, disagreeing)
 
     @property
     def wins(self) -> torch.Tensor:

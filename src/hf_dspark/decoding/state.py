@@ -135,8 +135,10 @@ class State:
         """
         self._reserve(self.num_rows, max(self.lengths) + offset + tokens.shape[1])
         columns = self.lengths_on_device() + torch.arange(offset, offset + tokens.shape[1], device=self.device)
-        places = torch.arange(self.num_rows, device=self.device)[rows]
-        self.ids[places[:, None], columns[rows]] = tokens
+        if isinstance(rows, slice):
+            self.ids[: self.num_rows][rows].scatter_(1, columns[rows], tokens)
+        else:
+            self.ids[rows[:, None], columns[rows]] = tokens
 
     def commit(self, tokens: torch.Tensor, counts: Sequence[int], anchors: torch.Tensor, first: int = 0) -> None:
         """Commit the first `counts[r]` of `tokens[r]` to each row from place `first` on.

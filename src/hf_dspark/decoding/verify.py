@@ -199,23 +199,26 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
 
     o_k, how likely one of the longer ones is, is how far w_k p_t and the distribution of x_{k+1} overlap; nothing at a row's end.
     """
-    overlap = torch.zeros_like(weights)
-    flat, length = layout.padded_index, block.block_size
-    for k in range(1, length):
-        w = weights[:, k - 1 : k]
-        if block.probs is None:
-            overlap[:, k - 1] = w[:, 0] * p_t[flat[:, k], block.tokens[:, k]]
-            continue
-        drawn = block.probs[:, k] if block.places is None else block.probs[block.places, k]
-        reached = w * (p_t[flat[:, k]] if block.draft_ids is None else p_t[flat[:, k, None], block.draft_ids])
-        if block.copied is None:
-            overlap[:, k - 1] = torch.minimum(reached, drawn).sum(-1)
-            continue
-        weight, p_copy = block.copied.weights[:, k], (1 - block.copied.weights[:, k]) * block.copied.p_d[:, k]
-        overlap[:, k - 1] = torch.minimum(reached, (1 - weight)[:, None] * drawn).sum(-1)
-        # The copy is drawn more often than p_d says, one outside the draft vocabulary too.
-        reached = w[:, 0] * p_t[flat[:, k], block.copied.tokens[:, k]]
-        overlap[:, k - 1] += torch.minimum(reached, p_copy + weight) - torch.minimum(reached, p_copy)
+    length = block.block_size
+    w, at = weights[:, :-1], layout.padded_index[:, 1:length]
+    if block.probs is None:
+        overlap = w * p_t[at, block.tokens[:, 1:]]
+    else:
+        copied = None if block.copied is None else block.copied.weights[:, 1:length]
+        drafted = None if copied is None else 1 - copied
+        sums = []
+        for k in range(length - 1):  # position by position, so that two (R, V) are all that exists
+            p_d = block.probs[:, k + 1] if block.places is None else block.probs[block.places, k + 1]
+            p_d = p_d if drafted is None else drafted[:, k, None] * p_d
+            reached = p_t[at[:, k]] if block.draft_ids is None else p_t[at[:, k, None], block.draft_ids]
+            sums.append(torch.minimum(w[:, k, None] * reached, p_d).sum(-1))
+        overlap = torch.stack(sums, dim=1)
+        if block.copied is not None and copied is not None and drafted is not None:
+            # The copy is drawn more often than p_d says, one outside the draft vocabulary too.
+            reached = w * p_t[at, block.copied.tokens[:, 1:length]]
+            p_copy = drafted * block.copied.p_d[:, 1:length]
+            overlap = overlap + torch.minimum(reached, p_copy + copied) - torch.minimum(reached, p_copy)
+    overlap = torch.nn.functional.pad(overlap, (0, 1))
     place = torch.arange(1, length + 1, device=weights.device)
     overlap = torch.where(place < layout.added[:, None] - 1, overlap, 0.0)
     chances = ((weights - overlap) / (1 - overlap)).clamp(0.0, 1.0)

@@ -16,7 +16,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
-    rotate_half,
 )
 
 from hf_dspark.configuration_dspark import DSparkConfig
@@ -25,11 +24,22 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class DSparkRMSNorm(Qwen3RMSNorm):
+    """Qwen3's, in one kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
 class DSparkAttention(Qwen3Attention):
     """Qwen3's projections and norms; the caller computes the attention itself.
 
     Source: paper Eq. 3: the block and the injected context share key and value weights.
     """
+
+    def __init__(self, config: DSparkConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.q_norm, self.k_norm = (DSparkRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
     def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Queries of shape `(..., heads, head_dim)`, normalised and rotated, from `x` of shape `(..., d)`."""
@@ -65,8 +75,8 @@ class DSparkLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = DSparkAttention(config, layer_idx)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = DSparkRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DSparkRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
@@ -145,6 +155,6 @@ def block_attention(
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Apply RoPE to `x` of shape `(..., heads, head_dim)`."""
+    """Apply RoPE to `x` of shape `(..., heads, head_dim)`; the first half of `sin` is negative, so that halves change places by a roll."""
     cos, sin = rope
-    return x * cos + rotate_half(x) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -15,13 +15,20 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.configuration_dspark import DSparkConfig, check_block_size
 from hf_dspark.errors import BindingError, UnboundDrafterError
-from hf_dspark.models.backbone import DSparkAttention, DSparkLayer, DSparkRotaryEmbedding, Rope, block_attention, cached_attention
+from hf_dspark.models.backbone import (
+    DSparkAttention,
+    DSparkLayer,
+    DSparkRMSNorm,
+    DSparkRotaryEmbedding,
+    Rope,
+    block_attention,
+    cached_attention,
+)
 from hf_dspark.models.backbone_gemma4 import Gemma4Layer, Gemma4Norm
 from hf_dspark.models.heads import ConfidenceHead, SequentialHead, build_head
 from hf_dspark.models.initialization import copy_last_layers
@@ -64,7 +71,7 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
             )
         d = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
-        norm, layer = (Gemma4Norm, Gemma4Layer) if config.backbone == "gemma4" else (Qwen3RMSNorm, DSparkLayer)
+        norm, layer = (Gemma4Norm, Gemma4Layer) if config.backbone == "gemma4" else (DSparkRMSNorm, DSparkLayer)
         self.hidden_norm = norm(d, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList([layer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = norm(d, eps=config.rms_norm_eps)
@@ -211,7 +218,7 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
         weight = self.hidden_norm.weight
         return self.hidden_norm(self.fc(taps.to(weight.device, weight.dtype)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def extend_context(self, taps: torch.Tensor, layout: RowLayout, cache: RowCache) -> None:
         """Write keys and values of newly committed tokens into the drafter's cache, in every layer.
 
@@ -411,11 +418,12 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
         return self._require_bound().embed(ids).to(weight.device, weight.dtype)
 
     def _rope(self, x: torch.Tensor, positions: torch.Tensor) -> Rope:
-        """cos and sin with a heads dimension, `(..., 1, head_dim)` from positions of shape `(...,)`."""
+        """cos and sin as `rotate` takes them, with a heads dimension, `(..., 1, head_dim)` from positions of shape `(...,)`."""
         flat = positions.reshape(1, -1)
         cos, sin = self.rotary_emb(x, flat)
+        first, second = sin.chunk(2, dim=-1)
         shape = (*positions.shape, 1, cos.shape[-1])
-        return cos.reshape(shape), sin.reshape(shape)
+        return cos.reshape(shape), torch.cat((-first, second), dim=-1).reshape(shape)
 
 
 AutoConfig.register("dspark", DSparkConfig, exist_ok=True)

@@ -20,8 +20,8 @@ class DraftVocabularyMixin:
 
     config: DSparkConfig
     d2t: torch.Tensor
-    # What d2t was, its target ids `(V_draft,)`, and the draft id of each target id `(V,)`, -1 for none.
-    _draft_vocabulary: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None
+    # What d2t was, its target ids `(V_draft,)`, and of each target id `(V,)` its draft id, 0 for none, and whether there is one, as 1 or 0.
+    _draft_vocabulary: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
@@ -36,23 +36,21 @@ class DraftVocabularyMixin:
         Returns:
             `torch.LongTensor` of the same shape.
         """
-        return draft_ids if self.config.draft_vocab_size is None else draft_ids + self.d2t[draft_ids]
+        return draft_ids if self.config.draft_vocab_size is None else self._draft_maps()[0][draft_ids]
 
-    def values_at(self, values: torch.Tensor, target_ids: torch.Tensor, outside: float = 0.0) -> torch.Tensor:
+    def values_at(self, values: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """Look up values over the draft vocabulary at target ids.
 
         Args:
-            values (`torch.Tensor` of shape `(..., V_draft)`): p_d, or logits.
+            values (`torch.Tensor` of shape `(..., V_draft)`): finite, such as p_d.
             target_ids (`torch.LongTensor` of shape `(...,)`): one a distribution.
-            outside (`float`): value of tokens that the drafter cannot propose.
         Returns:
-            `torch.Tensor` of shape `(...,)`.
+            `torch.Tensor` of shape `(...,)`: 0 for tokens that the drafter cannot propose.
         """
         if self.config.draft_vocab_size is None:
             return values.gather(-1, target_ids[..., None])[..., 0]
-        draft_ids = self._draft_maps()[1].to(values.device)[target_ids]
-        found = values.gather(-1, draft_ids.clamp(min=0)[..., None])[..., 0]
-        return torch.where(draft_ids >= 0, found, outside)
+        _, places, inside = self._draft_maps()
+        return values.gather(-1, places[target_ids][..., None])[..., 0] * inside[target_ids]
 
     def widen(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """Spread values over the draft vocabulary onto the target's.
@@ -69,16 +67,17 @@ class DraftVocabularyMixin:
         wide = values.new_full((*values.shape[:-1], self.config.vocab_size), fill)
         return wide.index_copy_(-1, ids.to(wide.device), values)
 
-    def _draft_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target id of each draft id, and draft id of each target id; computed once a content of `d2t`."""
+    def _draft_maps(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Target id of each draft id, draft id of each target id, and whether it has one; computed once a content of `d2t`."""
         version = -1 if self.d2t.is_inference() else self.d2t._version
         key = (self.d2t.data_ptr(), version, self.d2t.device)
         if self._draft_vocabulary is None or self._draft_vocabulary[0] != key:
             with torch.inference_mode(False):  # kept over calls, of which others may need gradients
                 draft_ids = torch.arange(len(self.d2t), device=self.d2t.device)
                 target_ids = self.d2t + draft_ids
-                inverse = torch.full((self.config.vocab_size,), -1, device=self.d2t.device).scatter_(0, target_ids, draft_ids)
-            self._draft_vocabulary = (key, target_ids, inverse)
+                places = torch.zeros(self.config.vocab_size, dtype=torch.long, device=self.d2t.device).scatter_(0, target_ids, draft_ids)
+                inside = torch.zeros(self.config.vocab_size, device=self.d2t.device).index_fill_(0, target_ids, 1.0)
+            self._draft_vocabulary = (key, target_ids, places, inside)
         return self._draft_vocabulary[1:]
 
 
