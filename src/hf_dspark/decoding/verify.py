@@ -212,7 +212,7 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
             p_d = p_d if drafted is None else drafted[:, k, None] * p_d
             reached = p_t[at[:, k]] if block.draft_ids is None else p_t[at[:, k, None], block.draft_ids]
             sums.append(torch.minimum(w[:, k, None] * reached, p_d).sum(-1))
-        overlap = torch.stack(sums, dim=1)
+        overlap = torch.stack(sums, dim=1) if sums else torch.zeros_like(w)
         if block.copied is not None and copied is not None and drafted is not None:
             # The copy is drawn more often than p_d says, one outside the draft vocabulary too.
             reached = w * p_t[at, block.copied.tokens[:, 1:length]]
