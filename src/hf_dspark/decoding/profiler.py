@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +39,8 @@ FORMAT = 3
 CONTEXTS = (128, 512)
 # Rows that are measured: powers of two; what lies between is read off the line, what lies beyond continues it.
 LARGEST_ROWS = 64
-_REPEATS = 5
+# Turns that shapes are timed over, by rows: rounds of few rows are short, and their ratios decide most.
+_REPEATS = {1: 15, 2: 15, 4: 9, 8: 9}
 _MODES = {False: "greedy", True: "sample"}
 
 
@@ -304,9 +304,10 @@ class _Rounds:
         self.pending: dict[tuple[int, ...], list[torch.Tensor]] = {}  # hidden states that a shape's last round has committed
 
     def time(self, shapes: Sequence[tuple[int, ...]], repeats: int) -> list[tuple[float, float]]:
-        """Median seconds of rounds that verify so many drafted tokens of each row: without their draft, and of their draft.
+        """Seconds of rounds that verify so many drafted tokens of each row: without their draft, and of their draft.
 
         Shapes take turns, so that a moment in which the machine is slow is not taken for the price of one of them; the first turn warms up.
+        Of each the lower quartile counts: what else runs on the machine only adds time.
         """
         times: list[list[tuple[float, float]]] = [[] for _ in shapes]
         for turn in range(repeats + 1):
@@ -314,7 +315,7 @@ class _Rounds:
                 once = self._round(shape)
                 if turn:
                     seconds.append(once)
-        return [(statistics.median(rest for rest, _ in seconds), statistics.median(draft for _, draft in seconds)) for seconds in times]
+        return [tuple(sorted(column)[len(column) // 4] for column in zip(*seconds, strict=True)) for seconds in times]
 
     def _round(self, shape: tuple[int, ...]) -> tuple[float, float]:
         loop = self.loops.get(shape)
@@ -359,7 +360,7 @@ def _measure_rows(target: Target, drafter: DSparkDrafter, rows: int, contexts: S
         widths = sorted({(gamma + 1) // 2, gamma} if first else {gamma}) if rows > 1 else []
         long = [(n, *(0,) * (rows - 1)) for n in widths]
         uneven = [(1,) * n + (0,) * (rows - n) for n in some]
-        found = _Rounds(target, drafter, rows, context, sample).time([*even, *long, *uneven], _REPEATS)
+        found = _Rounds(target, drafter, rows, context, sample).time([*even, *long, *uneven], _REPEATS.get(rows, 5))
         times = iter(found)
         verify[context] = {1 + n: rest for n, (rest, _) in zip((0, *lengths), times, strict=False)}
         if long:
