@@ -225,12 +225,19 @@ def test_the_targets_own_eos_is_used_when_none_is_given():
     assert torch.equal(target.generate(**w.inputs(3), max_new_tokens=24, do_sample=False, assistant_model=w.drafter), expected)
 
 
-def test_long_texts_outgrow_every_buffer():
-    """More new tokens than any buffer starts with, so growing them is covered."""
+@pytest.mark.parametrize("budget", ["full", "static:2"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("processed", [{}, {"repetition_penalty": 1.2}], ids=["", "penalised"])
+def test_long_texts_outgrow_every_buffer(processed, batch, budget):
+    """More new tokens than any buffer starts with, so growing them is covered, by drafts that are written for processors to read too."""
     w = world()
-    options = {"max_new_tokens": 530}
-    inputs = left_padded(w.prompts[:2])
-    assert torch.equal(speculate(w.target, w.drafter, inputs, **options), plain(w.target, inputs, **options))
+    options = {"max_new_tokens": 400, **processed}
+    inputs = left_padded(w.prompts[:batch])
+    w.drafter.budget = budget
+    try:
+        assert torch.equal(speculate(w.target, w.drafter, inputs, **options), plain(w.target, inputs, **options))
+    finally:
+        w.drafter.budget = "full"
 
 
 # ------------------------------------------------------------------------------------------------- drafters and targets

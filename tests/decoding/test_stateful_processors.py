@@ -100,6 +100,29 @@ def test_a_counting_processor_is_refused_in_a_larger_batch(w: World) -> None:
         speculate(w.target, w.drafter, w.inputs(3), logits_processor=[ForcesOnSixthCall()])
 
 
+@pytest.mark.parametrize("place", ["a list of numbers", "an object inside"])
+def test_a_state_further_inside_is_found_too(w: World, place: str) -> None:
+    """A count in a container of fixed length, or in an object that the processor holds."""
+
+    class Inner:
+        __slots__ = ("calls",)
+
+    class Counts(LogitsProcessor):
+        def __init__(self) -> None:
+            self.counts, self.inner = [0, 0, 0], Inner()
+            self.inner.calls = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if place == "a list of numbers":
+                self.counts[1] += 1
+            else:
+                self.inner.calls += 1
+            return scores
+
+    with pytest.raises(UnsupportedOptionError, match="Counts changed as it was called"):
+        speculate(w.target, w.drafter, w.inputs(3), logits_processor=[Counts()])
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_is_declared_stateless_passes_without_a_word(w: World, batch: int, caplog: pytest.LogCaptureFixture) -> None:
     """It may change as it is called, and shapes drafts too."""

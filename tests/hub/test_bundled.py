@@ -202,3 +202,12 @@ def test_bf16_is_measured_once_for_a_processor(monkeypatch, tmp_path):
         assert faster == ("amx_bf16" in flags)
     (gains,) = json.loads((tmp_path / "bf16.json").read_text()).values()
     assert set(gains) == {"1", "8", "32"}
+
+
+@pytest.mark.parametrize("content", ["null", "[1, 2]", "{", '{"another": {}}'])
+def test_a_file_of_measurements_that_cannot_be_read_is_measured_again(monkeypatch, tmp_path, content):
+    """Whatever it holds, the answer is there, and the file is whole afterwards."""
+    monkeypatch.setenv("HF_DSPARK_CACHE", str(tmp_path))
+    (tmp_path / "bf16.json").write_text(content)
+    assert has_bf16(torch.device("cpu")) in (True, False)
+    assert any(set(gains) == {"1", "8", "32"} for gains in json.loads((tmp_path / "bf16.json").read_text()).values())

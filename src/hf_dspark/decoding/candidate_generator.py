@@ -32,6 +32,7 @@ from hf_dspark.decoding.state import State
 from hf_dspark.errors import UnsupportedOptionError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.taps import Taps
+from hf_dspark.targets.uncompiled import uncompiled
 
 
 class DSparkCandidateGenerator(CandidateGenerator):
@@ -121,7 +122,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             with_confidence=self.budget.needs_confidence,
             copies=None if self.copy_weights is None else Copies.of_rows(self.state, None, self.copy_weights, proposal.length),
         )
-        confidence = None if block.confidence is None else block.confidence.cpu()
+        confidence = None if block.confidence is None else block.confidence.cpu().clone()
         length = min(self.budget.plan(Drafts((min(proposal.length, room),), confidence, live))[0], room)
         self._round = FinishedRound((0,), (proposal.length,), (length,), (0,), (length,), confidence)
         if length == 0:
@@ -180,7 +181,7 @@ def stock_loop(target: PreTrainedModel, drafter: DSparkDrafter, options: Options
 
     token = _FACTORY.set(candidates)
     try:
-        with drafter.decoding_for(target), _dispatching(target), taps.open():
+        with uncompiled(target), drafter.decoding_for(target), _dispatching(target), taps.open():
             yield
     finally:
         _FACTORY.reset(token)

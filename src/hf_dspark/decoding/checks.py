@@ -90,6 +90,9 @@ def with_assistant_fields(options: Options, drafter: DSparkDrafter, config: Any)
         for name, unset in _ASSISTANT_FIELDS.items():
             if (value := getattr(source, name, None)) not in (None, unset):
                 given.setdefault(name, value)
+    if "assistant_confidence_threshold" in given and drafter.confidence_head is None:
+        del given["assistant_confidence_threshold"]
+        warn_once(logger, "assistant_confidence_threshold is not followed: this drafter has no confidence head.")
     length, threshold = given.get("num_assistant_tokens"), given.get("assistant_confidence_threshold")
     schedule = given.pop("num_assistant_tokens_schedule", None)
     if schedule is not None:

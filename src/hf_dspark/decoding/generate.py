@@ -91,8 +91,14 @@ def generate_batch(
     whole = batch == 1 and masks is None  # a single row without padding: its cache can be handed over
     if not whole and cache is not None and cache.get_seq_length() > 0:
         raise UnsupportedOptionError("DSpark decoding does not support past_key_values with a padded prompt; leave the padding out.")
+    processors = RowProcessors(logits_processor, batch)
+    if processors.in_order and options.sample and options.round_callback is not None:
+        raise UnsupportedOptionError(
+            "Online calibration cannot sample with logits processors that may keep a state: tokens are accepted by another rule "
+            "then. Declare the processor (its name is in the warning) with `stateless = True`, or leave online_calibration out."
+        )
     rules = Rules(
-        RowProcessors(logits_processor, batch),
+        processors,
         stopping,
         recorder,
         emit=None if streamer is None else lambda request, tokens: streamer.put(tokens.cpu()),

@@ -159,8 +159,9 @@ class DecodingLoop:
 
     def propose(self, live: LiveRows) -> Proposal:
         """What the budget wants drafted, checked."""
-        if self.drafter is None:
-            return Proposal(0)
+        rules = self.rules
+        if self.drafter is None or (rules.processors.in_order and rules.stopping.reads_text):
+            return Proposal(0)  # where processors and criteria may keep a state, every token waits for the one before
         proposal = self.budget.propose(live)
         rows = proposal.rows
         fits = rows is None or (len(rows) > 0 and rows[0] >= 0 and rows[-1] < len(live.room) and all(a < b for a, b in pairwise(rows)))
@@ -202,7 +203,7 @@ class DecodingLoop:
         count = len(live.room)
         if proposal.length == 0:
             return Plan([0] * count, [0] * count)
-        confidence = block.confidence.cpu() if self.budget.needs_confidence and block.confidence is not None else None
+        confidence = block.confidence.cpu().clone() if self.budget.needs_confidence and block.confidence is not None else None
         chosen = None if proposal.rows is None else set(proposal.rows)
         drafted = [proposal.length if chosen is None or r in chosen else 0 for r in range(count)]
         limits = tuple(map(min, drafted, live.room))
@@ -262,7 +263,7 @@ class DecodingLoop:
         """Tell budget and callback of the round that is over, and how long it took."""
         raw = features = None
         if self.callback is not None and block.confidence_logits is not None:
-            raw = block.confidence_logits.cpu()  # the device has been waited for already
+            raw = block.confidence_logits.cpu().clone()  # the device has been waited for already
             if block.copied is not None and self.callback.wants_copy_features:
                 features = block.copied.features().cpu()
         over = FinishedRound(
@@ -301,9 +302,11 @@ class DecodingLoop:
             scores.append(self.process(logits[j : j + 1], [(0, j)]))
             tokens.append(draw(scores[j].softmax(-1), self.options.generator) if self.options.sample else scores[j].argmax(-1))
             ended = stopping.kept(torch.stack(tokens, dim=1), torch.full_like(tokens[j], j + 1), self.state)[1]
-            if j == block.block_size or bool(ended) or stopping.reads_text or not torch.equal(tokens[j], block.tokens[:, j]):
+            stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
+            if bool(ended) or not stands:
                 break
-        return Verdict(accepted=torch.full_like(tokens[0], len(tokens) - 1), next_token=tokens[-1]), torch.cat(scores)
+        # Behind a drafted token that ends the row any other may stand.
+        return Verdict(accepted=torch.full_like(tokens[0], j + stands), next_token=tokens[-1]), torch.cat(scores)
 
     def settle(
         self,

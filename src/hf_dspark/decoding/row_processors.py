@@ -7,9 +7,11 @@ at one length.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Sized
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.generation import logits_process as lp
 
@@ -168,17 +170,25 @@ def _is_stateless(processor: lp.LogitsProcessor) -> bool:
     return type(processor).__module__.startswith("transformers.") or bool(getattr(processor, "stateless", False))
 
 
-def _contents(processor: lp.LogitsProcessor) -> dict[str, Any]:
-    """What a call may change, in a form to compare: numbers and texts, lengths of containers, identities and versions of tensors."""
+def _contents(value: Any, depth: int = 4) -> Any:
+    """What a call may change, in a form to compare: values, contents of containers and of objects, identities and versions of tensors.
 
-    def seen(value: Any) -> Any:
-        if isinstance(value, (int, float, str, bytes, bool, type(None))):
-            return value
-        if isinstance(value, torch.Tensor):
-            return id(value), 0 if value.is_inference() else value._version
-        return id(value), len(value) if isinstance(value, Sized) else 0
-
-    return {name: seen(value) for name, value in getattr(processor, "__dict__", {}).items()}
+    What neither Python nor torch can look into (objects of extensions, closures) passes for unchanged; the warning says so of every class.
+    """
+    if isinstance(value, torch.Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if depth == 0 or isinstance(value, (int, float, str, bytes, type(None), type)):
+        return value if depth else id(value)
+    if isinstance(value, Mapping):
+        return {key: _contents(one, depth - 1) for key, one in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        return [_contents(one, depth - 1) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return set(value)
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    slots = {name: getattr(value, name) for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)}
+    return id(value), _contents({**getattr(value, "__dict__", {}), **slots}, depth - 1)
 
 
 class DraftProcessors:

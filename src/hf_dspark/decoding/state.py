@@ -193,6 +193,8 @@ class State:
         for name in ("ids", "masked_at"):
             old = getattr(self, name)
             if old is not None:
-                new = old.new_zeros(max(rows, have_rows), have)
+                # Processors write drafted ids under inference mode, whatever comes after them without.
+                with torch.inference_mode(False):
+                    new = torch.zeros(max(rows, have_rows), have, dtype=old.dtype, device=old.device)
                 new[:have_rows, : old.shape[1]] = old
                 setattr(self, name, new)

@@ -37,7 +37,7 @@ from hf_dspark.models.pretrained import DSparkPreTrainedModel
 from hf_dspark.models.target_embeddings import TargetEmbeddings, check_carried, check_fit, input_output_embeddings
 from hf_dspark.models.vocabulary import DraftVocabularyMixin, check_draft_ids
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _DECODING: weakref.WeakKeyDictionary[DSparkDrafter, int] = weakref.WeakKeyDictionary()  # calls that run with a drafter
 
 
@@ -160,18 +160,23 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
         if current is not None and current.embedding is embedding and current.head is head:
             current.refresh()
             return self
+        self._check_free()
+        check_fit(self.config, self.draft_token_ids, target, embedding)
+        check_carried(self._carried, target, embedding, head, self.draft_token_ids)
+        with _LOCK:
+            self._check_free()
+            self._carried = {}
+            if not self.config.vocab_size:  # no weight of this drafter depends on it, but transformers reads it
+                self.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
+            self._target_embeddings = TargetEmbeddings(target, embedding, head, raw=self.config.raw_embeddings)
+        return self
+
+    def _check_free(self) -> None:
         if _DECODING.get(self):
             raise BindingError(
                 f"This drafter is decoding for another target right now ({type(self.target).__name__}, in another thread or further up), "
                 "and would go on with this target's embeddings. Load a second drafter for this target, or wait."
             )
-        check_fit(self.config, self.draft_token_ids, target, embedding)
-        check_carried(self._carried, target, embedding, head, self.draft_token_ids)
-        self._carried = {}
-        if not self.config.vocab_size:  # no weight of this drafter depends on it, but transformers reads it
-            self.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
-        self._target_embeddings = TargetEmbeddings(target, embedding, head, raw=self.config.raw_embeddings)
-        return self
 
     @contextmanager
     def decoding_for(self, target: PreTrainedModel) -> Iterator[None]:

@@ -92,10 +92,10 @@ class TargetEmbeddings:
         version = -1 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.device, draft_ids.data_ptr(), len(draft_ids))
         if self._reduced is None or self._stale or self._reduced[0] != key:
+            self._stale = False  # first: what another thread finds stale meanwhile is copied again
             with torch.inference_mode(False), torch.no_grad():  # kept over calls, of which others may need gradients
                 ids = draft_ids.to(weight.device)
                 self._reduced = (key, weight[ids], None if bias is None else bias[ids])
-            self._stale = False
         return self._reduced[1], self._reduced[2]
 
 

@@ -35,9 +35,9 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         return
     warn_once(logger, f"Compiled parts of {type(model).__name__} run eagerly while a drafter drafts for it; the text is the same.")
     with _LOCK:
-        _users += 1
-        if _users == 1:
+        if _users == 0:
             _STANCE.enter_context(torch.compiler.set_stance("force_eager"))
+        _users += 1
     try:
         yield
     finally:

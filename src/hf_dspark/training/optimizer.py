@@ -114,6 +114,8 @@ class MasterOptimizer:
                 f"the checkpoint holds {len(saved)} tensors that do not fit this drafter's {len(self.masters)}; allowed: the same "
                 "architecture. Start in another output folder."
             )
+        if len(state["optimizers"]) != len(self.parts):
+            raise CheckpointError("the checkpoint is of another optimizer; allowed: the same. Start in another output folder.")
         with torch.no_grad():
             for master, value in zip(self.masters, saved, strict=True):
                 master.copy_(_cut_like(value, master))

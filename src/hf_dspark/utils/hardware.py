@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import platform
 import time
 from pathlib import Path
 
 import torch
 
-from hf_dspark.utils.files import atomic_write_json, cache_dir
+from hf_dspark.utils.files import CACHE_VARIABLE, atomic_write_json, cache_dir
+
+_GAIN_TOKENS = (1, 8, 32)
 
 
 def cpu_name() -> str:
@@ -40,8 +43,9 @@ def bf16_gain(tokens: int) -> float:
 
     Takes tens of ms the first time; kept in the cache folder by processor, threads and version of torch.
     """
-    key = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return _bf16_gains(cache_dir() / "bf16.json", key)[str(tokens)]
+    return _bf16_gains(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}", os.environ.get(CACHE_VARIABLE))[
+        tokens
+    ]
 
 
 def plain_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -53,21 +57,23 @@ def plain_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.cache
-def _bf16_gains(path: Path, key: str) -> dict[str, float]:
+def _bf16_gains(key: str, cache: str | None) -> dict[int, float]:
     known: dict[str, dict[str, float]] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
-    if key not in known:
-        known[key] = {str(tokens): _measured_gain(tokens) for tokens in (1, 8, 32)}
-        with contextlib.suppress(OSError):
-            atomic_write_json(path, known)
-    return known[key]
+    with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):  # TypeError: not a mapping; RuntimeError: no home folder
+        known = dict(json.loads((cache_dir() / "bf16.json").read_text(encoding="utf-8")))
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return {tokens: float(known[key][str(tokens)]) for tokens in _GAIN_TOKENS}
+    gains = {tokens: _measured_gain(tokens) for tokens in _GAIN_TOKENS}
+    with contextlib.suppress(OSError, RuntimeError):
+        atomic_write_json(cache_dir() / "bf16.json", known | {key: gains})
+    return gains
 
 
 @torch.inference_mode()
+@torch.autocast("cpu", enabled=False)
 def _measured_gain(tokens: int, width: int = 2048) -> float:
     """Seconds in float32 over seconds in bfloat16, the least of a few of each in turns: a busy moment is not the processor."""
-    weight, states = torch.ones(width, width), torch.ones(tokens, width)
+    weight, states = torch.ones(width, width, device="cpu"), torch.ones(tokens, width, device="cpu")
     pairs = [(weight.to(dtype), states.to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
     least = [float("inf"), float("inf")]
     for turn in range(6):
