@@ -91,12 +91,7 @@ def generate_batch(
     whole = batch == 1 and masks is None  # a single row without padding: its cache can be handed over
     if not whole and cache is not None and cache.get_seq_length() > 0:
         raise UnsupportedOptionError("DSpark decoding does not support past_key_values with a padded prompt; leave the padding out.")
-    processors = RowProcessors(logits_processor, batch)
-    if processors.in_order and options.sample and options.round_callback is not None:
-        raise UnsupportedOptionError(
-            "Online calibration cannot sample with logits processors that may keep a state: tokens are accepted by another rule "
-            "then. Declare the processor (its name is in the warning) with `stateless = True`, or leave online_calibration out."
-        )
+    _check_calibration(options, processors := RowProcessors(logits_processor, batch))
     rules = Rules(
         processors,
         stopping,
@@ -144,6 +139,14 @@ def _check_confidence(budget: Budget, options: Options, drafter: DSparkDrafter) 
         )
     if isinstance(callback, OnlineCalibration):
         callback.check(drafter.config, options.copying, options.verification if options.sample else None)
+
+
+def _check_calibration(options: Options, processors: RowProcessors) -> None:
+    if processors.in_order and options.sample and options.round_callback is not None:
+        raise UnsupportedOptionError(
+            "Online calibration cannot sample with logits processors that may keep a state: tokens are accepted by another rule then. "
+            "Declare the processor (its name is in the warning) with `stateless = True`, or leave online_calibration out."
+        )
 
 
 def _padded(rows: list[FinishedRow], config: GenerationConfig) -> torch.Tensor:
