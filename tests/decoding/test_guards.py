@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import hf_dspark
-from hf_dspark.targets.target import check_target
+from hf_dspark.targets.self_test import check_target
 from tests.tiny import PAD, VOCAB, tiny_drafter, tiny_target
 
 PROMPT = torch.arange(5, 29)[None]

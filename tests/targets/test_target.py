@@ -14,8 +14,9 @@ from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.targets.ragged_attention import PREFIX
+from hf_dspark.targets.self_test import check_length, check_target, self_test
 from hf_dspark.targets.taps import Taps, decoder_layers
-from hf_dspark.targets.target import Target, check_length, check_target, self_test
+from hf_dspark.targets.target import Target
 from hf_dspark.utils.compat import CACHE, cache_in
 from tests.tiny import FAMILIES, VOCAB, tiny_llama, tiny_target
 

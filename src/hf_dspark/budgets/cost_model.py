@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Of `prior_costs`. On a CPU each token adds this share of a pass of one token: in the measured profiles of a model of 135M (bench.json and
-# bench_fp32.json of model_cards/smollm2-dspark/results) 0.019 to 0.024 in bfloat16, and in float32 0.025 of a pass of two.
+# Of `prior_costs`. On a CPU each token adds this share of a pass of one token a row. In the measured profiles of a model of 135M, from one
+# token a row to eight, at 1, 2, 4, 8, 16 rows: 0.022, 0.029, 0.025, 0.019, 0.013 in bfloat16, and 0.111, 0.058, 0.023, 0.016, 0.019 in
+# float32 (bench.json and bench_fp32.json of model_cards/smollm2-dspark/results). Rounds correct it; a profile knows better from the start.
 CPU_TOKEN_SHARE = 0.025
 # On an accelerator a pass is bound by memory up to about the tokens at which computing takes as long as reading the weights: FLOP/s over
 # bytes/s, in bfloat16 150 on an A100 and 300 on an H100.

@@ -150,7 +150,7 @@ def _prepare(run: RunOptions) -> tuple[torch.device, PreTrainedModel, PreTrained
     """Device, target, tokenizer and rows. What can be wrong with the data by itself is found before the target is loaded."""
     from hf_dspark.errors import UnsupportedTargetError
     from hf_dspark.models.loading import load_target, parse_dtype
-    from hf_dspark.targets.target import check_target
+    from hf_dspark.targets.self_test import check_target
     from hf_dspark.training.data import load_data, load_responses
     from hf_dspark.training.memory import keep_freed_memory
     from hf_dspark.training.run_folder import writing

@@ -21,7 +21,7 @@ from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.errors import UnsupportedOptionError, UnsupportedTargetError
 from hf_dspark.integration import patched
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from hf_dspark.targets.target import input_device
+from hf_dspark.targets.model_inputs import input_device
 from hf_dspark.utils.compat import CACHE, cache_in, with_cache_renamed
 from hf_dspark.utils.logging import warn_once
 

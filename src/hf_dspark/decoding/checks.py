@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from hf_dspark.decoding.options import Options
 from hf_dspark.errors import UnsupportedOptionError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from hf_dspark.targets.target import input_device
+from hf_dspark.targets.model_inputs import input_device
 from hf_dspark.utils.compat import CACHE_NAMES, cache_in
 from hf_dspark.utils.hardware import device_name, has_bf16
 from hf_dspark.utils.logging import warn_once

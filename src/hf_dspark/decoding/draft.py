@@ -116,14 +116,15 @@ def _draw_chain(
             logits = logits.float()
         if processors is not None:
             logits = processors.process(logits, k, chain.tokens)
-        p_d, best, best_p = None, None, None
-        if copies is not None:
+        drawn = None if noise is None else draw_from_logits(logits, noise[:, k])
+        if copies is None:
+            drawn = logits.argmax(-1) if drawn is None else drawn
+            previous = drafter.to_target_ids(drawn)
+        else:
             p_d = logits.softmax(-1, dtype=torch.float32)
             best_p, best = p_d.max(-1)
-        drawn = draw_from_logits(logits, noise[:, k]) if noise is not None else logits.argmax(-1) if best is None else best
-        previous = drafter.to_target_ids(drawn)
-        if copies is not None and p_d is not None and best is not None and best_p is not None:
-            best_ids = previous if drawn is best else drafter.to_target_ids(best)
+            best_ids = drafter.to_target_ids(best)
+            drawn, previous = (best, best_ids) if drawn is None else (drawn, drafter.to_target_ids(drawn))
             allowed = None if processors is None else processors.allow(copies.tokens, k)
             copied = Position.of(copies, best_ids, best_p, drafter.values_at(p_d, copies.tokens), allowed, counted=counted)
             takes = copied.wins if coins is None else coins[:, k] < copied.weights

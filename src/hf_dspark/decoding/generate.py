@@ -25,7 +25,8 @@ from hf_dspark.decoding.state import FinishedRow, State
 from hf_dspark.decoding.statistics import DecodingStats
 from hf_dspark.errors import UnsupportedOptionError, UnsupportedTargetError
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from hf_dspark.targets.target import Target, check_length
+from hf_dspark.targets.self_test import check_length
+from hf_dspark.targets.target import Target
 from hf_dspark.utils.compat import CACHE, cache_in
 
 

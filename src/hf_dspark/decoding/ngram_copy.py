@@ -209,11 +209,6 @@ class Copied:
         agreeing, disagreeing = counts or (torch.zeros_like(tokens),) * 2
         return cls(tokens, weights, relation, best.log(), p_d, found + 1 < prompt_ends[:, None], agreeing, disagreeing)
 
-    @property
-    def wins(self) -> torch.Tensor:
-        """Whether the most likely token of the mixture is a copy that p_d does not agree with."""
-        return self.relation == _WINS
-
     def mix(self, p_d: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
         """Probability of the drafted tokens `(R, gamma)` in the mixture, from that in p_d, both `(R, gamma)`."""
         return torch.lerp(p_d, (self.tokens == drafted).to(p_d.dtype), self.weights)

@@ -27,7 +27,8 @@ from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.state import State
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from hf_dspark.targets.target import Target, input_device
+from hf_dspark.targets.model_inputs import input_device
+from hf_dspark.targets.target import Target
 from hf_dspark.utils.files import atomic_write_json, cache_dir
 from hf_dspark.utils.hardware import device_name
 from hf_dspark.utils.logging import warn_once

@@ -24,7 +24,8 @@ from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.statistics import DecodingStats
 from hf_dspark.evaluation.speed import synchronize
 from hf_dspark.models.modeling_dspark import DSparkDrafter
-from hf_dspark.targets.target import Target, check_length
+from hf_dspark.targets.self_test import check_length
+from hf_dspark.targets.target import Target
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.errors import UnsupportedTargetError
-from hf_dspark.utils.compat import CACHE_NAMES
+from hf_dspark.utils.compat import CACHE, CACHE_NAMES
 
 PREFIX = "dspark_ragged_"
 # Above this many new tokens in a row, rows attend one by one: no padding, and no mask at the start of a prompt.
@@ -339,3 +339,27 @@ def ragged_attention(model: nn.Module) -> Iterator[None]:
             if _USERS.get(model, 0) == 0:
                 for config in _attention_configs(model):
                     config._attn_implementation_internal = config._attn_implementation.removeprefix(PREFIX)
+
+
+def ragged_forward(
+    model: Any, ids: torch.Tensor, layout: RowLayout, store: RowCache, only_last: bool, trims: bool, ragged: RaggedPass | None = None
+) -> torch.Tensor:
+    """Logits of one flattened pass, `(T, V)`, or of each row's last token, `(R, V)`; arguments as in `Target.forward`.
+
+    Args:
+        trims (`bool`): the model's forward takes `logits_to_keep`.
+        ragged (`RaggedPass`, *optional*): notes what attention is told; a new one where None.
+    """
+    cache = RaggedCache(store)
+    cache.layout = layout
+    extra = {"logits_to_keep": layout.last} if only_last and trims else {}
+    with active_pass(ragged or RaggedPass(layout)) as ragged:
+        out = model(input_ids=ids[None], position_ids=layout.positions[None], use_cache=True, **{CACHE: cache}, **extra)
+    ragged.check_windows(type(model).__name__)
+    if ragged.attended == 0:
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} does not use transformers' attention interface, so rows of different length cannot share one pass.",
+            one_row_works=True,
+        )
+    logits = out.logits[0]
+    return logits[layout.on(logits.device).last] if only_last and not trims else logits

@@ -16,7 +16,8 @@ from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.loop import check_finite
 from hf_dspark.decoding.prefill import prefill
 from hf_dspark.decoding.state import State
-from hf_dspark.targets.target import Target, check_length
+from hf_dspark.targets.self_test import check_length
+from hf_dspark.targets.target import Target
 
 
 @dataclass
