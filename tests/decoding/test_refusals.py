@@ -75,8 +75,7 @@ def _static(w: World) -> StaticCache:
 
 OPTIONS: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "use_cache=False": (lambda w: {"use_cache": False}, "use_cache=True"),
-    "static cache by name": (lambda w: {"cache_implementation": "static"}, "Static cache"),
-    "static cache object": (lambda w: {"past_key_values": _static(w)}, "Static cache"),
+    "static cache object": (lambda w: {"past_key_values": _static(w)}, "static cache object"),
     "offloaded cache": (lambda w: {"cache_implementation": "offloaded"}, "offloaded cache"),
     "num_return_sequences": (
         lambda w: {"num_return_sequences": 2, "do_sample": True},

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 import hf_dspark
 from hf_dspark.budgets.budget import Budget, Drafts
@@ -124,12 +125,14 @@ def fit_batch(
     return sum(fits[1:], fits[0])
 
 
-def fit_loop(calls: int, warping: Warping, draft: Any, budget: Any, prompts: tuple[Tokens, ...], tokens: int, seed: int = 12) -> Fit:
+def fit_loop(
+    calls: int, warping: Warping, draft: Any, budget: Any, prompts: tuple[Tokens, ...], tokens: int, seed: int = 12, **options: Any
+) -> Fit:
     """Many small calls from one generator: B = the number of prompts."""
     generator = torch.Generator().manual_seed(seed)
     gathered: dict[Tokens, list[Tokens]] = {p: [] for p in prompts}
     for _ in range(calls):
-        drawn = sample(prompts, warping, draft, budget, tokens, generator=generator)
+        drawn = sample(prompts, warping, draft, budget, tokens, generator=generator, **options)
         for prompt, (outcome,) in zip(prompts, drawn, strict=True):
             gathered[prompt].append(outcome)
     fits = [chi_square(d, exact(p, warping, tokens)) for p, d in gathered.items()]
@@ -258,6 +261,25 @@ def test_both_verifications_keep_the_distribution(head: str, verification: str) 
     warping = WARPINGS[2 + HEADS.index(head)]
     drawn = sample((PROMPT,), warping, draft, "threshold:0.5", num_return_sequences=SAMPLES, seed=28, verification=verification)[0]
     assert chi_square(drawn, exact(PROMPT, warping)).p_value > ALARM
+
+
+@pytest.mark.parametrize("verification", ["block", "token"])
+@pytest.mark.parametrize("head", HEADS)
+def test_compiled_rounds_keep_the_distribution(head: str, verification: str) -> None:
+    """Ragged rows in one call, with copies and reduced vocabularies, under a budget that reads confidences, as traced graphs."""
+    draft = drafter(head, reduced=head in ("rnn", "none"), copying=head in ("gated", "rnn"))
+    warping = WARPINGS[2 + HEADS.index(head)]
+    how = {"compile": True, "compile_config": CompileConfig(backend="eager", fullgraph=True), "verification": verification}
+    assert fit_batch(warping, draft, "threshold:0.5", RAGGED, seed=29, **how).p_value > ALARM
+
+
+@pytest.mark.parametrize("dynamic", [None, False], ids=["any size", "buckets"])
+@pytest.mark.parametrize("prompts", [(PROMPT,), RAGGED], ids=["one row", "four rows"])
+def test_compiled_rounds_keep_the_distribution_call_by_call(prompts: tuple[Tokens, ...], dynamic: bool | None) -> None:
+    """B = 1 and B = 4, graphs of any size and of fixed ones."""
+    config = CompileConfig(backend="eager", fullgraph=True, dynamic=dynamic)
+    draft = drafter("vanilla", copying=True)
+    assert fit_loop(CALLS_B1, WARPINGS[1], draft, "full", prompts, 2, seed=15, compile=True, compile_config=config).p_value > ALARM
 
 
 def test_drafts_are_both_accepted_and_rejected() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import torch
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding import verify as verification
 from hf_dspark.decoding.ngram_copy import Copied
-from hf_dspark.decoding.verify import DraftBlock, Verdict, accept_greedy, accept_sampled
+from hf_dspark.decoding.verify import DraftBlock, Verdict, accept_greedy, accept_sampled, judge
 from tests.exact import chi_square
 
 GRID = 48
@@ -54,14 +53,14 @@ def verdicts_over_the_grid(
     """Accepted lengths `(R,)` and distribution of the next token `(R, V)` where `uniforms` decide."""
     seen: list[torch.Tensor] = []
 
-    def keep(weights: torch.Tensor, generator: Any) -> torch.Tensor:
+    def keep(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         seen.append(weights.double())
         return weights.argmax(-1)
 
     with monkeypatch.context() as patch:
         patch.setattr(verification, "draw", keep)
-        patch.setattr(verification.torch, "rand", lambda *args, **kwargs: uniforms)
-        accepted = accept_sampled(p_t, block, layout, None, blockwise=blockwise).accepted
+        u = torch.nn.functional.pad(uniforms.double(), (0, 1))
+        accepted = judge(p_t, block, layout, u, blockwise=blockwise).accepted
     return accepted, seen[0] / seen[0].sum(-1, keepdim=True)
 
 

@@ -42,6 +42,15 @@ class RowCache:
             doubled = max(2 * self._capacity, 64)
             self._capacity = max(length, doubled if self.limit is None else min(doubled, self.limit))
 
+    def grow(self, rows: int, length: int) -> None:
+        """Make all buffers large enough for so many rows and tokens a row, at once."""
+        self._row_capacity = max(self._row_capacity, rows)
+        self.reserve(length)
+        for store in (self.keys, self.values):
+            for layer, buffer in store.items():
+                if buffer.shape[0] < self._row_capacity or buffer.shape[2] < self._capacity:
+                    store[layer] = self._grown(buffer, buffer[:, :, 0])
+
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, layout: RowLayout) -> None:
         """Store the tokens of one flattened pass at their positions.
 
@@ -102,6 +111,22 @@ class RowCache:
         twin.keys, twin.values = dict(self.keys), dict(self.values)
         twin._row_capacity, twin._capacity = self._row_capacity, self._capacity
         return twin
+
+
+class BufferCache(RowCache):
+    """Buffers that somebody else owns and keeps large enough, for functions that are traced once and run with any of them.
+
+    Args:
+        keys, values (`dict[int, torch.Tensor]`): of each layer, `(rows, heads, capacity, head_dim)`.
+    """
+
+    def __init__(self, keys: dict[int, torch.Tensor], values: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, layout: RowLayout) -> None:
+        self.keys[layer][layout.rows, :, layout.positions] = keys
+        self.values[layer][layout.rows, :, layout.positions] = values
 
 
 def order_without(num_rows: int, gone: Sequence[int]) -> list[int]:

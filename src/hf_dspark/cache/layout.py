@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 
@@ -44,15 +45,16 @@ class RowLayout:
         self.max_count = max(self.counts)
         self.max_end = max(s + c for s, c in zip(starts, counts, strict=True))
         self.equal_counts = min(self.counts) == self.max_count
+        self.equal_ends = all(s + c == self.max_end for s, c in zip(starts, counts, strict=True))
         self._twins: dict[torch.device, RowLayout] = {self.device: self}
 
     @property
     def num_rows(self) -> int:
         return len(self.counts)
 
-    @cached_property
-    def first(self) -> list[int]:
-        """Flat index of each row's first token."""
+    @property
+    def firsts(self) -> list[int]:
+        """`first` on the host."""
         return [end - count for end, count in zip(accumulate(self.counts), self.counts, strict=True)]
 
     def on(self, device: torch.device) -> RowLayout:
@@ -63,63 +65,76 @@ class RowLayout:
             twin._twins = self._twins
         return self._twins[device]
 
-    def _to_device(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self.device.type == "cpu" else values.to(self.device, non_blocking=True)
-
     @cached_property
-    def _host(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        counts = torch.tensor(self.counts)
-        rows = torch.repeat_interleave(torch.arange(self.num_rows), counts)
-        first = counts.cumsum(0) - counts
-        within = torch.arange(self.total) - first[rows]
-        return rows, within, first
+    def _index(self) -> dict[str, torch.Tensor]:
+        """All index tensors: built on the host without a kernel, brought to the device in one copy."""
+        starts, counts = np.array(self.starts), np.array(self.counts)
+        numbers = np.arange(self.first_row, self.first_row + self.num_rows) if self.row_ids is None else np.array(self.row_ids)
+        first = counts.cumsum() - counts
+        rows = np.repeat(np.arange(self.num_rows), counts)
+        within = np.arange(self.total) - first[rows]
+        parts = {
+            "rows": numbers[rows],
+            "row_index": numbers,
+            "positions": within + starts[rows],
+            "first": first,
+            "last": first + counts - 1,
+            "added": counts,
+            "ends": starts + counts,
+            "padded_index": first[:, None] + np.minimum(np.arange(self.max_count), counts[:, None] - 1),
+            "flat_index": rows * self.max_count + within,
+        }
+        packed = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]))
+        packed = packed if self.device.type == "cpu" else packed.to(self.device, non_blocking=True)
+        flat = packed.split([part.size for part in parts.values()])
+        return {name: one.view(part.shape) for (name, part), one in zip(parts.items(), flat, strict=True)}
 
-    @cached_property
+    @property
     def rows(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(T,)`: row of each token, as numbered in the cache."""
-        rows = self._host[0]
-        return self._to_device(rows + self.first_row if self.row_ids is None else torch.tensor(self.row_ids)[rows])
+        return self._index["rows"]
 
-    @cached_property
+    @property
     def row_index(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(R,)`: numbers of the rows in the cache."""
-        numbers = range(self.first_row, self.first_row + self.num_rows) if self.row_ids is None else self.row_ids
-        return self._to_device(torch.tensor(list(numbers)))
+        return self._index["row_index"]
 
-    @cached_property
+    @property
     def positions(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(T,)`: index of each token inside its row, which is also its position id."""
-        rows, within, _ = self._host
-        return self._to_device(within + torch.tensor(self.starts)[rows])
+        return self._index["positions"]
 
-    @cached_property
+    @property
+    def first(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R,)`: flat index of each row's first token."""
+        return self._index["first"]
+
+    @property
     def last(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(R,)`: flat index of each row's last token."""
-        return self._to_device(torch.tensor(self.counts).cumsum(0) - 1)
+        return self._index["last"]
 
-    @cached_property
+    @property
     def added(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(R,)`: tokens that each row adds, `counts` on the device."""
-        return self._to_device(torch.tensor(self.counts))
+        return self._index["added"]
 
-    @cached_property
+    @property
     def ends(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(R,)`: tokens that each row holds after the pass."""
-        return self._to_device(torch.tensor(self.starts) + torch.tensor(self.counts))
+        return self._index["ends"]
 
-    @cached_property
+    @property
     def padded_index(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(R, max_count)`: flat index of each row's tokens; past a row's count its last
         token again.
         """
-        first, counts = self._host[2], torch.tensor(self.counts)
-        return self._to_device(first[:, None] + torch.minimum(torch.arange(self.max_count), counts[:, None] - 1))
+        return self._index["padded_index"]
 
-    @cached_property
+    @property
     def flat_index(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(T,)`: place of each token in a padded `(R * max_count)` arrangement."""
-        rows, within, _ = self._host
-        return self._to_device(rows * self.max_count + within)
+        return self._index["flat_index"]
 
     def causal_mask(self, window: int | None = None) -> torch.Tensor:
         """`torch.BoolTensor` of shape `(R, max_count, max_end)`: true where a padded query may look.
@@ -130,3 +145,35 @@ class RowLayout:
         keys = torch.arange(self.max_end, device=self.device)
         allowed = keys <= queries
         return allowed if window is None else allowed & (keys > queries - window)
+
+
+class TensorLayout(RowLayout):
+    """A layout that knows its sizes from its tensors alone, for functions that are traced once and run with any of them.
+
+    Args:
+        index (`Mapping[str, torch.Tensor]`): index tensors by the name of `RowLayout`'s property, as far as they are read.
+        longest (`torch.Tensor` of shape `(S,)`): its length is `max_end`.
+        exact (`bool`): a single row ends there.
+    """
+
+    def __init__(self, index: Mapping[str, torch.Tensor], longest: torch.Tensor, *, exact: bool = False) -> None:
+        self.starts, self.counts, self.first_row = [], [], 0
+        self.row_ids = None
+        self.device = longest.device
+        self._tensors = dict(index)
+        self.total = index["positions"].shape[0] if "positions" in index else 0
+        self.max_count = index["padded_index"].shape[1] if "padded_index" in index else 0
+        self.max_end = longest.shape[0]
+        self.equal_counts = self.num_rows == 1
+        self.equal_ends = exact and self.num_rows == 1
+
+    @property
+    def num_rows(self) -> int:
+        return next(self._tensors[name].shape[0] for name in ("added", "ends", "rows") if name in self._tensors)
+
+    @property
+    def _index(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+    def on(self, device: torch.device) -> RowLayout:
+        return self

@@ -177,15 +177,15 @@ def fit_temperatures(rounds: Rounds, grid: Sequence[float] | None = None) -> lis
     return temperatures
 
 
-def calibrated(logits: torch.Tensor, temperatures: Sequence[float] | None) -> torch.Tensor:
+def calibrated(logits: torch.Tensor, temperatures: Sequence[float] | torch.Tensor | None) -> torch.Tensor:
     """c_k = sigmoid(logit_k / T_k).
 
     Source: paper section 3.2.1.
 
     Args:
         logits (`torch.Tensor` of shape `(..., n)`): of the first n block positions, float32.
-        temperatures (`list[float]`, *optional*): T_1..T_gamma, n or more; ones where None.
+        temperatures (`list[float]` or `torch.Tensor`, *optional*): T_1..T_gamma, n or more; ones where None.
     """
     if temperatures is not None:
-        logits = logits / torch.tensor(temperatures[: logits.shape[-1]], device=logits.device)
+        logits = logits / torch.as_tensor(temperatures[: logits.shape[-1]], dtype=logits.dtype, device=logits.device)
     return logits.sigmoid()

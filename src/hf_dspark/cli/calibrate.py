@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 
-@field_options(opt.Settings, only=opt.PAIR)
+@field_options(opt.Settings, only=opt.PAIR | {"compile"})
 def profile(
     rows: Annotated[int, typer.Option(min=1, max=64, help="Largest batch to measure; 1, 2, 4 .. up to it are.")] = 32,
     sample: Annotated[bool, typer.Option("--sample", help="Rounds that draw tokens, instead of greedy ones.")] = False,
@@ -34,7 +34,7 @@ def profile(
 
     bench = opt.chosen(options).bench()
     with Console(stderr=True).status("measuring rounds"):
-        found = CostProfile.cached(bench.target, bench.drafter, rows=rows, sample=sample, refresh=refresh)
+        found = CostProfile.cached(bench.target, bench.drafter, rows=rows, sample=sample, compiled=bench.compile, refresh=refresh)
     if json:
         print_json(found.to_json())
         return

@@ -57,7 +57,7 @@ class _Leg:
         return self.measured.throughput("dspark").over(baseline.measured.throughput("plain"))
 
 
-@field_options(Settings, only=PAIR - {"dtype"} | {"max_new_tokens", "budget"}, max_new_tokens=96)
+@field_options(Settings, only=PAIR - {"dtype"} | {"max_new_tokens", "budget", "compile"}, max_new_tokens=96)
 def demo(quiet: Annotated[bool, typer.Option("--json", help="Print the JSON line only.")] = False, **options: Any) -> None:
     """Show plain and speculated text side by side, and what speculation gained.
 
@@ -96,6 +96,7 @@ def demo(quiet: Annotated[bool, typer.Option("--json", help="Print the JSON line
             "drafter": how.drafter,
             "prompts": len(PROMPTS),
             "max_new_tokens": how.max_new_tokens,
+            "compiled": how.compile,
             "machine": machine,
         }
     )
@@ -107,10 +108,11 @@ def _run(bench: Bench, dtype: str, console: Console) -> _Leg:
     from transformers import TextStreamer
 
     from hf_dspark.evaluation.prompts import user_turn
-    from hf_dspark.evaluation.speed import Measured
+    from hf_dspark.evaluation.speed import PLAIN_COMPILED, Measured
 
     leg = _Leg(dtype, Measured())
-    bench.warm_up(bench.inputs([user_turn(PROMPTS[0])]), tuple(_STYLES))
+    methods = {"plain": PLAIN_COMPILED if bench.compile else "plain", "dspark": "dspark"}
+    bench.warm_up(bench.inputs([user_turn(max(PROMPTS, key=len))]), tuple(methods.values()))
     with progress(dtype, len(PROMPTS), show=console.quiet) as advance:
         for number, prompt in enumerate(PROMPTS):
             console.print(Text(f"> {prompt}", style="bold"))
@@ -118,7 +120,7 @@ def _run(bench: Bench, dtype: str, console: Console) -> _Leg:
             for method in sorted(_STYLES, reverse=number % 2 == 0):
                 console.print(_STYLES[method], highlight=False)
                 streamer = None if console.quiet else TextStreamer(bench.tokenizer, skip_prompt=True, skip_special_tokens=True)
-                runs[method] = bench.run(method, inputs, streamer=streamer)
+                runs[method] = bench.run(methods[method], inputs, streamer=streamer)
                 leg.measured.runs[method].append(runs[method])
                 console.print(f"[dim]{figure(runs[method].throughput.tokens_per_s, 1)} tokens/s[/dim]\n", highlight=False)
             plain, other = (runs[method].tokens[0] for method in _STYLES)

@@ -51,9 +51,12 @@ def evaluate(
 
 def _print_evaluation(record: Mapping[str, Any]) -> None:
     greedy = record["identical_rows"] is not None
-    headings = ["prompts", "rows", "tau", "plain", "DSpark", "lookup", "speed-up", *(["same text"] if greedy else [])]
+    compiled = "plain_compiled_tokens_per_s" in record
+    over = ["compiled", "over it"] if compiled else []
+    headings = ["prompts", "rows", "tau", "plain", "DSpark", "lookup", "speed-up", *over, *(["same text"] if greedy else [])]
     table = figures_table("tokens/s and acceptance (tau counts the target's bonus token)", *headings)
     figures = {"tau": 2, "plain_tokens_per_s": 1, "dspark_tokens_per_s": 1, "prompt_lookup_tokens_per_s": 1, "speedup": 2}
+    figures |= {"plain_compiled_tokens_per_s": 1, "speedup_over_compiled": 2} if compiled else {}
     for name, row in {**record["files"], "all": record}.items():
         same = [f"{row['identical_rows']}/{row['rows']}"] if greedy else []
         table.add_row(name, str(row["rows"]), *(figure(row[key], digits) for key, digits in figures.items()), *same)
@@ -61,12 +64,15 @@ def _print_evaluation(record: Mapping[str, Any]) -> None:
     console.print(table)
     by_position = " ".join(figure(value, 2) for value in record["conditional_acceptance"])
     console.print(f"conditional acceptance by position: {by_position}", highlight=False)
+    if compiled:
+        seconds = ", ".join(f"{method} {value:.0f}" for method, value in record["settings"]["first_runs_s"].items())
+        console.print(f"DSpark in compiled rounds; seconds of the first runs, compilation included: {seconds}", highlight=False)
     plain, other = record["settings"]["plain_dtype"], record["settings"]["target_dtype"]
     if plain != other:
         console.print(f"plain in {plain}, the others in {other}: each in the dtype that is faster for it here", highlight=False)
 
 
-@field_options(opt.Settings, only=opt.PAIR | opt.SAMPLING | {"verification"})
+@field_options(opt.Settings, only=opt.PAIR | opt.SAMPLING | {"verification", "compile"})
 def bench(
     prompts: opt.PromptFiles,
     concurrency: Annotated[str, typer.Option(help="Requests in flight: a list of numbers.")] = "1,2,4,8,16,32",

@@ -55,6 +55,14 @@ class Settings:
         typer.Option(help="How drawn tokens are verified: over the whole block, which accepts more of them, or token by token."),
     ] = "block"
 
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Run rounds as compiled graphs, with plain decoding on a static cache beside; the first run compiles.",
+        ),
+    ] = False
+
     def __post_init__(self) -> None:
         from hf_dspark.budgets.named import make_budget
         from hf_dspark.evaluation.speed import Sampling
@@ -74,7 +82,8 @@ class Settings:
             drafter = load_drafter(self.drafter, **how)  # first: it is small, and often the mistaken one
             target, tokenizer = load_target(self.target, **how)
         budget = make_budget(drafter.budget if self.budget is None else self.budget, max_verify_tokens)
-        return Bench(target, drafter, tokenizer, self.sampling, self.max_new_tokens, budget, self.copying, self.verification, self.seed)
+        settings = (self.sampling, self.max_new_tokens, budget, self.copying, self.verification, self.seed)
+        return Bench(target, drafter, tokenizer, *settings, compile=self.compile)
 
     def with_plain_target(self, bench: Bench) -> Bench:
         """The same with the target once more where token by token the device is faster in another dtype than in blocks: each method is

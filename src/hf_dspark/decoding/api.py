@@ -76,6 +76,10 @@ def _decode(original: Any, target: Any, call: _Call, *args: Any, **kwargs: Any) 
         if options.round_callback is not None:
             raise UnsupportedOptionError(f"{refused} That loop reports no rounds: leave online_calibration out.") from refused
         warn_once(logger, f"{refused} Doing so for this batch of one.")
+    if kwargs["generation_config"].cache_implementation == "static" or options.compile:
+        raise UnsupportedOptionError(
+            "Transformers' own loop, which would decode for this target, is not compiled: leave compile and cache_implementation out."
+        )
     cache = cache_in(kwargs)
     if cache is not None and cache.get_seq_length() > 0:
         # transformers' assisted loop (seen in 5.23) reads the whole text on top of what a cache holds already.
@@ -99,6 +103,7 @@ def generate(
     copying: bool = True,
     verification: str = DEFAULT_VERIFICATION,
     num_return_sequences: int = 1,
+    compile: bool = False,
     **kwargs: Any,
 ) -> GenerateDSparkOutput | torch.Tensor:
     """Generate with a DSpark drafter: `target.generate(..., assistant_model=drafter)` with options that transformers has no argument for.
@@ -121,6 +126,8 @@ def generate(
         verification (`str`): how drawn tokens are judged: `"block"` verification (Sun et al. 2024, arXiv 2403.10444), which on average
             keeps as many as any rule that is exact round by round, or `"token"` by token (the paper's). Both keep the target's
             distribution; greedily they are the same. Where transformers' own loop drives the drafter, it judges token by token.
+        compile (`bool`): run rounds as compiled graphs, as `cache_implementation="static"` does in `target.generate`; `compile_config` says
+            how. The first rounds of a new kind wait for the compiler. Made for speed: in float32 the text is the same.
         num_return_sequences (`int`): independent samples of each prompt, next to each other in the result.
         kwargs: everything that `target.generate` takes: inputs, lengths, sampling options, processors, stopping criteria, streamer ..
     Returns:
@@ -154,6 +161,7 @@ def generate(
         adapter=adapter,
         generator=generator,
         round_callback=online_calibration,
+        compile=compile,
     )
     # Before transformers' own checks, which would ask for tokenizers where the vocabularies differ.
     drafter.bind(target)

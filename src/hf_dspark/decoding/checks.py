@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _HANDLED = {"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "cache_position", "logits_to_keep"}
 # Fields of transformers' assisted generation, and what `generate` fills in where the user says nothing.
 _ASSISTANT_FIELDS = {"num_assistant_tokens": 20, "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.4}
-_STATIC_CACHES = ("static", "hybrid", "sliding_window", "offloaded_static", "offloaded_hybrid")
+_STATIC_CACHES = ("hybrid", "sliding_window", "offloaded_static", "offloaded_hybrid")
 
 
 def check_call(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, streamer: Any, synced_gpus: bool) -> None:
@@ -38,8 +38,12 @@ def check_call(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, str
     if not kwargs.get("use_cache", True):
         raise ValueError("assisted generate requires `use_cache=True`")
     cache = cache_in(kwargs)
-    if config.cache_implementation in _STATIC_CACHES or "Static" in type(cache).__name__:
-        raise ValueError("assisted generate is not supported with Static cache classes`")
+    static = config.cache_implementation == "static" and not getattr(cache, "_is_user_defined", False)
+    if config.cache_implementation in _STATIC_CACHES or ("Static" in type(cache).__name__ and not static):
+        raise ValueError(
+            "DSpark decoding takes no static cache object and no offloaded, sliding or hybrid one; cache_implementation='static' asks for "
+            "compiled rounds, which keep their own buffers."
+        )
     wrong = ""
     if (config.num_beams or 1) > 1:
         wrong = f"beam search (num_beams={config.num_beams}): drafted tokens follow one path. Use num_beams=1"
@@ -53,7 +57,7 @@ def check_call(config: Any, kwargs: dict[str, Any], input_ids: torch.Tensor, str
         wrong = "assistant_ensemble_weight: it changes the output's distribution, and this decoding keeps it exact"
     elif streamer is not None and input_ids.shape[0] > 1:
         wrong = f"a streamer with a batch of {input_ids.shape[0]}: a streamer shows one row. Use batch size 1"
-    elif cache is not None and not isinstance(cache, DynamicCache):
+    elif cache is not None and not static and not isinstance(cache, DynamicCache):
         wrong = f"a cache of type {type(cache).__name__}: rejected tokens must be rolled back. Use DynamicCache or none"
     elif cache is not None and getattr(cache, "offloading", False):
         wrong = "an offloaded cache. Use DynamicCache or none"

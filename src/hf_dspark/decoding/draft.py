@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hf_dspark.cache.kv_cache import RowCache
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.calibration.temperature_scaling import calibrated
 from hf_dspark.configuration_dspark import DSparkConfig
 from hf_dspark.decoding.ngram_copy import Copied, Copies, Position, adjusted
 from hf_dspark.decoding.row_processors import DraftProcessors
-from hf_dspark.decoding.sampling import draw_from_logits, exponential_noise
+from hf_dspark.decoding.sampling import draw, uniform
 from hf_dspark.decoding.verify import DraftBlock
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 
@@ -55,8 +56,29 @@ def draft_block(
     Returns:
         `DraftBlock`: of these rows.
     """
-    h = drafter.draft_hidden(anchors, starts, cache, length, row_ids)
-    chain = _draw_chain(drafter, h, anchors, sample, processors, generator, copies, counted=with_confidence)
+    layout = drafter.block_layout(starts, length, row_ids)
+    u = uniform((len(starts), 2, length), layout.device, generator) if sample else None
+    if temperatures is None:
+        temperatures = default_temperatures(drafter.config, copying=copies is not None)
+    return draft_from(drafter, anchors, layout, cache, u, processors, with_confidence, temperatures, copies)
+
+
+def draft_from(
+    drafter: DSparkDrafter,
+    anchors: torch.Tensor,
+    layout: RowLayout,
+    cache: RowCache,
+    u: torch.Tensor | None,
+    processors: DraftProcessors | None,
+    with_confidence: bool,
+    temperatures: Sequence[float] | torch.Tensor | None,
+    copies: Copies | None,
+) -> DraftBlock:
+    """`draft_block` of a given `DSparkDrafter.block_layout`, and with its random numbers given: `u` of `uniform`, of shape `(R, 2, n)`, for
+    the draws of the drafter and for the choice between them and the copies; arg-max where None.
+    """
+    h = drafter.block_hidden(anchors, layout, cache)
+    chain = _draw_chain(drafter, h, anchors, u, processors, copies, counted=with_confidence)
     drafted = torch.stack(chain.tokens, dim=1)
     copied = Copied.of_block(copies.prompt_ends, chain.copied) if copies is not None else None
     raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1)) if with_confidence else None
@@ -64,10 +86,10 @@ def draft_block(
         copied = replace(copied, confidence=raw)
         if drafter.config.copy_confidence is not None:
             raw = adjusted(copied.features(), drafter.config.copy_confidence)
-    confidence = None if raw is None else calibrated(raw, temperatures or _temperatures(drafter.config, copies))
-    if not sample:
+    confidence = None if raw is None else calibrated(raw, temperatures)
+    if u is None:
         return DraftBlock(drafted, confidence, confidence_logits=raw, copied=copied)
-    p_d = torch.stack(chain.logits, dim=1).softmax(-1)
+    p_d = torch.stack(chain.probs, dim=1)
     if copied is None:
         drawn = p_d.gather(-1, torch.stack(chain.draft_ids, dim=1)[..., None])[..., 0]
     else:
@@ -77,13 +99,13 @@ def draft_block(
 
 @dataclass
 class _Chain:
-    """What the sequential head drew, a list entry for each block position: x_k as target and as draft ids `(R,)`, its processed logits
-    `(R, V_draft)`, and the copies beside it.
+    """What the sequential head drew, a list entry for each block position: x_k as target and as draft ids `(R,)`, p_d where it was drawn
+    from `(R, V_draft)`, and the copies beside it.
     """
 
     tokens: list[torch.Tensor] = field(default_factory=list)
     draft_ids: list[torch.Tensor] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
+    probs: list[torch.Tensor] = field(default_factory=list)
     copied: list[Position] = field(default_factory=list)
 
 
@@ -91,19 +113,14 @@ def _draw_chain(
     drafter: DSparkDrafter,
     h: torch.Tensor,
     anchors: torch.Tensor,
-    sample: bool,
+    u: torch.Tensor | None,
     processors: DraftProcessors | None,
-    generator: torch.Generator | None,
     copies: Copies | None,
     *,
     counted: bool,
 ) -> _Chain:
     """x_1..x_n left to right from hidden states `(R, n, d)`: p_k = softmax(U_k + B_k), mixed with the copies."""
     base = drafter.base_logits(h)
-    noise = exponential_noise(tuple(base.shape), base, generator) if sample else None
-    coins = None
-    if noise is not None and copies is not None:
-        coins = torch.rand(base.shape[:2], generator=generator, dtype=torch.float32, device=base.device)
     head = drafter.markov_head
     state = None if head is None else head.initial_state(h[:, 0])
     previous, chain, length = anchors, _Chain(), h.shape[1]
@@ -112,32 +129,35 @@ def _draw_chain(
         if head is not None:
             latent, state = head.step(previous, h[:, k], state)
             logits = logits + head.project(latent)
-        if sample or processors is not None:
-            logits = logits.float()
         if processors is not None:
-            logits = processors.process(logits, k, chain.tokens)
-        drawn = None if noise is None else draw_from_logits(logits, noise[:, k])
-        if copies is None:
-            drawn = logits.argmax(-1) if drawn is None else drawn
+            logits = processors.process(logits.float(), k, chain.tokens)
+        if u is None and copies is None:
+            drawn = logits.argmax(-1)
             previous = drafter.to_target_ids(drawn)
         else:
             p_d = logits.softmax(-1, dtype=torch.float32)
-            best_p, best = p_d.max(-1)
-            best_ids = drafter.to_target_ids(best)
-            drawn, previous = (best, best_ids) if drawn is None else (drawn, drafter.to_target_ids(drawn))
-            allowed = None if processors is None else processors.allow(copies.tokens, k)
-            copied = Position.of(copies, best_ids, best_p, drafter.values_at(p_d, copies.tokens), allowed, counted=counted)
-            takes = copied.wins if coins is None else coins[:, k] < copied.weights
-            previous = torch.where(takes, copied.tokens, previous)
-            chain.copied.append(copied)
-            if k + 1 < length:
-                copies.extend(previous)
+            if copies is not None:
+                best_p, best = p_d.max(-1)
+                best_ids = drafter.to_target_ids(best)
+                allowed = None if processors is None else processors.allow(copies.tokens, k)
+                copied = Position.of(copies, best_ids, best_p, drafter.values_at(p_d, copies.tokens), allowed, counted=counted)
+                chain.copied.append(copied)
+            if u is None:
+                drawn, previous = best, best_ids
+            else:
+                drawn = draw(p_d, u[:, 0, k])
+                previous = drafter.to_target_ids(drawn)
+                chain.probs.append(p_d)
+            if copies is not None:
+                takes = copied.wins if u is None else u[:, 1, k] < copied.weights
+                previous = torch.where(takes, copied.tokens, previous)
+                if k + 1 < length:
+                    copies.extend(previous)
         chain.draft_ids.append(drawn)
         chain.tokens.append(previous)
-        chain.logits.append(logits)
     return chain
 
 
-def _temperatures(config: DSparkConfig, copies: Copies | None) -> Sequence[float] | None:
+def default_temperatures(config: DSparkConfig, *, copying: bool) -> Sequence[float] | None:
     """The checkpoint's T_k, which hold with copying where they were fitted with it, and without where without."""
-    return config.confidence_temperatures if (copies is None) == (config.copy_weights is None) else None
+    return config.confidence_temperatures if copying == (config.copy_weights is not None) else None

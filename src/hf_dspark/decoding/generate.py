@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_dspark.calibration.online import OnlineCalibration
 from hf_dspark.configuration_dspark import check_block_size
 from hf_dspark.decoding.cache_reuse import hand_over, resume
 from hf_dspark.decoding.checks import check_call, check_placement, prompt_masks
+from hf_dspark.decoding.compiled import compiled_graphs
 from hf_dspark.decoding.loop import DecodingLoop, Recorder, Rules
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.profiler import started
@@ -88,7 +90,8 @@ def generate_batch(
     stopping = RowStopping(stopping_criteria, batch)
     max_length = stopping.max_length if stopping.max_length is not None else generation_config.max_length
     check_length(model, max_length)
-    cache = cache_in(model_kwargs)
+    # A static cache is transformers' way to ask for compiled rounds, which keep buffers of their own.
+    cache = None if generation_config.cache_implementation == "static" else cache_in(model_kwargs)
     whole = batch == 1 and masks is None  # a single row without padding: its cache can be handed over
     if not whole and cache is not None and cache.get_seq_length() > 0:
         raise UnsupportedOptionError("DSpark decoding does not support past_key_values with a padded prompt; leave the padding out.")
@@ -98,13 +101,15 @@ def generate_batch(
         stopping,
         recorder,
         emit=None if streamer is None else lambda request, tokens: streamer.put(tokens.cpu()),
-        keep_context=whole,
+        keep_context=whole and cache is not None,
     )
     texts = list(input_ids.to(target.device))
-    state = State(target.device, limit=max_length + drafter.config.block_size + 1)
+    state = State(target.device, limit=max_length + drafter.config.block_size + 2)
     known = resume(cache, drafter, state, texts[0]) if whole else 0
-    loop = DecodingLoop(target, drafter, started(budget, model, drafter, options.sample), options, rules, state)
-    with drafter.decoding_for(model), target.open():
+    graphs = compiled_graphs(model, drafter, options.compile, target.device, max_length + drafter.config.block_size)
+    budget = started(budget, model, drafter, options.sample, compiled=graphs is not None)
+    with drafter.decoding_for(model), nullcontext() if graphs is None else graphs.use() as graphs, target.open():
+        loop = DecodingLoop(target, drafter, budget, options, rules, state, graphs, single_row=batch == 1)
         loop.join(range(batch), texts, None if masks is None else list(masks.to(target.device)), known)
         loop.run()
     if streamer is not None:
@@ -128,7 +133,9 @@ def _resolved(options: Options, drafter: DSparkDrafter, config: GenerationConfig
     """The options with what the drafter and the generation config say."""
     block_size = check_block_size(options.block_size, drafter.config.block_size)
     chunk = getattr(config, "prefill_chunk_size", None) or options.prefill_tokens
-    return replace(options, block_size=block_size, sample=bool(config.do_sample), prefill_tokens=chunk)
+    compiles = options.compile or config.cache_implementation == "static"
+    compiled = (getattr(config, "compile_config", None) or options.compile or True) if compiles and not config.disable_compile else False
+    return replace(options, block_size=block_size, sample=bool(config.do_sample), prefill_tokens=chunk, compile=compiled)
 
 
 def _check_confidence(budget: Budget, options: Options, drafter: DSparkDrafter) -> None:

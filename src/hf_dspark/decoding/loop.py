@@ -15,18 +15,20 @@ import torch
 
 from hf_dspark.budgets.budget import Budget, Drafts, FinishedRound, LiveRows, Proposal
 from hf_dspark.cache.layout import RowLayout
+from hf_dspark.decoding.compiled import CompiledRounds
 from hf_dspark.decoding.draft import draft_block
 from hf_dspark.decoding.ngram_copy import Copies, copy_weights_of
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.prefill import prefill
 from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
-from hf_dspark.decoding.sampling import draw
+from hf_dspark.decoding.sampling import draw, uniform
 from hf_dspark.decoding.state import FinishedRow, State
 from hf_dspark.decoding.statistics import DecodingStats, Stopwatch
-from hf_dspark.decoding.verify import DraftBlock, Verdict, accept_greedy, accept_sampled
+from hf_dspark.decoding.verify import Conclusion, DraftBlock, Verdict, accept_greedy, accept_sampled, conclude
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target
+from hf_dspark.utils.graphs import Graphs
 
 
 @dataclass
@@ -102,6 +104,8 @@ class DecodingLoop:
         options (`Options`): of the call; `block_size` set.
         rules (`Rules`): the user's processors, stopping criteria and what goes with them.
         state (`State`, *optional*): rows to go on with; none at first where None.
+        graphs (`Graphs`, *optional*): of target and drafter, to run rounds with; eagerly where None.
+        single_row (`bool`): there will never be more than one row; graphs of one row are made then.
 
     Attributes:
         state (`State`): the live rows.
@@ -117,6 +121,8 @@ class DecodingLoop:
         options: Options,
         rules: Rules,
         state: State | None = None,
+        graphs: Graphs | None = None,
+        single_row: bool = False,
     ) -> None:
         self.target = target
         self.drafter = drafter if budget.longest != 0 else None
@@ -128,6 +134,11 @@ class DecodingLoop:
         self.block_size = options.block_size or 1
         self.copy_weights = None if self.drafter is None else copy_weights_of(self.drafter.config, options.copying)
         self.callback = options.round_callback
+        self.compiled = None
+        if graphs is not None:
+            records = rules.recorder.scores is not None or rules.recorder.logits is not None
+            how = (target, self.drafter, options, rules.processors, rules.stopping, self.copy_weights)
+            self.compiled = CompiledRounds(graphs, *how, records=records, single=single_row)
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -145,9 +156,9 @@ class DecodingLoop:
         plan = self.plan(proposal, live, block)
         judged = block.truncate(max(plan.verified))
         layout = RowLayout(self.state.context_lengths, [1 + length for length in plan.verified], self.state.device)
-        logits, hidden = self.verify(judged, layout)
-        verdict, scores = self.accept(logits, judged, layout)
-        outcome = self.commit(judged, verdict, layout, plan, scores, logits, hidden)
+        logits, hidden, layout = self.verify(judged, layout)
+        conclusion, scores = self.conclude(logits, judged, layout, plan)
+        outcome = self.commit(conclusion, layout, plan, scores, logits, hidden)
         self.report(live, block, plan, outcome, began, drafted_s)
 
     def live_rows(self) -> LiveRows:
@@ -177,6 +188,11 @@ class DecodingLoop:
         state, rows = self.state, proposal.rows
         if proposal.length == 0 or self.drafter is None:
             return DraftBlock(state.anchors.new_empty(state.num_rows, 0))
+        if self.compiled is not None:
+            with self.watch.measure("draft"):
+                compiled = self.compiled.draft(proposal, state)
+            if compiled is not None:
+                return compiled
         self.sync_drafter_cache()
         processors, starts = self.rules.processors, state.context_lengths
         with self.watch.measure("draft"):
@@ -212,13 +228,24 @@ class DecodingLoop:
             raise ValueError(f"Budget {self.budget!r} planned {lengths} for {count} rows; allowed are 0..{proposal.length}, one a row.")
         return Plan(drafted, list(map(min, lengths, limits)), confidence)
 
-    def verify(self, block: DraftBlock, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    def verify(self, block: DraftBlock, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor, RowLayout]:
         """The target's pass over [x_0, x_1..x_{l_r}] of all rows: logits `(T, V)`, hidden states of the tapped layers `(T, taps *
-        hidden)`.
+        hidden)`, and the layout that they have: a compiled pass may hold more rows and longer ones.
         """
-        ids = torch.cat([self.state.anchors[:, None], block.tokens], dim=1).flatten()[layout.flat_index]
         with self.watch.measure("verify"):
-            return self.target.forward(ids, layout, self.state.target_cache)
+            compiled = None if self.compiled is None else self.compiled.verify(block, layout, self.state)
+            if compiled is not None:
+                return compiled
+            ids = torch.cat([self.state.anchors[:, None], block.tokens], dim=1).flatten()[layout.flat_index]
+            return *self.target.forward(ids, layout, self.state.target_cache), layout
+
+    def conclude(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout, plan: Plan) -> tuple[Conclusion, torch.Tensor]:
+        """What stands of each row's block and where rows end, and the processed distributions `(T, V)`."""
+        compiled = None if self.compiled is None else self.compiled.conclude(logits, block, layout, plan.verified, self.state)
+        if compiled is not None:
+            return compiled, logits
+        verdict, scores = self.accept(logits, block, layout)
+        return self.concluded(block.tokens, verdict, scores), scores
 
     def accept(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout) -> tuple[Verdict, torch.Tensor]:
         """Which tokens stand, by the target's distributions after the user's processors, which are returned too, `(T, V)`."""
@@ -234,8 +261,7 @@ class DecodingLoop:
 
     def commit(
         self,
-        block: DraftBlock,
-        verdict: Verdict,
+        conclusion: Conclusion,
         layout: RowLayout,
         plan: Plan,
         scores: torch.Tensor,
@@ -243,14 +269,13 @@ class DecodingLoop:
         hidden: torch.Tensor,
     ) -> Outcome:
         """Commit accepted tokens and their hidden states; everything else is scratch from here on."""
-        tokens = torch.cat([block.tokens, verdict.next_token[:, None]], dim=1)
-        tokens = tokens.scatter(1, verdict.accepted[:, None], verdict.next_token[:, None])
-        pieces = [(scores[first : first + n], logits[first : first + n]) for first, n in zip(layout.first, layout.counts, strict=True)]
-        accepted, kept, ended = self.settle(tokens, verdict.accepted, verdict.next_token, scores, pieces)
+        firsts = layout.firsts[: self.state.num_rows]
+        pieces = [(scores[first : first + n], logits[first : first + n]) for first, n in zip(firsts, layout.counts, strict=False)]
+        accepted, kept, ended = self.settle(conclusion, pieces)
         self.stats.count_round(self.state.requests, plan.drafted, plan.verified, accepted, kept)
         gone = [place for place, over in enumerate(ended) if over]
         if self.drafter is not None:
-            for place, (first, count) in enumerate(zip(layout.first, kept, strict=True)):
+            for place, (first, count) in enumerate(zip(firsts, kept, strict=True)):
                 if not ended[place] or self.rules.keep_context:
                     self.state.add_pending(place, hidden[first : first + count])
         self.leave(gone)
@@ -297,43 +322,44 @@ class DecodingLoop:
 
         The target's token is drawn, and the draft goes on as long as it holds the same one.
         """
-        stopping, scores, tokens = self.rules.stopping, list[torch.Tensor](), list[torch.Tensor]()
+        scores, tokens = list[torch.Tensor](), list[torch.Tensor]()
         for j in range(len(logits)):
             scores.append(self.process(logits[j : j + 1], [(0, j)]))
-            tokens.append(draw(scores[j].softmax(-1), self.options.generator) if self.options.sample else scores[j].argmax(-1))
-            ended = stopping.kept(torch.stack(tokens, dim=1), torch.full_like(tokens[j], j + 1), self.state)[1]
+            tokens.append(self.choose(scores[j]))
+            ended = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), scores[j], past=j).host[0, 3]
             stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
             if bool(ended) or not stands:
                 break
         # Behind a drafted token that ends the row any other may stand.
         return Verdict(accepted=torch.full_like(tokens[0], j + stands), next_token=tokens[-1]), torch.cat(scores)
 
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The target's own tokens `(N,)` from processed distributions `(N, V)`: drawn, or the arg-max."""
+        if not self.options.sample:
+            return scores.argmax(-1)
+        return draw(scores.softmax(-1), uniform((len(scores),), scores.device, self.options.generator))
+
+    def concluded(self, drafted: torch.Tensor, verdict: Verdict, scores: torch.Tensor, first: int = 0, past: int = 0) -> Conclusion:
+        """Of the rows from place `first` on, `past` tokens behind their committed ones; arguments as in `decoding.verify.conclude`."""
+        stopping, device = self.rules.stopping, self.state.device
+        room = torch.tensor(stopping.room(self.state, first, past + drafted.shape[1] + 2)).to(device, non_blocking=True) - past
+        return conclude(drafted, verdict, scores if self.options.sample else None, room, stopping.eos_on(device))
+
     def settle(
-        self,
-        tokens: torch.Tensor,
-        accepted: torch.Tensor,
-        anchors: torch.Tensor,
-        scores: torch.Tensor,
-        pieces: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        first: int = 0,
+        self, conclusion: Conclusion, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0
     ) -> tuple[list[int], list[int], list[bool]]:
-        """Stop conditions over the new tokens of the rows from place `first` on; what remains is committed, recorded and emitted.
+        """What the host hears of the rows from place `first` on, and the user's criteria over it; what remains is committed, recorded and
+        emitted.
 
         Args:
-            tokens (`torch.LongTensor` of shape `(n_rows, n)`): accepted tokens and the target's own behind them.
-            accepted (`torch.LongTensor` of shape `(n_rows,)`): of these, accepted ones.
-            anchors (`torch.LongTensor` of shape `(n_rows,)`): the target's own.
-            scores (`torch.Tensor` of shape `(T, V)`): all processed distributions, to be checked.
+            conclusion (`Conclusion`): of these rows.
             pieces (`list`): scores and logits of each row, from its first new token on.
             first (`int`): 0, or the first of the rows that have just joined.
         Returns:
             accepted tokens, tokens that remain, and whether the row has ended, of each row.
         """
-        state, stopping = self.state, self.rules.stopping
-        kept, ended = stopping.kept(tokens, accepted + 1, state, first)
-        # The round's one wait for the device, beside a budget that reads confidences.
-        finite = self.is_finite(scores).expand(len(tokens))
-        host = torch.stack([finite, accepted, kept, ended.long()], dim=1).tolist()
+        state, stopping, tokens = self.state, self.rules.stopping, conclusion.tokens
+        host = conclusion.host.tolist()  # the round's one wait for the device, beside a budget that reads confidences
         check_finite(host[0][0])
         of_accepted, of_kept, of_ended = [row[1] for row in host], [row[2] for row in host], [bool(row[3]) for row in host]
         if stopping.reads_text:
@@ -349,14 +375,8 @@ class DecodingLoop:
             self.rules.recorder.keep(request, count, *pieces[row])
             if self.rules.emit is not None:
                 self.rules.emit(request, tokens[row, :count])
-        state.commit(tokens, of_kept, anchors, first)
+        state.commit(tokens, of_kept, conclusion.next_token, first)
         return of_accepted, of_kept, of_ended
-
-    def is_finite(self, scores: torch.Tensor) -> torch.Tensor:
-        """One where every processed distribution of `scores` `(N, V)` can be drawn from, else zero; greedy choices need no check."""
-        if not self.options.sample:
-            return self.state.anchors.new_ones(1)
-        return torch.isfinite(scores.amax(-1)).all().long()[None]
 
     def sync_drafter_cache(self) -> None:
         """Let the drafter read the hidden states of the tokens that were committed since it last drafted."""
@@ -399,9 +419,10 @@ class DecodingLoop:
         with self.watch.measure("prefill"):
             logits = prefill(self.target, self.drafter, state, prompts, first, known, self.options.prefill_tokens)
         scores = self.process(logits, [(place, 0) for place in range(first, state.num_rows)])
-        tokens = draw(scores.softmax(-1), self.options.generator) if self.options.sample else scores.argmax(-1)
+        tokens = self.choose(scores)
         pieces = [(scores[i : i + 1], logits[i : i + 1]) for i in range(len(tokens))]
-        _, _, ended = self.settle(tokens[:, None], torch.zeros_like(tokens), tokens, scores, pieces, first)
+        conclusion = self.concluded(tokens.new_empty(len(tokens), 0), Verdict(torch.zeros_like(tokens), tokens), scores, first)
+        _, _, ended = self.settle(conclusion, pieces, first)
         self.leave([place for place, over in enumerate(ended, first) if over])
 
     def run(self) -> None:

@@ -48,9 +48,20 @@ class Copies:
         prompt_ends (`torch.LongTensor` of shape `(R,)`): where each row's answer begins.
         weights (`list[float]`): lambda_1..lambda_M.
         drafted (`int`): tokens that will follow.
+        at_once (`bool`): search without asking the host; so it is on devices other than the CPU.
     """
 
-    def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, prompt_ends: torch.Tensor, weights: Sequence[float], drafted: int) -> None:
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        prompt_ends: torch.Tensor,
+        weights: Sequence[float],
+        drafted: int,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        self.at_once = at_once or ids.device.type != "cpu"
         self.longest, self.width = len(weights), ids.shape[1] + drafted
         places = torch.arange(self.width + 1, device=ids.device)  # a column more, so that every place has a successor
         # Negative where nothing is committed: rows that are shorter than others have a scratch behind them.
@@ -63,7 +74,7 @@ class Copies:
         places = places[:-1]
         earlier = places < lengths - 1
         # The longest run, and of these the last, has the largest `run * width + place`; one whose successor is masked has no run.
-        self.places, most = places.expand(len(ids), -1), places + self.longest * self.width
+        self.places, most = places.expand(ids.shape[0], -1), places + self.longest * self.width
         self.most = torch.where(earlier & (self.ids[:, 1:] < 0), places, most)
         score = torch.minimum(torch.add(places, self._suffixes(earlier), alpha=self.width), self.most)
         self.score = torch.nn.functional.pad(score, (1, 0), value=-1)  # the place before the first one, where no run ends
@@ -88,14 +99,14 @@ class Copies:
         last = self.ids.gather(1, back.clamp(min=0))
         last = torch.where((back >= 0) & (last >= 0), last, -2)
         before = torch.nn.functional.pad(self.ids[:, : self.width], (self.longest - 1, 0), value=-3)
-        search = self._suffixes_step_by_step if self.ids.device.type == "cpu" else self._suffixes_at_once
+        search = self._suffixes_at_once if self.at_once else self._suffixes_step_by_step
         return search(last, before, earlier)
 
     def _suffixes_at_once(self, last: torch.Tensor, before: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
         """In 2 R W (M + 1) bytes: no host has to hear whether a match is left."""
         # Views of the ids, oldest first; what is turned round is one byte a token.
         differ = (before.unfold(1, self.longest, 1) != last.flip(-1)[:, None]).flip(-1)
-        return torch.nn.functional.pad(differ, (0, 1), value=True).view(torch.uint8).argmax(-1) * earlier
+        return torch.nn.functional.pad(differ.view(torch.uint8), (0, 1), value=1).argmax(-1) * earlier
 
     def _suffixes_step_by_step(self, last: torch.Tensor, before: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
         """One token further back at a time, as long as anything matches: mostly a few steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import CompileConfig
 
 from hf_dspark.budgets.budget import Budget, RoundCallback
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION, check_verification
@@ -28,6 +29,7 @@ class Options:
         round_callback (`RoundCallback`, *optional*): told of finished rounds, with confidences; may set the next rounds' temperatures.
         sample (`bool`): draw tokens; arg-max otherwise.
         prefill_tokens (`int`): most tokens of one prompt pass.
+        compile (`bool` or `CompileConfig`): run rounds as compiled graphs, by this config or by what suits the device.
     Raises:
         ValueError: for an unknown verification.
     """
@@ -42,6 +44,7 @@ class Options:
     round_callback: RoundCallback | None = None
     sample: bool = False
     prefill_tokens: int = PREFILL_TOKENS
+    compile: bool | CompileConfig = False
 
     def __post_init__(self) -> None:
         check_verification(self.verification)

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_dspark.budgets.budget import Budget, Drafts
 from hf_dspark.budgets.cost_model import Costs, RowCosts, prior_costs
+from hf_dspark.decoding.compiled import compiled_graphs
 from hf_dspark.decoding.loop import DecodingLoop, Rules
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.row_processors import RowProcessors
@@ -30,6 +32,7 @@ from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.model_inputs import input_device
 from hf_dspark.targets.target import Target
 from hf_dspark.utils.files import atomic_write_json, cache_dir
+from hf_dspark.utils.graphs import Graphs
 from hf_dspark.utils.hardware import device_name
 from hf_dspark.utils.logging import warn_once
 from hf_dspark.version import __version__
@@ -75,6 +78,7 @@ class CostProfile:
         *,
         rows: int = 32,
         sample: bool = False,
+        compiled: bool = False,
         contexts: Sequence[int] = CONTEXTS,
         on_rows: Callable[[int], None] | None = None,
     ) -> CostProfile:
@@ -85,24 +89,28 @@ class CostProfile:
             drafter (`DSparkDrafter`): bound here if it is not yet.
             rows (`int`): largest batch of interest.
             sample (`bool`): rounds that draw tokens; greedy ones otherwise.
+            compiled (`bool`): rounds as compiled graphs, which are made first.
             contexts (`Sequence[int]`): tokens that rows hold.
             on_rows (`Callable`, *optional*): called with each number of rows as it is measured.
         Returns:
             `CostProfile`.
         """
-        profile = cls(profile_key(target, drafter), drafter.config.block_size)
+        profile = cls(profile_key(target, drafter, compiled=compiled), drafter.config.block_size)
         profile.add(target, drafter, row_grid(rows), sample=sample, contexts=contexts, on_rows=on_rows)
         return profile
 
     @classmethod
-    def stored(cls, target: PreTrainedModel, drafter: DSparkDrafter, folder: Path | None = None) -> CostProfile | None:
+    def stored(
+        cls, target: PreTrainedModel, drafter: DSparkDrafter, folder: Path | None = None, *, compiled: bool = False
+    ) -> CostProfile | None:
         """The profile that was stored for these models on this machine; None where there is none. Measures nothing.
 
         Args:
             target, drafter: as in `measure`.
             folder (`Path`, *optional*): where profiles are stored; `profiles` in the user's cache by default.
+            compiled (`bool`): as in `measure`.
         """
-        key = profile_key(target, drafter)
+        key = profile_key(target, drafter, compiled=compiled)
         try:
             path = profile_path(key, folder)
         except RuntimeError:  # no home directory
@@ -119,21 +127,22 @@ class CostProfile:
         *,
         rows: int = 32,
         sample: bool = False,
+        compiled: bool = False,
         folder: Path | None = None,
         refresh: bool = False,
     ) -> CostProfile:
         """The stored profile, with what is missing in it measured now and stored too. Takes up to a minute.
 
         Args:
-            target, drafter, rows, sample: as in `measure`.
+            target, drafter, rows, sample, compiled: as in `measure`.
             folder (`Path`, *optional*): where profiles are stored; `profiles` in the user's cache by default.
             refresh (`bool`): measure everything again.
         Returns:
             `CostProfile`: with times for every number of rows up to `rows`.
         """
-        key = profile_key(target, drafter)
+        key = profile_key(target, drafter, compiled=compiled)
         path = profile_path(key, folder)
-        profile = (None if refresh else cls.stored(target, drafter, folder)) or cls(key, drafter.config.block_size)
+        profile = (None if refresh else cls.stored(target, drafter, folder, compiled=compiled)) or cls(key, drafter.config.block_size)
         missing = [r for r in row_grid(rows) if r not in profile.tables.get(_MODES[sample], {})]
         if missing:
             logger.info("Measuring the cost of rounds with %s rows (%s); stored in %s.", missing, _MODES[sample], path)
@@ -172,10 +181,11 @@ class CostProfile:
         longest = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None) or max(contexts) + 64
         contexts = sorted({max(min(c, longest - 64), 1) for c in contexts})
         table = self.tables.setdefault(_MODES[sample], {})
-        with torch.inference_mode(), seen.open():
-            _Rounds(seen, drafter, 1, contexts[0], sample).time([(self.block_size,)], 3)  # first-use costs stay out of the figures
+        graphs = compiled_graphs(target, drafter, bool(self.key.get("compiled")), seen.device, max(contexts) + 64)
+        with torch.inference_mode(), nullcontext() if graphs is None else graphs.use() as graphs, seen.open():
+            _Rounds(seen, drafter, 1, contexts[0], sample, graphs).time([(self.block_size,)], 3)  # first-use costs stay out of the figures
             for count in rows:
-                table[count] = _measure_rows(seen, drafter, count, contexts, sample)
+                table[count] = _measure_rows(seen, drafter, count, contexts, sample, graphs)
                 if on_rows is not None:
                     on_rows(count)
 
@@ -217,7 +227,7 @@ class CostProfile:
 _LOADED: dict[Path, CostProfile] = {}
 
 
-def started(budget: Budget, target: PreTrainedModel, drafter: DSparkDrafter, sample: bool) -> Budget:
+def started(budget: Budget, target: PreTrainedModel, drafter: DSparkDrafter, sample: bool, *, compiled: bool = False) -> Budget:
     """The budget of one call. Costs come from the stored profile, else from the models' sizes: nothing is measured.
 
     In calls that draw tokens costs are not learned, for what is verified would depend on the clock, and draws not repeat by their seed.
@@ -226,21 +236,22 @@ def started(budget: Budget, target: PreTrainedModel, drafter: DSparkDrafter, sam
         budget (`Budget`): of the user.
         target (`PreTrainedModel`), drafter (`DSparkDrafter`): as in `CostProfile.measure`.
         sample (`bool`): whether rounds draw tokens.
+        compiled (`bool`): whether they run as compiled graphs.
     """
-    costs = costs_at_hand(target, drafter, sample) if budget.reads_costs else None
+    costs = costs_at_hand(target, drafter, sample, compiled=compiled) if budget.reads_costs else None
     return budget.start(costs, learn_costs=not sample)
 
 
-def costs_at_hand(target: PreTrainedModel, drafter: DSparkDrafter, sample: bool) -> Costs:
+def costs_at_hand(target: PreTrainedModel, drafter: DSparkDrafter, sample: bool, *, compiled: bool = False) -> Costs:
     """What rounds cost, by the stored profile, else guessed from the models' sizes; arguments as in `started`."""
-    profile = CostProfile.stored(target, drafter)
+    profile = CostProfile.stored(target, drafter, compiled=compiled)
     if profile is not None and profile.tables.get(_MODES[sample]):
         return profile.costs(sample)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (drafter, target)]
     return prior_costs(drafter.config.block_size, sizes[0] / max(sizes[1], 1), input_device(target).type)
 
 
-def profile_key(target: PreTrainedModel, drafter: DSparkDrafter) -> dict[str, Any]:
+def profile_key(target: PreTrainedModel, drafter: DSparkDrafter, *, compiled: bool = False) -> dict[str, Any]:
     """All that the times depend on, ready for JSON."""
     config = target.config.get_text_config(decoder=True)
     own = drafter.config
@@ -264,6 +275,7 @@ def profile_key(target: PreTrainedModel, drafter: DSparkDrafter) -> dict[str, An
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "verification": DEFAULT_VERIFICATION,  # of sampled rounds
+        **({"compiled": True} if compiled else {}),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_dspark": __version__},
     }  # fmt: skip
 
@@ -292,13 +304,13 @@ class _Shape(Budget):
 class _Rounds:
     """The real loop over rows that hold `context` tokens of nothing; one loop for each shape of a round."""
 
-    def __init__(self, target: Target, drafter: DSparkDrafter, rows: int, context: int, sample: bool) -> None:
-        self.target, self.drafter, self.sample = target, drafter, sample
+    def __init__(self, target: Target, drafter: DSparkDrafter, rows: int, context: int, sample: bool, graphs: Graphs | None) -> None:
+        self.target, self.drafter, self.sample, self.graphs = target, drafter, sample, graphs
         # A round commits at most a block and a token more: its rows begin behind so many, which the drafter then has to read.
         length = context + drafter.config.block_size + 2
         random = torch.Generator().manual_seed(rows)
         texts = torch.randint(target.vocab_size, (rows, length), generator=random).to(target.device)
-        self.state = State(target.device)
+        self.state = State(target.device, limit=length + drafter.config.block_size + 2)
         self.state.add_rows(range(rows), list(texts))
         self.anchors, self.lengths = texts[:, -1], list(self.state.lengths)
         self.loops: dict[tuple[int, ...], DecodingLoop] = {}
@@ -342,10 +354,13 @@ class _Rounds:
             generator=torch.Generator(device=self.target.device).manual_seed(0),
         )
         rows = self.state.num_rows
-        return DecodingLoop(self.target, self.drafter, budget, options, Rules(RowProcessors([], rows), RowStopping([], rows)), self.state)
+        rules = Rules(RowProcessors([], rows), RowStopping([], rows))
+        return DecodingLoop(self.target, self.drafter, budget, options, rules, self.state, self.graphs, single_row=rows == 1)
 
 
-def _measure_rows(target: Target, drafter: DSparkDrafter, rows: int, contexts: Sequence[int], sample: bool) -> RowCosts:
+def _measure_rows(
+    target: Target, drafter: DSparkDrafter, rows: int, contexts: Sequence[int], sample: bool, graphs: Graphs | None
+) -> RowCosts:
     gamma = drafter.config.block_size
     verify: dict[int, dict[int, float]] = {}
     draft: dict[int, float] = {}
@@ -361,7 +376,7 @@ def _measure_rows(target: Target, drafter: DSparkDrafter, rows: int, contexts: S
         widths = sorted({(gamma + 1) // 2, gamma} if first else {gamma}) if rows > 1 else []
         long = [(n, *(0,) * (rows - 1)) for n in widths]
         uneven = [(1,) * n + (0,) * (rows - n) for n in some]
-        found = _Rounds(target, drafter, rows, context, sample).time([*even, *long, *uneven], _REPEATS.get(rows, 5))
+        found = _Rounds(target, drafter, rows, context, sample, graphs).time([*even, *long, *uneven], _REPEATS.get(rows, 5))
         times = iter(found)
         verify[context] = {1 + n: rest for n, (rest, _) in zip((0, *lengths), times, strict=False)}
         if long:

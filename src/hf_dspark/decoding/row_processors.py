@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,11 +124,17 @@ class RowProcessors:
         Returns:
             `torch.BoolTensor` of shape `(N,)`.
         """
-        scores = torch.zeros(len(places), vocab_size, dtype=torch.float32, device=tokens.device)
+        scores = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.float32, device=tokens.device)
         for processor in self._processors:
             if type(processor) not in _ANY_VOCABULARY:
                 scores = self._apply(processor, scores, state, places)
         return scores.gather(1, tokens[:, None])[:, 0] > float("-inf")
+
+    def contents(self) -> tuple[Hashable, ...] | None:
+        """All that decides what these processors do, to be compared; None where they look at ids or may keep a state."""
+        if self.in_order or any(type(p) not in _NO_IDS for p in self._processors):
+            return None
+        return tuple((type(p), *(_hashable(value) for item in sorted(vars(p).items()) for value in item)) for p in self._processors)
 
     def _apply(self, processor: lp.LogitsProcessor, scores: torch.Tensor, state: State, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         if type(processor) in _NO_IDS:
@@ -163,6 +169,16 @@ class RowProcessors:
         if key not in self._penalties:
             self._penalties[key] = lp.RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding[row : row + 1])
         return self._penalties[key]
+
+
+def _hashable(value: Any) -> Hashable:
+    return (
+        (str(value.device), *value.flatten().tolist())
+        if isinstance(value, torch.Tensor)
+        else value
+        if isinstance(value, Hashable)
+        else repr(value)
+    )
 
 
 def _is_stateless(processor: lp.LogitsProcessor) -> bool:

@@ -46,26 +46,15 @@ class RowStopping:
         """Whether there are criteria beyond lengths and end-of-text ids, which read a row's ids and scores."""
         return bool(self._others)
 
-    def kept(self, tokens: torch.Tensor, counts: torch.Tensor, state: State, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many of each row's new tokens remain by lengths and end-of-text ids, and whether the row ends with them.
-
-        Args:
-            tokens (`torch.LongTensor` of shape `(n_rows, n)`): new tokens of the live rows from place `first` on, not yet committed.
-            counts (`torch.LongTensor` of shape `(n_rows,)`): how many of them are the row's, at least 1.
-            state (`State`): the live rows.
-            first (`int`): place of the first of these rows.
-        Returns:
-            `torch.LongTensor` and `torch.BoolTensor` of shape `(n_rows,)`.
-        """
-        width = tokens.shape[1]
+    def room(self, state: State, first: int, width: int) -> list[int]:
+        """How many tokens each live row from place `first` on may still get, at most `width`."""
         limits = [self.limit(request) for request in state.requests[first:]]
-        room = [width + 1 if limit is None else limit - length for limit, length in zip(limits, state.lengths[first:], strict=True)]
-        last = torch.tensor(room).to(tokens.device, non_blocking=True) - 1
-        places = torch.arange(width, device=tokens.device)
-        self._eos = self._eos.to(tokens.device)  # once
-        ends = (torch.isin(tokens, self._eos) | (places >= last[:, None])) & (places < counts[:, None])
-        ended = ends.any(1)
-        return torch.where(ended, ends.long().argmax(1) + 1, counts), ended
+        return [width if limit is None else min(limit - length, width) for limit, length in zip(limits, state.lengths[first:], strict=True)]
+
+    def eos_on(self, device: torch.device) -> torch.Tensor:
+        """End-of-text ids, `(E,)`."""
+        self._eos = self._eos.to(device)  # once
+        return self._eos
 
     def kept_of_text(self, place: int, count: int, state: State, scores: Sequence[torch.Tensor] | None) -> tuple[int, bool]:
         """The same by the other criteria, of one row, whose new tokens are written behind its committed ones.
@@ -95,3 +84,21 @@ class RowStopping:
         wide = None if scores is None else tuple(s.expand(self._batch_size, -1) for s in scores)
         answer = criterion(ids.expand(self._batch_size, -1), wide)
         return bool(answer[row]) if isinstance(answer, torch.Tensor) and answer.dim() else bool(answer)
+
+
+def ends(tokens: torch.Tensor, counts: torch.Tensor, room: torch.Tensor, eos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of each row's new tokens remain by lengths and end-of-text ids, and whether the row ends with them.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(R, n)`): new tokens.
+        counts (`torch.LongTensor` of shape `(R,)`): how many of them are the row's, at least 1.
+        room (`torch.LongTensor` of shape `(R,)`): how many it may still get.
+        eos (`torch.LongTensor` of shape `(E,)`): end-of-text ids.
+    Returns:
+        `torch.LongTensor` and `torch.BoolTensor` of shape `(R,)`.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    last = (tokens[..., None] == eos).any(-1) | (places >= room[:, None] - 1)
+    last = last & (places < counts[:, None])
+    ended = last.any(1)
+    return torch.where(ended, last.long().argmax(1) + 1, counts), ended

@@ -1,43 +1,34 @@
-"""Drawing tokens: exact sampling by an exponential race."""
+"""Drawing tokens: exact sampling by the inverse of the distribution function, one uniform number a draw."""
 
 from __future__ import annotations
 
 import torch
 
 
-def exponential_noise(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Independent Exp(1) variates, float32, never zero.
+def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    """Independent uniform numbers in [0, 1), float64.
 
     Args:
         shape (`tuple[int, ...]`): shape of the result.
-        like (`torch.Tensor`): gives the device.
+        device (`torch.device`): of the result.
         generator (`torch.Generator`, *optional*): source of randomness; torch's default generator where None.
     """
-    noise = torch.empty(shape, dtype=torch.float32, device=like.device)
-    return noise.exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny)
+    # Away from 1 by more than rounding, so that u times a sum is below that sum.
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=device).mul_(1 - 2**-50)
 
 
-def draw(weights: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw one index a row with probability proportional to its weight.
+def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Draw one index a row with probability proportional to its weight: the first whose cumulated weight exceeds `u` times their sum.
 
-    The arg-max of weight / Exp(1) has exactly that distribution, needs no normalised weights and no host sync.
+    Cumulated in float64, so that no token of a large vocabulary is lost to rounding. Needs no normalised weights, no noise of their size
+    and no host sync.
 
     Args:
         weights (`torch.Tensor` of shape `(..., V)`): non-negative, float32, at least one positive a row.
-        generator (`torch.Generator`, *optional*): source of randomness.
+        u (`torch.Tensor` of shape `(...)`): of `uniform`.
     Returns:
         `torch.LongTensor` of shape `(...)`.
     """
-    return (weights / exponential_noise(tuple(weights.shape), weights, generator)).argmax(-1)
-
-
-def draw_from_logits(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw from softmax(logits) without forming it: arg-max of logits - log(Exp(1)), the Gumbel trick.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., V)`): float32; -inf where the probability is zero.
-        noise (`torch.Tensor` of shape `(..., V)`): Exp(1) variates.
-    Returns:
-        `torch.LongTensor` of shape `(...)`.
-    """
-    return (logits - noise.log()).argmax(-1)
+    total = weights.cumsum(-1, dtype=torch.float64)
+    # A parallel sum need not grow at each step: an index without weight does not count, whatever is cumulated there.
+    return torch.logical_and(total > u[..., None] * total[..., -1:], weights).view(torch.uint8).argmax(-1)

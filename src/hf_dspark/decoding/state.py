@@ -114,7 +114,7 @@ class State:
         self.pending_counts += [0] * len(texts)
         for cache in (self.target_cache, self.drafter_cache):
             cache.add_rows(len(texts))
-        self._reserve(self.num_rows, max(self.lengths) + 1)
+        self.reserve(self.num_rows, max(self.lengths) + 1)
         if masks is not None and self.masked_at is None and not all(bool(mask.all()) for mask in masks):
             self.masked_at = torch.zeros_like(self.ids, dtype=torch.bool)
         for place, text in enumerate(texts, first):
@@ -133,7 +133,7 @@ class State:
             rows (`slice` or `torch.LongTensor`): places of the rows; all where left out.
             offset (`int`): first block position, from 0, that the tokens stand at.
         """
-        self._reserve(self.num_rows, max(self.lengths) + offset + tokens.shape[1])
+        self.reserve(self.num_rows, max(self.lengths) + offset + tokens.shape[1])
         columns = self.lengths_on_device() + torch.arange(offset, offset + tokens.shape[1], device=self.device)
         if isinstance(rows, slice):
             self.ids[: self.num_rows][rows].scatter_(1, columns[rows], tokens)
@@ -183,7 +183,8 @@ class State:
         states = torch.cat([piece for place in places for piece in self.pending[place]])
         return states, RowLayout(starts, counts, self.device, row_ids=places)
 
-    def _reserve(self, rows: int, width: int) -> None:
+    def reserve(self, rows: int, width: int) -> None:
+        """Make room for so many rows and tokens a row."""
         have_rows, have = self.ids.shape
         if rows <= have_rows and width <= have:
             return

@@ -13,7 +13,8 @@ import torch
 
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.ngram_copy import Copied
-from hf_dspark.decoding.sampling import draw
+from hf_dspark.decoding.row_stopping import ends
+from hf_dspark.decoding.sampling import draw, uniform
 
 # How drafted tokens are judged where tokens are drawn; see `accept_sampled`. Greedily both say the same.
 VERIFICATIONS = ("block", "token")
@@ -95,6 +96,41 @@ class Verdict:
     next_token: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Conclusion:
+    """A round's new tokens and where rows end.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(R, n + 1)`): accepted tokens and the target's own behind them; what lies beyond is scratch.
+        next_token (`torch.LongTensor` of shape `(R,)`): the target's own.
+        host (`torch.LongTensor` of shape `(R, 4)`): what the host has to hear: whether every distribution can be drawn from, accepted
+            tokens, tokens that remain, whether the row ends.
+    """
+
+    tokens: torch.Tensor
+    next_token: torch.Tensor
+    host: torch.Tensor
+
+
+def conclude(drafted: torch.Tensor, verdict: Verdict, scores: torch.Tensor | None, room: torch.Tensor, eos: torch.Tensor) -> Conclusion:
+    """What a verdict leaves of the rows' blocks.
+
+    Args:
+        drafted (`torch.LongTensor` of shape `(R, n)`): the drafted tokens.
+        verdict (`Verdict`): over them.
+        scores (`torch.Tensor` of shape `(T, V)`, *optional*): the processed distributions, where tokens were drawn from them.
+        room (`torch.LongTensor` of shape `(R,)`), eos (`torch.LongTensor` of shape `(E,)`): as in `ends`.
+    """
+    following = verdict.next_token[:, None]
+    tokens = torch.cat([drafted, following], dim=1).scatter(1, verdict.accepted[:, None], following)
+    kept, ended = ends(tokens, verdict.accepted + 1, room, eos)
+    # Greedy choices need no check.
+    finite = ended.new_ones(1) if scores is None else torch.isfinite(scores.amax(-1)).all()[None]
+    return Conclusion(
+        tokens, verdict.next_token, torch.stack([finite.long().expand(kept.shape[0]), verdict.accepted, kept, ended.long()], dim=1)
+    )
+
+
 def _stands(agrees: torch.Tensor, layout: RowLayout) -> torch.Tensor:
     """Length of the accepted prefix: agreement until the first failure, and never past what was verified."""
     verified = layout.added - 1
@@ -138,20 +174,26 @@ def accept_sampled(
         generator (`torch.Generator`, *optional*): source of randomness.
         blockwise (`bool`): over the block; token by token otherwise.
     """
+    u = uniform((layout.num_rows, block.block_size + 1), p_t.device, generator)
+    return judge(p_t, block, layout, u, blockwise=blockwise)
+
+
+def judge(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, *, blockwise: bool) -> Verdict:
+    """`accept_sampled` with its random numbers given: `u` of `uniform`, of shape `(R, n + 1)`, the last for the token behind."""
     length = block.block_size
     flat = layout.padded_index
     p_x = p_t[flat[:, :length], block.tokens]
     p_d = torch.ones_like(p_x) if block.drawn is None else block.drawn
-    uniform = torch.rand(p_x.shape, generator=generator, device=p_x.device)
+    coins, last = u[:, :length], u[:, length]
     if not (blockwise and length > 1):
         # u < p_t / p_d without the division; u is in [0, 1), so p_t == p_d always accepts and p_t == 0 never does.
-        accepted = _stands(uniform * p_d < p_x, layout)
-        return Verdict(accepted, draw(_after(p_t, block, layout, accepted), generator))
+        accepted = _stands(coins * p_d < p_x, layout)
+        return Verdict(accepted, draw(_after(p_t, block, layout, accepted), last))
     weights = _prefix_weights(p_x, p_d)
     place = torch.arange(1, length + 1, device=p_x.device)
-    stands = (uniform < _prefix_chances(weights, p_t, block, layout)) & (place < layout.added[:, None])
+    stands = (coins < _prefix_chances(weights, p_t, block, layout)) & (place < layout.added[:, None])
     accepted = torch.where(stands, place, 0).amax(1)
-    return Verdict(accepted, draw(_after(p_t, block, layout, accepted, weights), generator))
+    return Verdict(accepted, draw(_after(p_t, block, layout, accepted, weights), last))
 
 
 def _after(

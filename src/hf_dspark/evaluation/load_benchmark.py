@@ -21,6 +21,7 @@ from hf_dspark.budgets.budget import Budget, StaticBudget
 from hf_dspark.budgets.cost_model import Costs
 from hf_dspark.budgets.named import make_budget
 from hf_dspark.calibration.online import OnlineCalibration
+from hf_dspark.decoding.compiled import compiled_graphs
 from hf_dspark.decoding.profiler import CostProfile, costs_at_hand
 from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, machine_record, round_times
 from hf_dspark.evaluation.serving import Server
@@ -102,7 +103,7 @@ class Load:
     def settings(self) -> dict[str, Any]:
         """What the result file says of it."""
         of_bench = self.bench.settings()
-        names = ("temperature", "top_p", "verification", "max_new_tokens", "seed", "target_dtype", "drafter_dtype")
+        names = ("temperature", "top_p", "verification", "max_new_tokens", "seed", "compiled", "target_dtype", "drafter_dtype")
         return {
             **{name: of_bench[name] for name in names},
             **{name: getattr(self, name) for name in ("seconds", "slice_seconds", "repeats")},
@@ -167,6 +168,7 @@ class Cell:
             online.check(bench.drafter.config)
             if contender.variant == "@raw":
                 online.temperatures = [1.0] * bench.drafter.config.block_size
+        longest = max(map(len, load.prompts)) + bench.max_new_tokens + bench.drafter.config.block_size
         return Server(
             bench.target,
             bench.drafter if contender.drafts else None,
@@ -179,6 +181,7 @@ class Cell:
             seed=bench.seed,
             round_callback=online,
             verification=bench.verification,
+            graphs=compiled_graphs(bench.target, bench.drafter, bench.compile, bench.target.device, longest),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -269,10 +272,10 @@ def bench(
         raise ValueError(f"{LOOKUP} takes one request at a time; got concurrencies {list(concurrencies)}. Add 1, or leave it out.")
     profile = None
     if costs is None and any(c.budget.needs_confidence for c in contenders):
-        measured = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=sample)
+        measured = CostProfile.cached(target, drafter, rows=max(concurrencies), sample=sample, compiled=load.bench.compile)
         costs, profile = measured.costs(sample), measured.to_json()
         profile["key"]["target"] = Path(profile["key"]["target"] or "").name  # no folders of this machine
-    costs = costs or costs_at_hand(target, drafter, sample)
+    costs = costs or costs_at_hand(target, drafter, sample, compiled=load.bench.compile)
     record: dict[str, Any] = {
         "cells": [],
         "summary": [],

@@ -21,11 +21,13 @@ from hf_dspark.decoding.loop import DecodingLoop, Rules
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.row_processors import RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
+from hf_dspark.decoding.state import State
 from hf_dspark.decoding.statistics import DecodingStats
 from hf_dspark.evaluation.speed import synchronize
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.self_test import check_length
 from hf_dspark.targets.target import Target
+from hf_dspark.utils.graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Server:
         budget (`Budget`): started.
         end_ids (`list[int]`): that end a request; the one met is kept.
         temperature, top_p, seed: as in `generate`; temperature 0 is greedy.
+        graphs (`Graphs`, *optional*): of the pair, to run rounds with.
         options: `round_callback`, `copying` and `verification`, as in `Options`.
     """
 
@@ -65,6 +68,7 @@ class Server:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        graphs: Graphs | None = None,
         **options: Any,
     ) -> None:
         self.count = len(prompts)
@@ -78,7 +82,8 @@ class Server:
         gamma, generator = 1 if drafter is None else drafter.config.block_size, torch.Generator(device=target.device).manual_seed(seed)
         how = Options(block_size=gamma, generator=generator, sample=temperature > 0, **options)
         rules = Rules(RowProcessors(warpers, self.count), RowStopping(criteria, self.count, limits))
-        self.loop = DecodingLoop(target, drafter, budget, how, rules)
+        state = State(target.device, limit=max(limits) + gamma + 2)
+        self.loop = DecodingLoop(target, drafter, budget, how, rules, state, graphs, single_row=concurrency == 1)
         self.concurrency = concurrency
         self._ids = [torch.tensor(list(prompt), device=target.device) for prompt in prompts]
         self._waiting = 0

@@ -7,12 +7,14 @@ shared slows all three alike. Every method runs once, untimed, before the first 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import CompileConfig
 
 from hf_dspark.decoding.api import generate
 from hf_dspark.decoding.verify import DEFAULT_VERIFICATION
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from hf_dspark.models.modeling_dspark import DSparkDrafter
 
 METHODS = ("plain", "dspark", "prompt_lookup")
+# What is measured too where rounds are compiled: transformers' own static cache.
+PLAIN_COMPILED = "plain_compiled"
 PROMPT_LOOKUP_TOKENS = 10
 _WARM_UP_TOKENS = 16
 
@@ -80,7 +84,7 @@ class Run:
 class Measured:
     """Every method's runs on the same batches, and their figures."""
 
-    runs: dict[str, list[Run]] = field(default_factory=lambda: {method: [] for method in METHODS})
+    runs: dict[str, list[Run]] = field(default_factory=lambda: defaultdict(list))
 
     def throughput(self, method: str) -> Throughput:
         """Of all runs of a method."""
@@ -102,19 +106,20 @@ class Measured:
 
     def to_json(self, *, comparable: bool) -> dict[str, Any]:
         """Returns ratios first, then the counts behind them; texts are compared where they are greedy and of one dtype."""
-        speed, counts = {method: self.throughput(method) for method in METHODS}, self.acceptance
+        speed, counts = {method: self.throughput(method) for method in (*METHODS, *self.runs)}, self.acceptance
         plain, dspark = ([row for run in self.runs[method] for row in run.tokens] for method in ("plain", "dspark"))
         return {
             "tau": counts.tau,
             "conditional_acceptance": counts.conditional_acceptance,
             "speedup": speed["dspark"].over(speed["plain"]),
             "prompt_lookup_speedup": speed["prompt_lookup"].over(speed["plain"]),
-            **{f"{method}_tokens_per_s": speed[method].tokens_per_s for method in METHODS},
+            **({"speedup_over_compiled": speed["dspark"].over(speed[PLAIN_COMPILED])} if PLAIN_COMPILED in speed else {}),
+            **{f"{method}_tokens_per_s": figure.tokens_per_s for method, figure in speed.items()},
             "rows": len(plain),
             "identical_rows": sum(a == b for a, b in zip(plain, dspark, strict=True)) if comparable else None,
             "acceptance_rate": counts.acceptance_rate,
             "acceptance_counts": asdict(counts),
-            "throughput": {method: speed[method].to_json() for method in METHODS},
+            "throughput": {method: figure.to_json() for method, figure in speed.items()},
             "time": self.time,
         }
 
@@ -123,7 +128,8 @@ class Measured:
 class Bench:
     """A target with its tokenizer and a drafter, ready to run batches by any method under the same settings; see `generate` for these.
 
-    Every run starts from the seed. `plain_target` is the target in another dtype, in which plain decoding is faster, None where it is not.
+    Every run starts from the seed. `compile` runs rounds as compiled graphs, and plain decoding with a static cache beside plain
+    decoding as it is. `plain_target` is the target in another dtype, in which plain decoding is faster, None where it is not.
     """
 
     target: PreTrainedModel
@@ -136,6 +142,13 @@ class Bench:
     verification: str = DEFAULT_VERIFICATION
     seed: int = 0
     plain_target: PreTrainedModel | None = None
+    compile: bool = False
+    compile_s: dict[str, float] = field(default_factory=dict)  # what the first runs took, by method
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What is measured."""
+        return (*METHODS, PLAIN_COMPILED) if self.compile else METHODS
 
     def inputs(self, conversations: Sequence[Conversation]) -> BatchEncoding:
         """Returns the tokenized batch on the target's device, padded on the left."""
@@ -151,23 +164,41 @@ class Bench:
             "pad_token_id": self.tokenizer.pad_token_id,
             "streamer": streamer,
         }
-        if method == "plain":
+        if method == PLAIN_COMPILED:
+            how = CompileConfig()
+            how._compile_all_devices = True
+            options |= {"cache_implementation": "static", "compile_config": how}
+        if method in ("plain", PLAIN_COMPILED):
             return self._timed(partial((self.plain_target or self.target).generate, **inputs, **options), inputs)
         if method == "dspark":
             options |= {"budget": self.budget, "copying": self.copying, "verification": self.verification, "return_dict_in_generate": True}
+            options |= {"compile": self.compile}
             return self._timed(partial(generate, self.target, self.drafter, **inputs, **options), inputs)
         if method != "prompt_lookup":
-            raise ValueError(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
+            raise ValueError(f"unknown method {method!r}; allowed: {', '.join(self.methods)}")
         lookup = partial(self.target.generate, **options, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
         counts = inputs["attention_mask"].sum(1).tolist()
         rows = [{name: values[r : r + 1, -count:] for name, values in inputs.items()} for r, count in enumerate(counts)]
         runs = [self._timed(partial(lookup, **row), row) for row in rows]
         return Run([tokens for run in runs for tokens in run.tokens], sum(run.seconds for run in runs))
 
-    def warm_up(self, inputs: BatchEncoding, methods: Sequence[str] = METHODS) -> None:
-        """Runs every method for a few tokens: first-use costs (kernels, the target's self-test) stay out of the figures."""
-        for method in methods:
-            self.run(method, inputs, max_new_tokens=min(_WARM_UP_TOKENS, self.max_new_tokens))
+    def warm_up(self, inputs: BatchEncoding, methods: Sequence[str] | None = None) -> None:
+        """Runs every method for a few tokens: first-use costs (kernels, the target's self-test, compilation) stay out of the figures.
+
+        Args:
+            inputs (`BatchEncoding`): the longest batch, for which a static cache is made.
+            methods (`Sequence[str]`, *optional*): all where None.
+        """
+        for method in methods or self.methods:
+            first = self.run(method, inputs, max_new_tokens=self.max_new_tokens if method == PLAIN_COMPILED else self._few)
+            self.compile_s[method] = first.seconds
+        if self.compile:  # a budget may come to any of these lengths
+            for length in (0, 2, 4, self.drafter.config.block_size):
+                self.compile_s["dspark"] += replace(self, budget=f"static:{length}").run("dspark", inputs, max_new_tokens=self._few).seconds
+
+    @property
+    def _few(self) -> int:
+        return min(_WARM_UP_TOKENS, self.max_new_tokens)
 
     def settings(self) -> dict[str, Any]:
         """Returns all that a result file says of the run."""
@@ -179,6 +210,8 @@ class Bench:
             "copying": len(self.drafter.config.copy_weights or ()) if self.copying else 0,
             "verification": self.verification,
             "seed": self.seed,
+            "compiled": self.compile,
+            **({"first_runs_s": dict(self.compile_s)} if self.compile else {}),
             "prompt_lookup_tokens": PROMPT_LOOKUP_TOKENS,
             "prompt_lookup_batch_size": 1,
             "target_dtype": str(self.target.dtype).removeprefix("torch."),
@@ -212,12 +245,15 @@ def evaluate(
     Returns:
         the overall figures at the top, then `files` with those of each file, `settings` and `machine`.
     """
-    bench.warm_up(bench.inputs(next(iter(prompt_files.values()))[:batch_size]))
+    longest = max(
+        (c for conversations in prompt_files.values() for c in conversations), key=lambda c: sum(len(turn["content"]) for turn in c)
+    )
+    bench.warm_up(bench.inputs([longest] * batch_size))
     files, overall, turn = {name: Measured() for name in prompt_files}, Measured(), 0
     for name, conversations in prompt_files.items():
         for first in range(0, len(conversations), batch_size):
             inputs = bench.inputs(conversations[first : first + batch_size])
-            for method in METHODS[turn % len(METHODS) :] + METHODS[: turn % len(METHODS)]:
+            for method in bench.methods[turn % len(bench.methods) :] + bench.methods[: turn % len(bench.methods)]:
                 run = bench.run(method, inputs)
                 files[name].runs[method].append(run)
                 overall.runs[method].append(run)

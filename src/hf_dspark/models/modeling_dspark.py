@@ -200,6 +200,10 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
         """The target bound to, held weakly, or `None`."""
         return None if self._target_embeddings is None else self._target_embeddings.target()
 
+    def sync_target_rows(self) -> None:
+        """Take in what was written to the target's head since `bind`, before compiled graphs read it."""
+        self._require_bound().sync(self.draft_token_ids)
+
     def _require_bound(self) -> TargetEmbeddings:
         if self._target_embeddings is None:
             raise UnboundDrafterError(
@@ -223,7 +227,7 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
         weight = self.hidden_norm.weight
         return self.hidden_norm(self.fc(taps.to(weight.device, weight.dtype)))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def extend_context(self, taps: torch.Tensor, layout: RowLayout, cache: RowCache) -> None:
         """Write keys and values of newly committed tokens into the drafter's cache, in every layer.
 
@@ -269,15 +273,22 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
             ValueError: if gamma is below 1 or longer than the checkpoint's block.
             UnboundDrafterError: before `bind`.
         """
-        gamma = check_block_size(gamma, self.config.block_size)
-        rows, first = len(starts), self.config.first_slot
-        slots = gamma + first
-        layout = RowLayout(starts, [slots] * rows, self.hidden_norm.weight.device, row_ids=row_ids)
+        return self.block_hidden(anchor_ids, self.block_layout(starts, gamma, row_ids), cache)
+
+    def block_layout(self, starts: Sequence[int], gamma: int | None = None, row_ids: Sequence[int] | None = None) -> RowLayout:
+        """Where the slots of one block a row lie; arguments and errors as in `draft_hidden`."""
+        slots = check_block_size(gamma, self.config.block_size) + self.config.first_slot
+        return RowLayout(starts, [slots] * len(starts), self.hidden_norm.weight.device, row_ids=row_ids)
+
+    @torch.no_grad()
+    def block_hidden(self, anchor_ids: torch.Tensor, layout: RowLayout, cache: RowCache) -> torch.Tensor:
+        """`draft_hidden` of a given `block_layout`."""
+        slots = layout.max_count
         x = self._block_inputs(anchor_ids, slots)
-        positions = layout.positions.view(rows, slots)
+        positions = layout.positions.view(-1, slots)
         rope = self._rope(x, positions)
         keys_at = torch.arange(layout.max_end, device=x.device)
-        mask = None if min(starts) == max(starts) else keys_at < layout.ends[:, None, None, None]
+        mask = None if layout.equal_ends else keys_at < layout.ends[:, None, None, None]
         window = None
         if self._slides:
             window = self._in_window(keys_at, positions, positions[:, :1])[:, None]
@@ -292,7 +303,7 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
 
         for layer in self.layers:
             x = layer(x, rope, attend)
-        return self.norm(x)[:, first:]
+        return self.norm(x)[:, self.config.first_slot :]
 
     def base_logits(self, h: torch.Tensor) -> torch.Tensor:
         """U: the target's frozen head on the drafter's hidden states, at the draft ids.

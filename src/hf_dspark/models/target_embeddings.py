@@ -65,9 +65,10 @@ class TargetEmbeddings:
         head: Any = self.head
         plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks and not hasattr(head, "_hf_hook")
         if plain:
-            weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+            weight, bias = head.weight, head.bias
             if draft_ids is not None:
                 weight, bias = self._rows(weight, bias, draft_ids)
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
             # As a 2-D matrix: for a batch of one with odd strides, matmul would copy the whole head.
             rows = h.to(weight.device, weight.dtype).reshape(-1, h.shape[-1])
             logits = F.linear(rows, weight, bias).reshape(*h.shape[:-1], weight.shape[0])
@@ -83,6 +84,11 @@ class TargetEmbeddings:
                 logits = logits.index_select(-1, draft_ids.to(logits.device))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def sync(self, draft_ids: torch.Tensor | None) -> None:
+        """Copy the head's rows now if they are to be copied again: compiled graphs do not look."""
+        if draft_ids is not None and type(self.head) is nn.Linear:
+            self._rows(self.head.weight, self.head.bias, draft_ids)
+
     def refresh(self) -> None:
         """Copy the head's rows again when they are next needed: what was written to its weight through `.data` has left no trace."""
         self._stale = True
@@ -95,7 +101,18 @@ class TargetEmbeddings:
             self._stale = False  # first: what another thread finds stale meanwhile is copied again
             with torch.inference_mode(False), torch.no_grad():  # kept over calls, of which others may need gradients
                 ids = draft_ids.to(weight.device)
-                self._reduced = (key, weight[ids], None if bias is None else bias[ids])
+                old, copies = self._reduced, list[Any]()
+                for place, full in enumerate((weight, bias)):
+                    kept: Any = None if old is None else old[1 + place]
+                    if (
+                        full is not None
+                        and kept is not None
+                        and (kept.dtype, kept.device, len(kept)) == (full.dtype, full.device, len(ids))
+                    ):
+                        copies.append(torch.index_select(full, 0, ids, out=kept))  # where compiled graphs read it
+                    else:
+                        copies.append(None if full is None else full[ids])
+                self._reduced = (key, copies[0], copies[1])
         return self._reduced[1], self._reduced[2]
 
 

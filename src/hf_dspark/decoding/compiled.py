@@ -1,0 +1,427 @@
+"""A round's three steps as compiled graphs: draft, verify, conclude. What cannot be compiled is left to the loop, which runs it eagerly.
+
+All that differs from round to round comes in tensors: where tokens go, how far rows reach, random numbers, temperatures. Batches of more
+than one row are padded with rows that nobody has, passes with tokens behind a row's end: both write where nothing is committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CompileConfig, PreTrainedModel
+
+from hf_dspark.budgets.budget import Proposal
+from hf_dspark.cache.kv_cache import BufferCache, RowCache
+from hf_dspark.cache.layout import RowLayout, TensorLayout
+from hf_dspark.decoding.draft import default_temperatures, draft_from
+from hf_dspark.decoding.ngram_copy import Copied, Copies
+from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
+from hf_dspark.decoding.row_stopping import RowStopping
+from hf_dspark.decoding.sampling import uniform
+from hf_dspark.decoding.state import State
+from hf_dspark.decoding.verify import Conclusion, DraftBlock, accept_greedy, conclude, judge
+from hf_dspark.models.modeling_dspark import DSparkDrafter
+from hf_dspark.targets.target import Target
+from hf_dspark.utils.graphs import Argument, Graphs, Tensors
+from hf_dspark.utils.logging import warn_once
+
+logger = logging.getLogger(__name__)
+
+
+class CompiledRounds:
+    """The compiled steps of one call.
+
+    Args:
+        graphs (`Graphs`): of this target and drafter.
+        target (`Target`), drafter (`DSparkDrafter`, *optional*): as in the loop.
+        options (`Options`): of the call; `block_size` set.
+        processors (`RowProcessors`), stopping (`RowStopping`): the user's.
+        copy_weights (`list[float]`, *optional*): of n-gram copies, where they are drafted.
+        records (`bool`): somebody keeps scores or logits, so verdicts run eagerly.
+        single (`bool`): there is never more than one row.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        target: Target,
+        drafter: DSparkDrafter | None,
+        options: Options,
+        processors: RowProcessors,
+        stopping: RowStopping,
+        copy_weights: Sequence[float] | None,
+        *,
+        records: bool,
+        single: bool,
+    ) -> None:
+        self.graphs, self.target, self.drafter, self.options, self.stopping = graphs, target, drafter, options, stopping
+        self.processors, self.copy_weights, self.single = processors, copy_weights, single
+        self.block_size = options.block_size or 1
+        self._contents = processors.contents()
+        self._drafts = self._contents is not None
+        self._concludes = self._contents is not None and not records
+        self._drafted: dict[str, torch.Tensor] = {}
+        self._range = torch.arange(1, device=graphs.device)
+        if drafter is not None:
+            drafter.sync_target_rows()
+
+    # ------------------------------------------------------------------------------------------------------------------ steps
+
+    def draft(self, proposal: Proposal, state: State) -> DraftBlock | None:
+        """`DecodingLoop.draft` with the hidden states that the drafter has not read yet; None where that runs eagerly.
+
+        It drafts for all rows, and as many tokens as one of few graphs does: more kinds of rounds would each have to be compiled.
+        """
+        drafter, options, device = self.drafter, self.options, self.graphs.device
+        if not self._drafts or drafter is None:
+            return None
+        sample, weights, callback = options.sample, self.copy_weights, options.round_callback
+        length = min(next(n for n in (2, 4, 8, 16, self.block_size) if n >= proposal.length), self.block_size)
+        rows = self._rows(state.num_rows)
+        layout = drafter.block_layout([*state.context_lengths, *[0] * (rows - state.num_rows)], length)
+        self._prepare(state.drafter_cache, rows, layout.max_end)
+        temperatures = None if callback is None else callback.temperatures
+        temperatures = temperatures or default_temperatures(drafter.config, copying=weights is not None)
+        arguments = {
+            **self._buffers(state.drafter_cache),
+            **self._pending(state, drafter.fc.in_features),
+            "anchors": Argument(torch.nn.functional.pad(state.anchors, (0, rows - state.num_rows)), self._r),
+            "rows": Argument(layout.rows.view(rows, -1), self._r),
+            "positions": Argument(layout.positions.view(rows, -1), self._r),
+            "ends": Argument(layout.ends, self._r),
+            "longest": self._longest(layout.max_end),
+        }
+        if drafter.confidence_head is not None and temperatures is not None:  # for every budget, so that one graph serves all
+            arguments["temperatures"] = Argument(torch.tensor(list(temperatures[:length]), dtype=torch.float32).to(device))
+        if sample:
+            arguments["u"] = Argument(uniform((rows, 2, length), device, options.generator), self._r)
+        if weights is not None:
+            arguments |= self._texts(state, rows)
+        key = ("The draft", length, sample, self.single, None if weights is None else tuple(weights), self._contents, *arguments)
+        outputs = self.graphs.run(key, _Draft(self, state, key, length), arguments)
+        if outputs is None:
+            self._drafts = False
+            return None
+        state.clear_pending()
+        self._drafted = dict(zip(self.graphs.notes[key], outputs, strict=True))
+        own = {name: tensor[: state.num_rows] for name, tensor in self._drafted.items()}
+        copied = Copied(**of_copies) if (of_copies := _named("copied_", own)) else None
+        return DraftBlock(draft_ids=drafter.draft_token_ids, copied=copied, **_named("block_", own)).truncate(proposal.length)
+
+    def verify(self, block: DraftBlock, layout: RowLayout, state: State) -> tuple[torch.Tensor, torch.Tensor, RowLayout] | None:
+        """`DecodingLoop.verify`; None where that runs eagerly."""
+        padded = self._padded_layout(layout)
+        self._prepare(state.target_cache, padded.num_rows, padded.max_end)
+        width = 1 + block.block_size
+        tokens = state.anchors[:, None] if width == 1 else torch.cat([state.anchors[:, None], block.tokens], dim=1)
+        arguments = {
+            **self._buffers(state.target_cache),
+            "ids": Argument(tokens.flatten()[self._grid(padded, layout.num_rows, width)], "T"),
+            "rows": Argument(padded.rows, "T"),
+            "positions": Argument(padded.positions, "T"),
+            "flat_index": Argument(padded.flat_index, "T"),
+            "padded_index": Argument(padded.padded_index, ".T" if self.single else "RL"),
+            "added": Argument(padded.added, self._r),
+            "longest": self._longest(padded.max_end),
+        }
+        outputs = self.graphs.run(
+            ("The verification pass", self.single, *self.target.taps.layer_ids), partial(_verify, self.target), arguments
+        )
+        if outputs is None:
+            return None
+        # Hidden states are kept beyond the next pass, which may write its own there.
+        logits, hidden = outputs[0], outputs[1] if self.graphs.symbolic else outputs[1].clone()
+        if self._concludes or padded.counts == layout.counts:
+            return logits, hidden, padded
+        kept = np.concatenate([first + np.arange(n) for first, n in zip(padded.firsts, layout.counts, strict=False)])
+        index = torch.from_numpy(kept).to(logits.device, non_blocking=True)
+        return logits[index], hidden[index], layout
+
+    def conclude(
+        self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout, verified: Sequence[int], state: State
+    ) -> Conclusion | None:
+        """`DecodingLoop.conclude`; None where that runs eagerly."""
+        options, stopping, device = self.options, self.stopping, self.graphs.device
+        sample = options.sample
+        drafted, self._drafted = self._drafted, {}
+        if not self._concludes or (block.block_size and not drafted):
+            return None
+        length = drafted["block_tokens"].shape[1] if drafted else 0
+        rows = self._rows(state.num_rows)
+        spare = [0] * (rows - state.num_rows)
+        firsts = [*layout.firsts, *spare][:rows]
+        room = [*stopping.room(state, 0, length + 2), *(length + 2 for _ in spare)]
+        numbers = np.array([firsts, [1 + n for n in [*verified, *spare]], room])
+        index = torch.from_numpy(numbers).to(device, non_blocking=True)
+        eos = stopping.eos_on(device)
+        arguments = {
+            "logits": Argument(logits, "T"),
+            "eos": Argument(eos),
+            **{name: Argument(row, self._r) for name, row in zip(("first", "added", "room"), index, strict=True)},
+            **{name: Argument(tensor, self._r) for name, tensor in drafted.items() if name not in _NOT_JUDGED},
+        }
+        if sample:
+            arguments["u"] = Argument(uniform((rows, length + 1), device, options.generator), self._r)
+        key = ("The verdict", length, sample, options.verification, self.single, self._contents, len(eos), *arguments)
+        outputs = self.graphs.run(key, _Conclude(self, state, length), arguments)
+        if outputs is None:
+            self._concludes = False
+            return None
+        return Conclusion(*(tensor[: state.num_rows] for tensor in outputs))
+
+    # ---------------------------------------------------------------------------------------------------------------- arguments
+
+    @property
+    def _r(self) -> str:
+        return "" if self.single else "R"
+
+    def _rows(self, rows: int) -> int:
+        return 1 if self.single else self.graphs.size(rows)
+
+    def _longest(self, length: int) -> Argument:
+        length = length if self.graphs.symbolic else self.graphs.size(length)
+        if len(self._range) <= length:
+            self._range = torch.arange(2 * length, device=self.graphs.device)
+        return Argument(self._range[:length], "S")
+
+    def _prepare(self, cache: RowCache, rows: int, length: int) -> None:
+        # All of it at once, as a static cache is: captured graphs keep where it lies, and read up to their bucket's end.
+        length = max(length, cache.limit or 0)
+        cache.grow(rows if self.single else max(rows, 2), length if self.graphs.symbolic else self.graphs.size(length))
+
+    def _buffers(self, cache: RowCache) -> dict[str, Argument]:
+        dims = "..Z" if self.single else "Y.Z"
+        stores = (("keys", cache.keys), ("values", cache.values))
+        return {f"{name}_{layer}": Argument(store[layer], dims, buffer=True) for name, store in stores for layer in sorted(store)}
+
+    def _padded_layout(self, layout: RowLayout) -> RowLayout:
+        """The pass with as many rows and tokens as a graph takes: one row as long as its bucket, then short ones as tokens are missing."""
+        size, rows = self.graphs.size, self._rows(layout.num_rows)
+        starts = layout.starts + [0] * (rows - layout.num_rows)
+        counts = layout.counts + [1] * (rows - layout.num_rows)
+        longest = max(range(rows), key=counts.__getitem__)
+        counts[longest] = widest = max(counts[longest], min(size(counts[longest]), max(self.block_size + 1, 2)))
+        missing = min(size(sum(counts)), rows * widest) - sum(counts)
+        for row in range(rows):
+            more = min(widest - counts[row], missing)
+            counts[row], missing = counts[row] + more, missing - more
+        return layout if counts == layout.counts else RowLayout(starts, counts, self.graphs.device)
+
+    def _grid(self, padded: RowLayout, rows: int, width: int) -> torch.Tensor:
+        """Where each token of the padded pass lies in `(rows, width)`; any place for those that are padding."""
+        row = np.repeat(np.arange(padded.num_rows), padded.counts)
+        within = np.arange(padded.total) - np.repeat(padded.firsts, padded.counts)
+        index = np.where(row < rows, row * width + np.minimum(within, width - 1), 0)
+        return torch.from_numpy(index).to(self.graphs.device, non_blocking=True)
+
+    def _pending(self, state: State, width: int) -> dict[str, Argument]:
+        """Hidden states `(P, width)` that the drafter reads first; padding lies where the first block is written after them."""
+        counts, context = np.array(state.pending_counts), np.array(state.context_lengths)
+        rows, total = np.repeat(np.arange(len(counts)), counts), self.graphs.size(int(counts.sum()))
+        places = np.full((2, total), [[0], [context[0]]])
+        places[0, : len(rows)] = rows
+        places[1, : len(rows)] = np.arange(len(rows)) - (counts.cumsum() - counts)[rows] + (context - counts)[rows]
+        pieces = [piece for row in state.pending for piece in row]
+        if missing := total - len(rows):
+            pieces.append(
+                torch.zeros(missing, width, dtype=pieces[0].dtype if pieces else self.target.model.dtype, device=self.graphs.device)
+            )
+        index = torch.from_numpy(places).to(self.graphs.device, non_blocking=True)
+        states = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return {"pending": Argument(states, "P"), "pending_rows": Argument(index[0], "P"), "pending_positions": Argument(index[1], "P")}
+
+    def _texts(self, state: State, rows: int) -> dict[str, Argument]:
+        """What n-gram copies read: the ids of the rows, and where their answers begin."""
+        spare = [1] * (rows - state.num_rows)
+        index = torch.from_numpy(np.array([[*state.lengths, *spare], [*state.prompt_ends, *spare]])).to(
+            self.graphs.device, non_blocking=True
+        )
+        width = max(state.lengths)
+        state.reserve(rows, max(width, state.limit or 0))
+        text = self._range[: width if self.graphs.symbolic else min(self.graphs.size(width), state.ids.shape[1])]
+        dims = ".W" if self.single else "XW"
+        texts = {"text": Argument(text, "V"), "ids": Argument(state.ids, dims, buffer=True)}
+        if state.masked_at is not None:
+            texts["masked_at"] = Argument(state.masked_at, dims, buffer=True)
+        return {"lengths": Argument(index[0], self._r), "prompt_ends": Argument(index[1], self._r), **texts}
+
+
+# Outputs of a draft that no verdict reads.
+_NOT_JUDGED = ("block_confidence", "block_confidence_logits")
+
+
+def _named(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _cache(given: Mapping[str, torch.Tensor]) -> BufferCache:
+    return BufferCache(*({int(layer): tensor for layer, tensor in _named(prefix, given).items()} for prefix in ("keys_", "values_")))
+
+
+class _Draft:
+    """The drafter's part of a round: the context that it has not read, backbone, sequential head with copies, confidences."""
+
+    def __init__(self, rounds: CompiledRounds, state: State, key: Hashable, length: int) -> None:
+        self.drafter: Any = rounds.drafter
+        self.length, self.weights = length, rounds.copy_weights
+        self.exact, self.notes, self.key = rounds.graphs.symbolic, rounds.graphs.notes, key
+        self.processors = None
+        if rounds.processors:
+            self.processors = DraftProcessors(rounds.processors, state, (), self.drafter, rounds.target.vocab_size)
+
+    def __call__(self, **given: torch.Tensor) -> Tensors:
+        cache, longest = _cache(given), given["longest"]
+        context = TensorLayout({"rows": given["pending_rows"], "positions": given["pending_positions"]}, longest)
+        self.drafter.extend_context(given["pending"], context, cache)
+        rows = given["ends"].shape[0]
+        index = {"ends": given["ends"], **{name: given[name].flatten() for name in ("rows", "positions")}}
+        layout = TensorLayout(index, longest, exact=self.exact)
+        layout.max_count = given["positions"].shape[1]
+        copies = None
+        if self.weights is not None:
+            width = given["text"].shape[0]
+            ids = given["ids"][:rows, :width]
+            if "masked_at" in given:
+                ids = ids.masked_fill(given["masked_at"][:rows, :width], -1)
+            copies = Copies(ids, given["lengths"][:, None], given["prompt_ends"], self.weights, self.length, at_once=True)
+        temperatures, confident = given.get("temperatures"), self.drafter.confidence_head is not None
+        block = draft_from(self.drafter, given["anchors"], layout, cache, given.get("u"), self.processors, confident, temperatures, copies)
+        found = {f"block_{n}": getattr(block, n) for n in ("tokens", "confidence", "confidence_logits", "probs", "drawn")}
+        if block.copied is not None:
+            found |= {f"copied_{name}": tensor for name, tensor in vars(block.copied).items()}
+        outputs = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+        self.notes[self.key] = list(outputs)
+        return tuple(outputs.values())
+
+
+def _verify(target: Target, /, **given: torch.Tensor) -> Tensors:
+    """The target's pass over flattened rows."""
+    logits, hidden = target.forward(given["ids"], TensorLayout(given, given["longest"]), _cache(given))
+    return logits.contiguous(), hidden.contiguous()
+
+
+class _Conclude:
+    """Which tokens stand, and where rows end."""
+
+    def __init__(self, rounds: CompiledRounds, state: State, length: int) -> None:
+        self.length, self.sample, self.blockwise = length, rounds.options.sample, rounds.options.verification == "block"
+        self.processors, self.state = rounds.processors, state
+        self.draft_ids = None if rounds.drafter is None else rounds.drafter.draft_token_ids
+
+    def __call__(self, **given: torch.Tensor) -> Tensors:
+        scores, first = given["logits"], given["first"]
+        if self.processors:
+            scores = self.processors(scores.float(), self.state, ())
+        padded = first[:, None] + torch.minimum(torch.arange(self.length + 1, device=first.device), given["added"][:, None] - 1)
+        layout = TensorLayout({"added": given["added"], "padded_index": padded}, first)
+        drafted = _named("block_", given)
+        copied = Copied(**of_copies) if (of_copies := _named("copied_", given)) else None
+        tokens = drafted.pop("tokens", first.new_empty(first.shape[0], 0))
+        block = DraftBlock(tokens, draft_ids=self.draft_ids, copied=copied, **drafted)
+        if self.sample:
+            scores = scores.float()
+            verdict = judge(scores.softmax(-1), block, layout, given["u"], blockwise=self.blockwise)
+        else:
+            verdict = accept_greedy(scores.argmax(-1), block, layout)
+        concluded = conclude(block.tokens, verdict, scores if self.sample else None, given["room"], given["eos"])
+        return concluded.tokens, concluded.next_token, concluded.host
+
+
+# ---------------------------------------------------------------------------------------------------------------------- of whom, and where
+
+
+_MOST_KEPT = 4  # pairs of a target with a drafter and a config, whose graphs stay
+
+
+class _Kept:
+    """Graphs that stay with a target from call to call; not copied and not saved with it."""
+
+    def __init__(self) -> None:
+        self.by_use: dict[Hashable, tuple[list[torch.Tensor], Any, Graphs]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Kept, ()
+
+
+def compiled_graphs(
+    target: PreTrainedModel, drafter: DSparkDrafter, how: bool | CompileConfig, device: torch.device, longest: int
+) -> Graphs | None:
+    """The graphs of a target and a drafter, as they are now: of earlier calls if nothing that a graph depends on has changed since.
+
+    Args:
+        target (`PreTrainedModel`), drafter (`DSparkDrafter`): bound.
+        how (`bool` or `CompileConfig`): `Options.compile`.
+        device (`torch.device`): the target's.
+        longest (`int`): tokens of the longest row that will come.
+    Returns:
+        `Graphs`; None where nothing is to be compiled, or the target cannot be, which is logged once.
+    Raises:
+        RuntimeError: if it cannot be, with `CompileConfig(fullgraph=True)`.
+    """
+    if how is False:
+        return None
+    config = None if how is True else how
+    if (why := _obstacle(target, device) or _obstacle(drafter, device)) is not None:
+        if config is not None and config.fullgraph:
+            raise RuntimeError(f"{type(target).__name__} cannot be compiled: {why}. Leave compile_config.fullgraph out to run eagerly.")
+        warn_once(logger, f"{type(target).__name__} is not compiled, and decodes eagerly: {why}.")
+        return None
+    positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest
+    if (device.type == "cuda" or (config is not None and config.dynamic is False)) and longest > positions:
+        warn_once(
+            logger, f"A call decodes eagerly: padding of its {longest} tokens and a block would pass the target's {positions} positions."
+        )
+        return None
+    kept = target.__dict__.setdefault("_dspark_graphs", _Kept()).by_use
+    use = (id(drafter), None if config is None else repr(sorted(config.to_dict().items())))
+    weights = [weight for model in (target, drafter) for weight in (*model.parameters(), *model.buffers())]
+    frozen = config is not None and bool((config.options or {}).get("freezing"))  # their values are in the graphs then
+    state = (
+        [(weight.data_ptr(), weight.dtype, weight._version if frozen else 0) for weight in weights],
+        None if drafter.draft_token_ids is None else drafter.d2t._version,
+        [_switches(model) for model in (target, drafter)],
+        (torch.is_autocast_enabled(device.type), torch.get_num_threads()),
+    )
+    if use in kept:
+        old_weights, old_state, graphs = kept[use]
+        if old_state == state and all(map(operator.is_, old_weights, weights)):
+            return graphs
+        del kept[use]
+    while len(kept) >= _MOST_KEPT:
+        del kept[next(iter(kept))]
+    graphs = Graphs(device, config)
+    kept[use] = (weights, state, graphs)
+    return graphs
+
+
+def _switches(model: Any) -> tuple[Hashable, ...]:
+    """Whatever Python reads in a forward and may change: configurations, adapters, modes."""
+    adapters = tuple(
+        (str(m.active_adapter), bool(m.disable_adapters), tuple(m.merged_adapters), repr(getattr(m, "scaling", None)))
+        for m in model.modules()
+        if hasattr(m, "merged_adapters")
+    )
+    return model.config.to_json_string(), model.training, adapters
+
+
+def _obstacle(model: Any, device: torch.device) -> str | None:
+    """Why a target or a drafter cannot be compiled; None where nothing speaks against it."""
+    if getattr(model, "hf_quantizer", None) is not None and not model.hf_quantizer.is_compileable:
+        return "its quantization cannot be compiled"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "its weights are offloaded or spread by hooks"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "forward hooks are registered on it, which a graph would not run"
+    if (devices := {p.device for p in model.parameters()}) != {device}:
+        return f"its weights lie on {', '.join(sorted(map(str, devices)))}"
+    return None

@@ -1,0 +1,300 @@
+"""Rounds as compiled graphs: the text is plain's, and nothing is compiled twice or launched beside the graphs.
+
+Most run the traced graphs as they are (`backend="eager"`): what a compiler makes of them is its own matter, and tested once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+
+import hf_dspark
+from hf_dspark.decoding.loop import DecodingLoop
+from hf_dspark.utils.graphs import Argument, Graphs
+from hf_dspark.utils.logging import warn_once
+from tests.helpers import BUDGETS, NEVER, World, make_world, plain, plain_tokens, speculate, talking_target, world
+from tests.tiny import FAMILIES, VOCAB
+
+TRACED = CompileConfig(backend="eager", fullgraph=True)
+BUCKETS = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
+EXPERTS = ("mixtral", "qwen3_moe")
+
+
+def compiled(w: World, rows: int, config: CompileConfig | None = TRACED, **options: Any) -> Any:
+    """As transformers' users ask for it."""
+    how = {"cache_implementation": "static", "compile_config": config, **options}
+    return speculate(w.target, w.drafter, w.inputs(rows), **how)
+
+
+class Count(TorchDispatchMode):
+    """Kernels and host waits outside graphs, and graphs made, a round each."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal")
+    FREE = ("to", "detach", "lift_fresh", "alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.waits, self.made = [0], [0], [0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.launches[-1] += not (func.is_view or name in self.FREE)
+        self.waits[-1] += name in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+    def next_round(self) -> None:
+        for counts in (self.launches, self.waits, self.made):
+            counts.append(0)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
+    """Counts what runs beside the graphs; what runs inside them is not seen."""
+    counted, run = Count(), Graphs.run
+
+    def unseen(self: Graphs, *args: Any) -> Any:
+        before = self.made
+        with _disable_current_modes():
+            out = run(self, *args)
+        counted.made[-1] += self.made - before
+        return out
+
+    monkeypatch.setattr(Graphs, "run", unseen)
+    return counted
+
+
+@pytest.fixture
+def rounds(count: Count, monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
+    """The same, round by round."""
+    original = DecodingLoop.round
+
+    def counted(self: DecodingLoop) -> None:
+        count.next_round()
+        with count:
+            original(self)
+
+    monkeypatch.setattr(DecodingLoop, "round", counted)
+    return count
+
+
+def late_end(texts: torch.Tensor) -> int:
+    """A token that ends some of these rows, at different times, and not all."""
+    first = {token: [(row == token).nonzero()[:1].flatten().tolist() for row in texts] for token in range(VOCAB)}
+    ends = {token: [end[0] for end in found if end] for token, found in first.items() if sum(map(bool, found)) < len(texts)}
+    return max(ends, key=lambda token: len(set(ends[token])))
+
+
+# --------------------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("budget", [*BUDGETS, "load-aware", "load-aware-lag2"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EXPERTS])
+def test_every_family_batch_and_budget_gives_the_plain_text(family: str, rows: int, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged left-padded prompts, rows that end at one length: whole graphs, none of which is left to run eagerly."""
+    w = world(family)
+    monkeypatch.setattr(w.drafter, "budget", budget)
+    out = compiled(w, rows, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, plain_tokens(family, rows))
+    assert out.past_key_values is None
+
+
+@pytest.mark.parametrize("budget", ["full", "threshold:0.5", "load-aware"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_graphs_of_fixed_sizes_give_the_plain_text(rows: int, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are padded to their buckets' sizes, as graphs that are captured on a GPU need it."""
+    w = world("mistral")
+    monkeypatch.setattr(w.drafter, "budget", budget)
+    assert torch.equal(compiled(w, rows, BUCKETS), plain_tokens("mistral", rows))
+
+
+@pytest.mark.parametrize("head", ["gated", "rnn"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_other_heads_reduced_vocabularies_and_copies_give_the_plain_text(head: str, rows: int) -> None:
+    """Every kind of head, tokens outside the draft vocabulary, masked tokens in the texts that are copied from."""
+    fields = {"copy_weights": [0.4, 0.7, 0.9], "draft_token_ids": torch.arange(0, VOCAB, 2)}
+    w = make_world(talking_target("qwen3"), head, **fields)
+    assert torch.equal(compiled(w, rows), plain(w.target, w.inputs(rows)))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_that_end_at_different_times_leave_the_rest_as_it_is(rows: int) -> None:
+    """End-of-text tokens inside blocks; the last row of a batch goes on in the graphs of the batch."""
+    w = world()
+    ends = plain_tokens("llama", rows)[:, -12:].flatten()[::7].tolist()
+    expected = plain(w.target, w.inputs(rows), eos_token_id=ends, pad_token_id=0)
+    assert torch.equal(compiled(w, rows, eos_token_id=ends, pad_token_id=0), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
+def test_inductor_gives_the_plain_text(rows: int) -> None:
+    """What the default compiler makes of all three graphs, greedy, with copies; and draws that repeat by their seed."""
+    w = make_world(talking_target(), copy_weights=[0.4, 0.7, 0.9])
+    config = CompileConfig(fullgraph=True)
+    assert torch.equal(compiled(w, rows, config), plain(w.target, w.inputs(rows)))
+    options = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "max_new_tokens": 24,
+        "eos_token_id": NEVER,
+        "compile": True,
+        "compile_config": config,
+    }
+    drawn = [hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), seed=5, **options) for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+class Shift(LogitsProcessor):
+    """Unknown to this package, and declared to keep no state."""
+
+    stateless = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + torch.linspace(0, 3, scores.shape[-1])[input_ids[:, -1:]] * (torch.arange(scores.shape[-1]) % 3 == 0)
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "suppressed": {"suppress_tokens": [5, 9, 11]},
+    "repetition penalty": {"repetition_penalty": 1.7},
+    "no repeated n-gram": {"no_repeat_ngram_size": 2},
+    "unknown": {"logits_processor": LogitsProcessorList([Shift()])},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_processors_give_the_plain_text(kind: str, rows: int) -> None:
+    """Those that look at one distribution are part of the graphs; draft and verdict run eagerly for others, the pass does not."""
+    w = world("qwen2")
+    assert torch.equal(compiled(w, rows, **PROCESSORS[kind]), plain(w.target, w.inputs(rows), **PROCESSORS[kind]))
+
+
+def test_scores_are_those_of_plain_generation() -> None:
+    """Whoever asks for scores and logits gets them."""
+    w = world()
+    options: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected, out = plain(w.target, w.inputs(3), **options), compiled(w, 3, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.stack(getattr(out, name)), torch.stack(getattr(expected, name)), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ counts
+
+
+@pytest.mark.parametrize(("rows", "sample"), [(1, False), (1, True), (8, False), (8, True)])
+def test_two_hundred_rounds_need_no_new_graph_and_little_beside_them(rows: int, sample: bool, rounds: Count) -> None:
+    """Contexts grow, rows leave, lengths differ: after the first rounds nothing is made, and at most 40 kernels a round run outside, with
+    one wait for the device beside that of a budget that reads confidences.
+    """
+    w = make_world(talking_target(), wrong_every=2, copy_weights=[0.2, 0.3, 0.4])
+    length = 380
+    eos = [late_end(plain(w.target, w.inputs(rows), max_new_tokens=length)[:, -length:])] if rows > 1 and not sample else [NEVER]
+    how = {"eos_token_id": eos, "do_sample": sample, "seed": 1, "budget": "full", "compile": True, "compile_config": TRACED}
+    out = hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), max_new_tokens=length, return_dict_in_generate=True, **how)
+    lengths = {row.generated for row in out.stats.rows}
+    assert len(lengths) > 1 or rows == 1 or sample
+    assert len(rounds.launches) > 200
+    assert sum(rounds.made[:3]) == 3
+    assert sum(rounds.made[3:]) == 0
+    assert max(rounds.launches[3:-1]) <= 40  # the last leaves the caches ready for another turn
+    assert max(rounds.waits[3:]) <= 1
+
+
+# -------------------------------------------------------------------------------------------------------------------- what changes
+
+
+def test_weights_may_change_between_calls() -> None:
+    """Written in place or put in another's place, in target, head and drafter: the next call decodes with what is there."""
+    w = make_world(talking_target(), draft_token_ids=torch.arange(0, VOCAB, 2))
+    other = talking_target("llama")
+    assert torch.equal(compiled(w, 3), plain(w.target, w.inputs(3)))
+    with torch.no_grad():
+        w.target.lm_head.weight.copy_(torch.randn(w.target.lm_head.weight.shape, generator=torch.Generator().manual_seed(3)))
+        w.target.model.layers[1].mlp.up_proj.weight.mul_(-1.0)
+    assert torch.equal(compiled(w, 3), plain(w.target, w.inputs(3)))
+    w.target.model.layers[2].mlp = copy.deepcopy(other.model.layers[0].mlp)
+    assert torch.equal(compiled(w, 3), plain(w.target, w.inputs(3)))
+
+
+def test_graphs_are_kept_from_call_to_call_and_not_copied_with_the_target(count: Count) -> None:
+    """The second call makes none; a copy of the target makes its own."""
+    w = make_world(talking_target())
+    compiled(w, 3)
+    assert count.made == [3]
+    compiled(w, 2)
+    assert count.made == [3]
+    twin = copy.deepcopy(w.target)
+    assert torch.equal(
+        speculate(twin, w.drafter, w.inputs(3), cache_implementation="static", compile_config=TRACED), plain_tokens("llama", 3)
+    )
+    assert count.made == [6]
+
+
+# ---------------------------------------------------------------------------------------------------------- what is not compiled
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, logger="hf_dspark")
+    warn_once.cache_clear()
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_cannot_be_traced_run_eagerly_that_part_alone(family: str, warnings: Callable[[], list[str]], count: Count) -> None:
+    """The text is plain's, it is said once, and draft and verdict are compiled."""
+    w = make_world(talking_target(family))
+    expected = plain(w.target, w.inputs(3))
+    for _ in range(2):
+        assert torch.equal(compiled(w, 3, CompileConfig(backend="eager")), expected)
+    assert sum("The verification pass cannot be compiled" in line for line in warnings()) == 1
+    assert sum(count.made) == 2
+
+
+def test_a_target_with_hooks_decodes_eagerly_and_says_so(warnings: Callable[[], list[str]], count: Count) -> None:
+    """A graph would not call them."""
+    w = make_world(talking_target())
+    seen: list[int] = []
+    handle = w.target.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(compiled(w, 3, CompileConfig(backend="eager")), plain_tokens("llama", 3))
+    with pytest.raises(RuntimeError, match="forward hooks"):
+        compiled(w, 3)
+    handle.remove()
+    assert len(seen) > 3
+    assert sum(count.made) == 0
+    assert sum("forward hooks" in line for line in warnings()) == 1
+
+
+def test_a_size_that_was_read_as_a_number_is_no_graph_for_other_sizes() -> None:
+    """Python that reads a size would be right for the sizes that were traced alone."""
+    graphs = Graphs(torch.device("cpu"), TRACED)
+    with pytest.raises(RuntimeError, match="read as numbers"):
+        graphs.run(("A sum",), lambda x: (x.sum() * len(x),), {"x": Argument(torch.ones(3), "N")})
+
+
+def test_disable_compile_is_followed(count: Count) -> None:
+    """As in plain calls."""
+    assert torch.equal(compiled(world(), 3, disable_compile=True), plain_tokens("llama", 3))
+    assert sum(count.made) == 0
+
+
+def test_an_offloaded_static_cache_is_refused() -> None:
+    """It asks for something else than compiled rounds."""
+    with pytest.raises(ValueError, match=r"asks for\s+compiled rounds"):
+        speculate(world().target, world().drafter, world().inputs(1), cache_implementation="offloaded_static")
+
+
+def test_a_static_cache_object_is_refused() -> None:
+    """Rounds keep their own buffers, and would leave it empty."""
+    w = world()
+    with pytest.raises(ValueError, match="no static cache object"):
+        speculate(w.target, w.drafter, w.inputs(1), past_key_values=StaticCache(config=w.target.config, max_cache_len=64))
