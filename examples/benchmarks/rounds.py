@@ -24,6 +24,7 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 import hf_dspark
 from hf_dspark import DSparkDrafter
+from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.cli.demo import PROMPTS
 from hf_dspark.decoding import compiled as compiled_rounds
 from hf_dspark.decoding import loop as decoding
@@ -88,12 +89,10 @@ class Calls:
         self.args, self.target, self.drafter, self.inputs = args, target, drafter, inputs
         self.how = {
             "max_new_tokens": args.max_new_tokens,
-            "min_new_tokens": 1,
             "do_sample": False,
-            "eos_token_id": [-1],
+            "eos_token_id": [target.config.vocab_size],
             "pad_token_id": pad,
         }
-        del self.how["min_new_tokens"]
 
     def run(self, contender: str) -> tuple[float, Any]:
         """Seconds of one call, and the loop's own statistics."""
@@ -158,7 +157,7 @@ def bandwidth(device: torch.device) -> float:
 
 def head_share(drafter: Any, rows: int, device: torch.device) -> float:
     """Share of an eager draft that is not its backbone: sequential head, draws and confidences, after contexts of 16 tokens."""
-    cache = hf_dspark.decoding.state.RowCache()
+    cache = RowCache()
     cache.add_rows(rows)
     anchors = torch.full((rows,), 9, device=device)
 

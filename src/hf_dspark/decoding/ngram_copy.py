@@ -66,7 +66,8 @@ class Copies:
         places = torch.arange(self.width + 1, device=ids.device)  # a column more, so that every place has a successor
         # Negative where nothing is committed: rows that are shorter than others have a scratch behind them.
         self.ids = torch.nn.functional.pad(ids, (0, drafted + 1)).masked_fill_(places >= lengths, -1)
-        self.ends = lengths
+        self.ends, self._all_ends = lengths, (lengths + torch.arange(drafted + 1, device=ids.device)).split(1, dim=1)
+        self._extended = 0
         self.prompt_ends = prompt_ends
         odds = [w / (1 - w) if w < 1 else float("inf") for w in weights]
         table = torch.tensor([[0.0, 0.0], *zip(weights, odds, strict=True)], dtype=torch.float32)
@@ -146,7 +147,8 @@ class Copies:
         torch.where(self.ids[:, :-1] == tokens, longer, self.places, out=score)
         torch.minimum(score, self.most, out=score)
         self.ids.scatter_(1, self.ends, tokens)
-        self.ends = self.ends + 1
+        self._extended += 1
+        self.ends = self._all_ends[self._extended]
         self._look()
 
 

@@ -19,6 +19,8 @@ from hf_dspark.decoding.sampling import draw, uniform
 # How drafted tokens are judged where tokens are drawn; see `accept_sampled`. Greedily both say the same.
 VERIFICATIONS = ("block", "token")
 DEFAULT_VERIFICATION = "block"
+# Probabilities that are looked at together, 16 MiB of them: several positions of few rows, one of many.
+_ELEMENTS = 1 << 22
 
 
 def check_verification(verification: str) -> None:
@@ -249,12 +251,17 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
         copied = None if block.copied is None else block.copied.weights[:, 1:length]
         drafted = None if copied is None else 1 - copied
         sums = []
-        for k in range(length - 1):  # position by position, so that two (R, V) are all that exists
-            p_d = block.probs[:, k + 1] if block.places is None else block.probs[block.places, k + 1]
-            p_d = p_d if drafted is None else drafted[:, k, None] * p_d
-            reached = p_t[at[:, k]] if block.draft_ids is None else p_t[at[:, k, None], block.draft_ids]
-            sums.append(torch.minimum(w[:, k, None] * reached, p_d).sum(-1))
-        overlap = torch.stack(sums, dim=1) if sums else torch.zeros_like(w)
+        # So many positions at once that little memory is needed for them, and few kernels; all where the number of rows is a symbol.
+        rows = w.shape[0]
+        some = length if isinstance(rows, torch.SymInt) else max(_ELEMENTS // (block.probs.shape[2] * rows), 1)
+        for k in range(0, length - 1, some):
+            here = slice(k, min(k + some, length - 1))
+            p_d = block.probs[:, here.start + 1 : here.stop + 1]
+            p_d = p_d if block.places is None else p_d[block.places]
+            p_d = p_d if drafted is None else drafted[:, here, None] * p_d
+            reached = p_t[at[:, here]] if block.draft_ids is None else p_t[at[:, here, None], block.draft_ids]
+            sums.append(torch.minimum(w[:, here, None] * reached, p_d).sum(-1))
+        overlap = torch.cat(sums, dim=1) if sums else torch.zeros_like(w)
         if block.copied is not None and copied is not None and drafted is not None:
             # The copy is drawn more often than p_d says, one outside the draft vocabulary too.
             reached = w * p_t[at, block.copied.tokens[:, 1:length]]

@@ -20,8 +20,8 @@ class DraftVocabularyMixin:
 
     config: DSparkConfig
     d2t: torch.Tensor
-    # What d2t was, its target ids `(V_draft,)`, and of each target id `(V,)` its draft id, 0 for none, and whether there is one, as 1 or 0.
-    _draft_vocabulary: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    # What d2t was, its target ids `(V_draft,)`, and of each target id `(V, 2)` its draft id, 0 for none, and whether there is one, 1 or 0.
+    _draft_vocabulary: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor] | None = None
 
     @property
     def draft_token_ids(self) -> torch.Tensor | None:
@@ -49,8 +49,8 @@ class DraftVocabularyMixin:
         """
         if self.config.draft_vocab_size is None:
             return values.gather(-1, target_ids[..., None])[..., 0]
-        _, places, inside = self._draft_maps()
-        return values.gather(-1, places[target_ids][..., None])[..., 0] * inside[target_ids]
+        places, inside = self._draft_maps()[1][target_ids].split(1, dim=-1)
+        return (values.gather(-1, places) * inside)[..., 0]
 
     def widen(self, values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """Spread values over the draft vocabulary onto the target's.
@@ -67,17 +67,17 @@ class DraftVocabularyMixin:
         wide = values.new_full((*values.shape[:-1], self.config.vocab_size), fill)
         return wide.index_copy_(-1, ids.to(wide.device), values)
 
-    def _draft_maps(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Target id of each draft id, draft id of each target id, and whether it has one; computed once a content of `d2t`."""
+    def _draft_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target id of each draft id, and of each target id its draft id and whether it has one; computed once a content of `d2t`."""
         version = -1 if self.d2t.is_inference() else self.d2t._version
         key = (self.d2t.data_ptr(), version, self.d2t.device)
         if self._draft_vocabulary is None or self._draft_vocabulary[0] != key:
             with torch.inference_mode(False):  # kept over calls, of which others may need gradients
                 draft_ids = torch.arange(len(self.d2t), device=self.d2t.device)
                 target_ids = self.d2t + draft_ids
-                places = torch.zeros(self.config.vocab_size, dtype=torch.long, device=self.d2t.device).scatter_(0, target_ids, draft_ids)
-                inside = torch.zeros(self.config.vocab_size, device=self.d2t.device).index_fill_(0, target_ids, 1.0)
-            self._draft_vocabulary = (key, target_ids, places, inside)
+                places = torch.zeros(self.config.vocab_size, 2, dtype=torch.long, device=self.d2t.device)
+                places[target_ids] = torch.stack([draft_ids, torch.ones_like(draft_ids)], dim=1)
+            self._draft_vocabulary = (key, target_ids, places)
         return self._draft_vocabulary[1:]
 
 
