@@ -74,6 +74,8 @@ def render_eval(record: Record) -> str:
     """Acceptance and speed by prompt file and over all, from `hf-dspark eval`."""
     settings, gamma = record["settings"], len(record["conditional_acceptance"])
     figures = {"tau": 2, "speedup": 2, "plain_tokens_per_s": 1, "dspark_tokens_per_s": 1, "prompt_lookup_tokens_per_s": 1}
+    compiled = settings.get("compiled", False)
+    figures |= {"plain_compiled_tokens_per_s": 1, "speedup_over_compiled": 2} if compiled else {}
     parts = {**record["files"], **({"all": record} if len(record["files"]) > 1 else {})}
     rows = [
         [
@@ -84,11 +86,37 @@ def render_eval(record: Record) -> str:
         ]
         for name, part in parts.items()
     ]
-    heading = ["prompts", "rows", "tau", "speed-up", "plain", "DSpark", "prompt lookup", *(f"c{k}" for k in range(1, gamma + 1))]
+    over = ["plain compiled", "over it"] if compiled else []
+    heading = ["prompts", "rows", "tau", "speed-up", "plain", "DSpark", "prompt lookup", *over, *(f"c{k}" for k in range(1, gamma + 1))]
+    first = settings.get("first_runs_s", {})
+    mode = ", DSpark in compiled rounds" if compiled else ""
+    how = "".join(f"; first run of {name} {seconds:.0f} s" for name, seconds in first.items() if name in ("dspark", "plain_compiled"))
     return (
         f"{table(heading, rows)}\n\nPlain, DSpark and prompt lookup in tokens/s; c1..c{gamma}: acceptance given that all before it were "
         f"accepted; {sampling(settings)}, at most {settings['max_new_tokens']} new tokens, batch size {settings['batch_size']}, budget "
-        f"`{settings['budget']}`, target {dtypes(settings)}, seed {settings['seed']}. {machine(record)}"
+        f"`{settings['budget']}`{mode}, target {dtypes(settings)}, seed {settings['seed']}{how}. "
+        f"{machine(record)}"
+    )
+
+
+def render_rounds(record: Record) -> str:
+    """Rounds, eager and compiled, beside plain decoding, from `examples.benchmarks.rounds`."""
+    settings = record["settings"]
+    rows = []
+    for one in record["rounds"]:
+        for name in ("plain", "plain_compiled", "dspark", "dspark_compiled"):
+            part = one[name]
+            times = [number(part.get(f"{key}_ms"), 1) for key in ("round", "draft", "verify", "rest")]
+            counts = [number(part.get("launches"), 0), number(part["first_call_s"], 0)]
+            rows.append([str(one["rows"]), f"`{name}`", number(part["tokens_per_s"], 1), *times, *counts])
+    heading = ["rows", "", "tokens/s", "round ms", "draft", "verify", "rest", "launches", "first call s"]
+    ratios = ", ".join(f"{one['compiled_over_eager']:.2f} of {one['rows']}" for one in record["rounds"])
+    tokens = settings["max_new_tokens"]
+    forced = f"; acceptance forced to {settings['accept']} tokens" if settings["acceptance_is_forced"] else ""
+    return (
+        f"{table(heading, rows)}\n\nMedians of {settings['repeats']} calls that take turns, {tokens} new tokens, budget "
+        f"`{settings['budget']}`, {settings['dtype']}{forced}; launches a round, outside graphs. A compiled round over an eager one, "
+        f"median of pairs, by rows: {ratios}. {machine(record)}"
     )
 
 
@@ -241,6 +269,7 @@ TABLES: Mapping[str, Callable[[Record], str]] = {
     "decoded": render_decoded,
     "divergence": render_divergence,
     "eval": render_eval,
+    "rounds": render_rounds,
     "load": render_load,
     "matched": render_matched,
     "replay": render_replay,

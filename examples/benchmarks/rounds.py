@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -138,7 +138,18 @@ def counts(calls: Calls, contender: str) -> dict[str, float]:
         with _disable_current_modes():
             return run(self, *args)
 
-    with mock.patch.object(decoding.DecodingLoop, "round", counted), mock.patch.object(Graphs, "run", unseen):
+    def waiting(method: Any) -> Any:
+        def call(tensor: torch.Tensor, *args: Any) -> Any:
+            seen.waits += 1
+            return method(tensor, *args)
+
+        return call
+
+    patches = [(decoding.DecodingLoop, "round", counted), (Graphs, "run", unseen)]
+    patches += [(torch.Tensor, name, waiting(getattr(torch.Tensor, name))) for name in ("tolist", "cpu")]
+    with ExitStack() as stack:
+        for owner, name, other in patches:
+            stack.enter_context(mock.patch.object(owner, name, other))
         calls.run(contender)
     return {"launches": seen.launches / rounds[0], "waits": seen.waits / rounds[0]}
 

@@ -39,6 +39,21 @@ _PART = {
     "plain_tokens_per_s": 20.04, "dspark_tokens_per_s": 31.38, "prompt_lookup_tokens_per_s": 30.06,
 }  # fmt: skip
 EVAL = {**_PART, "files": {"gsm8k": _PART}, "settings": {**_SETTINGS, "batch_size": 1, "budget": "full"}, "machine": MACHINE}
+EVAL_COMPILED = {
+    **EVAL,
+    "files": {"gsm8k": {**_PART, "plain_compiled_tokens_per_s": 25.04, "speedup_over_compiled": 1.253}},
+    "settings": {**EVAL["settings"], "compiled": True, "first_runs_s": {"plain": 1.0, "dspark": 100.4}},
+}
+_PLAIN = {"tokens_per_s": 20.0, "first_call_s": 1.0}
+_ROUND = {"tokens_per_s": 30.04, "first_call_s": 99.6, "round_ms": 50.04, "draft_ms": 9.9, "verify_ms": 39.0, "rest_ms": 1.1}
+ROUNDS = {
+    "settings": {"repeats": 3, "max_new_tokens": 64, "budget": "full", "dtype": "fp32", "acceptance_is_forced": False},
+    "rounds": [
+        {"rows": 1, "plain": _PLAIN, "plain_compiled": _PLAIN, "compiled_over_eager": 0.749}
+        | {key: {**_ROUND, "launches": 9.2} for key in ("dspark", "dspark_compiled")}
+    ],
+    "machine": MACHINE,
+}  # fmt: skip
 _QUALITY = {"rounds": 900, "ece": 0.05, "auc": 0.85, "brier": 0.12}
 CALIBRATION = {
     "files": {"here": {"before": _QUALITY, "after": {**_QUALITY, "ece": 0.012}}},
@@ -56,6 +71,8 @@ CALIBRATION = {
     [
         ("load_fp32", LOAD, "| load-aware over that best | 1.20 (1.20-1.20) | 1.20 (1.20-1.20) |"),
         ("replay", REPLAY, "| `full` | 50.0 | 400.0 |"),
+        ("eval_compiled", EVAL_COMPILED, "| gsm8k | 8 | 2.17 | 1.57 | 20.0 | 31.4 | 30.1 | 25.0 | 1.25 | 0.50 | - |"),
+        ("rounds", ROUNDS, "| 1 | `dspark_compiled` | 30.0 | 50.0 | 9.9 | 39.0 | 1.1 | 9 | 100 |"),
         ("eval", EVAL, "| gsm8k | 8 | 2.17 | 1.57 | 20.0 | 31.4 | 30.1 | 0.50 | - |"),
         ("calibration", CALIBRATION, "| here, held out | 900 | 5.0% | 1.2% | 0.850 | 0.1200 | 0.1200 |"),
     ],

@@ -6,8 +6,10 @@ import functools
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from hf_dspark.budgets.named import make_budget
+from hf_dspark.decoding.compiled import compiled_graphs
 from hf_dspark.evaluation.serving import Server, serve
 from tests.costs import middling
 from tests.helpers import NEVER, bigram_drafter, plain, random_prompts
@@ -106,3 +108,14 @@ def test_a_server_that_stops_by_tokens_stops_within_a_round_of_them():
         assert running.emitted == sum(map(len, served.tokens))
     assert running.run().tokens == [alone(r) for r in range(len(LENGTHS))]
     assert running.emitted == sum(LIMITS)
+
+
+@pytest.mark.parametrize("budget", ["full", "load-aware", "plain"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_compiled_rounds_give_every_request_its_own_text(budget, concurrency):
+    """Requests join and leave between rounds that are graphs."""
+    target, drafter = pair()
+    config = CompileConfig(backend="eager", fullgraph=True)
+    graphs = compiled_graphs(target, drafter.bind(target), config, target.device, max(LIMITS) + max(LENGTHS) + 8)
+    assert server(budget, concurrency=concurrency, graphs=graphs).run().tokens == [alone(r) for r in range(len(LENGTHS))]
+    assert graphs.made > 0

@@ -80,13 +80,13 @@ class CompiledRounds:
         It drafts for all rows, and as many tokens as one of few graphs does: more kinds of rounds would each have to be compiled.
         """
         drafter, options, device = self.drafter, self.options, self.graphs.device
-        if not self._drafts or drafter is None:
+        if not self._drafts or drafter is None or not state.drafter_cache.keys:  # without a prompt nobody knows what buffers look like
             return None
         sample, weights, callback = options.sample, self.copy_weights, options.round_callback
         length = min(next(n for n in (2, 4, 8, 16, self.block_size) if n >= proposal.length), self.block_size)
         rows = self._rows(state.num_rows)
         layout = drafter.block_layout([*state.context_lengths, *[0] * (rows - state.num_rows)], length)
-        self._prepare(state.drafter_cache, rows, layout.max_end)
+        self._prepare(state, state.drafter_cache, rows, layout.max_end)
         temperatures = None if callback is None else callback.temperatures
         temperatures = temperatures or default_temperatures(drafter.config, copying=weights is not None)
         arguments = {
@@ -106,9 +106,6 @@ class CompiledRounds:
             arguments |= self._texts(state, rows)
         key = ("The draft", length, sample, self.single, None if weights is None else tuple(weights), self._contents, *arguments)
         outputs = self.graphs.run(key, _Draft(self, state, key, length), arguments)
-        if outputs is None:
-            self._drafts = False
-            return None
         state.clear_pending()
         self._drafted = dict(zip(self.graphs.notes[key], outputs, strict=True))
         own = {name: tensor[: state.num_rows] for name, tensor in self._drafted.items()}
@@ -117,8 +114,10 @@ class CompiledRounds:
 
     def verify(self, block: DraftBlock, layout: RowLayout, state: State) -> tuple[torch.Tensor, torch.Tensor, RowLayout] | None:
         """`DecodingLoop.verify`; None where that runs eagerly."""
+        if not state.target_cache.keys:
+            return None
         padded = self._padded_layout(layout)
-        self._prepare(state.target_cache, padded.num_rows, padded.max_end)
+        self._prepare(state, state.target_cache, padded.num_rows, padded.max_end)
         width = 1 + block.block_size
         tokens = state.anchors[:, None] if width == 1 else torch.cat([state.anchors[:, None], block.tokens], dim=1)
         arguments = {
@@ -134,11 +133,10 @@ class CompiledRounds:
         outputs = self.graphs.run(
             ("The verification pass", self.single, *self.target.taps.layer_ids), partial(_verify, self.target), arguments
         )
-        if outputs is None:
-            return None
         # Hidden states are kept beyond the next pass, which may write its own there.
         logits, hidden = outputs[0], outputs[1] if self.graphs.symbolic else outputs[1].clone()
-        if self._concludes or padded.counts == layout.counts:
+        concludes = self._concludes and (not block.block_size or bool(self._drafted))
+        if concludes or padded.counts == layout.counts:
             return logits, hidden, padded
         kept = np.concatenate([first + np.arange(n) for first, n in zip(padded.firsts, layout.counts, strict=False)])
         index = torch.from_numpy(kept).to(logits.device, non_blocking=True)
@@ -171,10 +169,14 @@ class CompiledRounds:
             arguments["u"] = Argument(uniform((rows, length + 1), device, options.generator), self._r)
         key = ("The verdict", length, sample, options.verification, self.single, self._contents, len(eos), *arguments)
         outputs = self.graphs.run(key, _Conclude(self, state, length), arguments)
-        if outputs is None:
-            self._concludes = False
-            return None
         return Conclusion(*(tensor[: state.num_rows] for tensor in outputs))
+
+    def give_up_buffers(self, state: State) -> None:
+        """Leave the first row's keys and values in buffers that no later call writes to."""
+        if not self.graphs.symbolic:
+            for cache in (state.target_cache, state.drafter_cache):
+                for store in (cache.keys, cache.values):
+                    store.update({layer: buffer[:1].clone() for layer, buffer in store.items()})
 
     # ---------------------------------------------------------------------------------------------------------------- arguments
 
@@ -191,10 +193,14 @@ class CompiledRounds:
             self._range = torch.arange(2 * length, device=self.graphs.device)
         return Argument(self._range[:length], "S")
 
-    def _prepare(self, cache: RowCache, rows: int, length: int) -> None:
+    def _prepare(self, state: State, cache: RowCache, rows: int, length: int) -> None:
         # All of it at once, as a static cache is: captured graphs keep where it lies, and read up to their bucket's end.
         length = max(length, cache.limit or 0)
         cache.grow(rows if self.single else max(rows, 2), length if self.graphs.symbolic else self.graphs.size(length))
+        if not self.graphs.symbolic:
+            for kind, store in (("keys", cache.keys), ("values", cache.values)):
+                for layer, buffer in store.items():
+                    store[layer] = self.graphs.keep((kind, cache is state.target_cache, layer), buffer)
 
     def _buffers(self, cache: RowCache) -> dict[str, Argument]:
         dims = "..Z" if self.single else "Y.Z"
@@ -245,6 +251,9 @@ class CompiledRounds:
         )
         width = max(state.lengths)
         state.reserve(rows, max(width, state.limit or 0))
+        if not self.graphs.symbolic:
+            state.ids = self.graphs.keep(("ids",), state.ids)
+            state.masked_at = None if state.masked_at is None else self.graphs.keep(("masked_at",), state.masked_at)
         text = self._range[: width if self.graphs.symbolic else min(self.graphs.size(width), state.ids.shape[1])]
         dims = ".W" if self.single else "XW"
         texts = {"text": Argument(text, "V"), "ids": Argument(state.ids, dims, buffer=True)}
@@ -344,7 +353,7 @@ class _Kept:
     """Graphs that stay with a target from call to call; not copied and not saved with it."""
 
     def __init__(self) -> None:
-        self.by_use: dict[Hashable, tuple[list[torch.Tensor], Any, Graphs]] = {}
+        self.by_use: dict[Hashable, tuple[list[Any], Any, Graphs]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
         return _Kept()
@@ -383,15 +392,16 @@ def compiled_graphs(
         )
         return None
     kept = target.__dict__.setdefault("_dspark_graphs", _Kept()).by_use
-    use = (id(drafter), None if config is None else repr(sorted(config.to_dict().items())))
-    weights = [weight for model in (target, drafter) for weight in (*model.parameters(), *model.buffers())]
+    switches = tuple(_switches(model) for model in (target, drafter))
+    use = (id(drafter), None if config is None else repr(sorted(config.to_dict().items())), switches)
+    weights: list[Any] = [weight for model in (target, drafter) for weight in (*model.parameters(), *model.buffers())]
     frozen = config is not None and bool((config.options or {}).get("freezing"))  # their values are in the graphs then
     state = (
-        [(weight.data_ptr(), weight.dtype, weight._version if frozen else 0) for weight in weights],
-        None if drafter.draft_token_ids is None else drafter.d2t._version,
-        [_switches(model) for model in (target, drafter)],
-        (torch.is_autocast_enabled(device.type), torch.get_num_threads()),
+        [(weight.data_ptr(), weight.dtype, _version(weight) if frozen else 0) for weight in weights],
+        None if drafter.draft_token_ids is None else _version(drafter.d2t),
+        (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), torch.get_num_threads()),
     )
+    weights.append(drafter.target_rows)
     if use in kept:
         old_weights, old_state, graphs = kept[use]
         if old_state == state and all(map(operator.is_, old_weights, weights)):
@@ -402,6 +412,10 @@ def compiled_graphs(
     graphs = Graphs(device, config)
     kept[use] = (weights, state, graphs)
     return graphs
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _switches(model: Any) -> tuple[Hashable, ...]:
@@ -420,7 +434,8 @@ def _obstacle(model: Any, device: torch.device) -> str | None:
         return "its quantization cannot be compiled"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "its weights are offloaded or spread by hooks"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    hooks = (hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+    if not all(getattr(hook, "is_dspark_tap", False) for hook in hooks):  # those of another thread's call
         return "forward hooks are registered on it, which a graph would not run"
     if (devices := {p.device for p in model.parameters()}) != {device}:
         return f"its weights lie on {', '.join(sorted(map(str, devices)))}"

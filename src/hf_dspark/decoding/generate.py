@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,9 @@ from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.self_test import check_length
 from hf_dspark.targets.target import Target
 from hf_dspark.utils.compat import CACHE, cache_in
+from hf_dspark.utils.logging import warn_once
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -117,6 +121,8 @@ def generate_batch(
     rows = [loop.finished[request] for request in range(batch)]
     output_ids = _padded(rows, generation_config).to(input_ids.device)
     if whole and cache is not None:
+        if loop.compiled is not None:
+            loop.compiled.give_up_buffers(state)
         hand_over(cache, state, drafter, output_ids[0, :-1], drafted=loop.drafter is not None)
     if not keeps:
         return output_ids
@@ -135,6 +141,8 @@ def _resolved(options: Options, drafter: DSparkDrafter, config: GenerationConfig
     chunk = getattr(config, "prefill_chunk_size", None) or options.prefill_tokens
     compiles = options.compile or config.cache_implementation == "static"
     compiled = (getattr(config, "compile_config", None) or options.compile or True) if compiles and not config.disable_compile else False
+    if getattr(config, "compile_config", None) is not None and compiled is False:
+        warn_once(logger, "compile_config is not followed: set cache_implementation='static', or compile=True in hf_dspark.generate.")
     return replace(options, block_size=block_size, sample=bool(config.do_sample), prefill_tokens=chunk, compile=compiled)
 
 

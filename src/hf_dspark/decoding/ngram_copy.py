@@ -16,6 +16,7 @@ import torch
 
 from hf_dspark.configuration_dspark import COPY_RELATIONS, DSparkConfig, check_ngram_copying
 from hf_dspark.decoding.state import State
+from hf_dspark.utils.constants import constant
 
 _NONE, _AGREES, _WINS, _LOSES = range(len(COPY_RELATIONS))
 # Earlier occurrences of so many of the last tokens say how much the text agrees with itself about what follows.
@@ -70,8 +71,7 @@ class Copies:
         self._extended = 0
         self.prompt_ends = prompt_ends
         odds = [w / (1 - w) if w < 1 else float("inf") for w in weights]
-        table = torch.tensor([[0.0, 0.0], *zip(weights, odds, strict=True)], dtype=torch.float32)
-        self.table = table.to(ids.device, non_blocking=True)
+        self.table = constant(((0.0, 0.0), *zip(weights, odds, strict=True)), ids.device)
         places = places[:-1]
         earlier = places < lengths - 1
         # The longest run, and of these the last, has the largest `run * width + place`; one whose successor is masked has no run.
@@ -270,5 +270,5 @@ def adjusted(features: torch.Tensor, table: Sequence[Sequence[float]]) -> torch.
     Returns:
         `torch.Tensor` of shape `(R, n)`.
     """
-    rows = torch.tensor(table, dtype=features.dtype).to(features.device, non_blocking=True)[features[..., 0].long()]
+    rows = constant(tuple(map(tuple, table)), features.device)[features[..., 0].long()]
     return (rows * features[..., 1 : 1 + rows.shape[-1]]).sum(-1)

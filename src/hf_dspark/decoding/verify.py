@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -252,11 +253,12 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
         drafted = None if copied is None else 1 - copied
         sums = []
         # So many positions at once that little memory is needed for them, and few kernels; all where the number of rows is a symbol.
-        rows = w.shape[0]
+        rows: Any = w.shape[0]
         some = length if isinstance(rows, torch.SymInt) else max(_ELEMENTS // (block.probs.shape[2] * rows), 1)
         for k in range(0, length - 1, some):
-            here = slice(k, min(k + some, length - 1))
-            p_d = block.probs[:, here.start + 1 : here.stop + 1]
+            end = min(k + some, length - 1)
+            here = slice(k, end)
+            p_d = block.probs[:, k + 1 : end + 1]
             p_d = p_d if block.places is None else p_d[block.places]
             p_d = p_d if drafted is None else drafted[:, here, None] * p_d
             reached = p_t[at[:, here]] if block.draft_ids is None else p_t[at[:, here, None], block.draft_ids]

@@ -26,6 +26,7 @@ from hf_dspark.decoding.profiler import CostProfile, costs_at_hand
 from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, machine_record, round_times
 from hf_dspark.evaluation.serving import Server
 from hf_dspark.evaluation.speed import Bench
+from hf_dspark.utils.graphs import Graphs
 from hf_dspark.utils.tokens import eos_token_ids
 
 if TYPE_CHECKING:
@@ -169,6 +170,9 @@ class Cell:
             if contender.variant == "@raw":
                 online.temperatures = [1.0] * bench.drafter.config.block_size
         longest = max(map(len, load.prompts)) + bench.max_new_tokens + bench.drafter.config.block_size
+        graphs = compiled_graphs(bench.target, bench.drafter, bench.compile, bench.target.device, longest)
+        if graphs is not None and not graphs.symbolic:
+            graphs = Graphs(graphs.device)  # of its own: contenders take turns while their rows live
         return Server(
             bench.target,
             bench.drafter if contender.drafts else None,
@@ -181,7 +185,7 @@ class Cell:
             seed=bench.seed,
             round_callback=online,
             verification=bench.verification,
-            graphs=compiled_graphs(bench.target, bench.drafter, bench.compile, bench.target.device, longest),
+            graphs=graphs,
         )
 
     def to_json(self) -> dict[str, Any]:

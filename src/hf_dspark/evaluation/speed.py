@@ -246,7 +246,7 @@ def evaluate(
         the overall figures at the top, then `files` with those of each file, `settings` and `machine`.
     """
     longest = max(
-        (c for conversations in prompt_files.values() for c in conversations), key=lambda c: sum(len(turn["content"]) for turn in c)
+        (c for conversations in prompt_files.values() for c in conversations), key=lambda c: bench.inputs([c])["input_ids"].shape[1]
     )
     bench.warm_up(bench.inputs([longest] * batch_size))
     files, overall, turn = {name: Measured() for name in prompt_files}, Measured(), 0

@@ -200,6 +200,11 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
         """The target bound to, held weakly, or `None`."""
         return None if self._target_embeddings is None else self._target_embeddings.target()
 
+    @property
+    def target_rows(self) -> TargetEmbeddings | None:
+        """The target's embedding and head as this drafter uses them, one object a binding."""
+        return self._target_embeddings
+
     def sync_target_rows(self) -> None:
         """Take in what was written to the target's head since `bind`, before compiled graphs read it."""
         self._require_bound().sync(self.draft_token_ids)

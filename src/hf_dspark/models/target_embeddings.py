@@ -37,6 +37,7 @@ class TargetEmbeddings:
         self.raw = raw
         self.softcap = None if raw else getattr(target.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         self._reduced: tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None] | None = None
+        self._graph_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._stale = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TargetEmbeddings:
@@ -85,9 +86,18 @@ class TargetEmbeddings:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def sync(self, draft_ids: torch.Tensor | None) -> None:
-        """Copy the head's rows now if they are to be copied again: compiled graphs do not look."""
-        if draft_ids is not None and type(self.head) is nn.Linear:
-            self._rows(self.head.weight, self.head.bias, draft_ids)
+        """Copy the head's rows to where compiled graphs read them, who do not look whether they are to be copied again."""
+        if draft_ids is None or type(self.head) is not nn.Linear:
+            return
+        rows = self._rows(self.head.weight, self.head.bias, draft_ids)
+        kept = self._graph_rows
+        if self._reduced is None or kept is None or [_form(one) for one in kept] != [_form(one) for one in rows]:
+            self._graph_rows = rows
+            return
+        for old, new in zip(kept, rows, strict=True):
+            if old is not None and new is not None and old is not new:
+                old.copy_(new)
+        self._reduced = (self._reduced[0], *kept)
 
     def refresh(self) -> None:
         """Copy the head's rows again when they are next needed: what was written to its weight through `.data` has left no trace."""
@@ -101,19 +111,12 @@ class TargetEmbeddings:
             self._stale = False  # first: what another thread finds stale meanwhile is copied again
             with torch.inference_mode(False), torch.no_grad():  # kept over calls, of which others may need gradients
                 ids = draft_ids.to(weight.device)
-                old, copies = self._reduced, list[Any]()
-                for place, full in enumerate((weight, bias)):
-                    kept: Any = None if old is None else old[1 + place]
-                    if (
-                        full is not None
-                        and kept is not None
-                        and (kept.dtype, kept.device, len(kept)) == (full.dtype, full.device, len(ids))
-                    ):
-                        copies.append(torch.index_select(full, 0, ids, out=kept))  # where compiled graphs read it
-                    else:
-                        copies.append(None if full is None else full[ids])
-                self._reduced = (key, copies[0], copies[1])
+                self._reduced = (key, weight[ids], None if bias is None else bias[ids])
         return self._reduced[1], self._reduced[2]
+
+
+def _form(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
 def weight_of(module: nn.Module) -> torch.Tensor | None:

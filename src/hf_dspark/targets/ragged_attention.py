@@ -65,7 +65,7 @@ class RaggedCache(Cache):
 
     # The mask builders ask for sizes; the mask is not used in a ragged pass.
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self.layout is None else max(self.layout.starts)
+        return 0 if self.layout is None else max(self.layout.starts, default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
@@ -266,7 +266,8 @@ def _ragged_attention(
     ragged.attended += 1
     if sliding_window is not None:
         ragged.attended_windows.add(sliding_window)
-    attend = _attend_padded if ragged.layout.max_count <= ROW_BY_ROW_TOKENS else _attend_row_by_row
+    short = not ragged.layout.starts or ragged.layout.max_count <= ROW_BY_ROW_TOKENS  # a `TensorLayout` has no starts
+    attend = _attend_padded if short else _attend_row_by_row
     return attend(ragged, query, key, value, sliding_window, scaling=scaling, softcap=softcap, sinks=s_aux), None
 
 

@@ -82,11 +82,13 @@ class Taps:
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 keep(args[0] if args else kwargs["hidden_states"])
 
+            before.is_dspark_tap = True  # type: ignore[attr-defined]
             return self._layers[0].register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             keep(output[0] if isinstance(output, tuple) else output)
 
+        after.is_dspark_tap = True  # type: ignore[attr-defined]
         return self._layers[layer_id].register_forward_hook(after)
 
     def take(self, device: torch.device | None = None) -> torch.Tensor:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ MOST_GRAPHS = 64
 _TRACE_SIZES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
 
 Tensors = tuple[torch.Tensor, ...]
+_MAKING = threading.RLock()  # tracing patches torch for the whole process
 
 
 @dataclass(frozen=True)
@@ -65,29 +66,41 @@ class Graphs:
         self.symbolic = not self._captures and self.config.dynamic is not False
         self._graphs: OrderedDict[Hashable, Callable[..., Tensors]] = OrderedDict()
         self._failed: set[Hashable] = set()
-        self._lock, self._in_use = threading.RLock(), threading.Lock()
-        self._pool: Any = None
+        self._in_use = threading.Lock()
+        self._buffers: dict[Hashable, torch.Tensor] = {}
         self.made = 0
         self.notes: dict[Hashable, Any] = {}  # what a function says of its outputs, by key
 
     @contextmanager
     def use(self) -> Iterator[Graphs | None]:
-        """For one call at a time where graphs write their outputs to memory of their own: None for another thread's meanwhile."""
-        free = not self._captures or self._in_use.acquire(blocking=False)
+        """For one call at a time where graphs have buffers of their own: None for another thread's meanwhile."""
+        free = self.symbolic or self._in_use.acquire(blocking=False)
         if not free:
-            warn_once(logger, "Another call uses the captured graphs of these models; this one decodes eagerly.")
+            warn_once(logger, "Another call uses the graphs of these models, which are of fixed sizes; this one decodes eagerly.")
         try:
             yield self if free else None
         finally:
-            if self._captures and free:
+            if free and not self.symbolic:
                 self._in_use.release()
+
+    def keep(self, name: Hashable, buffer: torch.Tensor) -> torch.Tensor:
+        """The buffer of this name that graphs of fixed sizes read from call to call, with what `buffer` holds; it grows to the largest."""
+        kept = self._buffers.get(name)
+        if kept is buffer:
+            return buffer
+        shape = buffer.shape if kept is None else torch.Size(map(max, kept.shape, buffer.shape))
+        if kept is None or shape != kept.shape:
+            with torch.inference_mode(False):
+                self._buffers[name] = kept = torch.zeros(shape, dtype=buffer.dtype, device=buffer.device)
+        kept[tuple(slice(size) for size in buffer.shape)] = buffer
+        return kept
 
     def size(self, size: int) -> int:
         """The size that arguments are to be padded to: the least that a graph takes, or the power of two that its bucket ends with."""
         return max(size, 2) if self.symbolic else 1 << max(size - 1, 1).bit_length()
 
-    def run(self, key: tuple[Hashable, ...], function: Callable[..., Tensors], arguments: Mapping[str, Argument]) -> Tensors | None:
-        """The function's outputs, which the next call of the same graph may overwrite; None where it cannot be compiled.
+    def run(self, key: tuple[Hashable, ...], function: Callable[..., Tensors], arguments: Mapping[str, Argument]) -> Tensors:
+        """The function's outputs, which the next call of the same graph may overwrite; of the function itself where it cannot be compiled.
 
         Args:
             key (`tuple`): the function's name first, then all that it depends on beside its arguments.
@@ -96,17 +109,17 @@ class Graphs:
         Raises:
             RuntimeError: if it cannot be compiled, with `CompileConfig(fullgraph=True)`.
         """
-        if key in self._failed:
-            return None
-        full_key = key if self.symbolic else (*key, tuple(self._fixed(one) for one in arguments.values()))
         tensors = [one.tensor for one in arguments.values()]
+        full_key = (key, *(tensor.dtype for tensor in tensors))
+        full_key = full_key if self.symbolic else (full_key, tuple(self._fixed(one) for one in arguments.values()))
         graph = self._graphs.get(full_key)
         if graph is not None:
-            self._graphs.move_to_end(full_key)
+            with suppress(KeyError):  # another thread may have let it go
+                self._graphs.move_to_end(full_key)
             return graph(*tensors)
-        with self._lock:
+        with _MAKING:
             outputs = function(**dict(zip(arguments, tensors, strict=True)))
-            if full_key not in self._graphs:
+            if full_key not in self._graphs and key not in self._failed:
                 self._make(key, full_key, function, arguments)
         return outputs
 
@@ -162,9 +175,9 @@ class Graphs:
             for _ in range(2):
                 function(*held)
         torch.cuda.current_stream(self.device).wait_stream(side)
+        # A pool of its own: graphs that share one must run in the order in which they were captured.
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph):
             outputs = function(*held)
 
         def replay(*tensors: torch.Tensor) -> Tensors:
@@ -176,7 +189,7 @@ class Graphs:
 
     def _fixed(self, argument: Argument) -> Hashable:
         tensor = argument.tensor
-        return tuple(tensor.shape), tensor.data_ptr() if argument.buffer and self._captures else None
+        return tuple(tensor.shape), tensor.data_ptr() if argument.buffer else None  # captured graphs know addresses
 
 
 @contextmanager
