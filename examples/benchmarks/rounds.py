@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -111,36 +112,49 @@ class Calls:
         return time.perf_counter() - start, stats
 
 
-class Launches(TorchDispatchMode):
-    """Kernels launched outside graphs, and waits for the device, of all rounds."""
+@dataclass
+class RoundCount:
+    """Kernels launched outside graphs, waits for the device, and graphs made, of one round."""
 
-    def __init__(self) -> None:
+    launches: int = 0
+    waits: int = 0
+    made: int = 0
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self, rounds: list[RoundCount]) -> None:
         super().__init__()
-        self.launches = self.waits = 0
+        self.rounds = rounds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.launches += not (func.is_view or name in ("to", "detach", "lift_fresh", "alias"))
-        self.waits += name in ("_local_scalar_dense", "nonzero", "equal")
+        self.rounds[-1].launches += not (func.is_view or name in ("to", "detach", "lift_fresh", "alias"))
+        self.rounds[-1].waits += name in ("_local_scalar_dense", "nonzero", "equal")
         return func(*args, **(kwargs or {}))
 
 
-def counts(calls: Calls, contender: str) -> dict[str, float]:
-    """Launches and waits of a round."""
-    seen, rounds, one, run = Launches(), [0], decoding.DecodingLoop.round, Graphs.run
+@contextmanager
+def counted_rounds() -> Iterator[list[RoundCount]]:
+    """While open, counts every round; what runs inside graphs is not seen."""
+    rounds: list[RoundCount] = []
+    one, run = decoding.DecodingLoop.round, Graphs.run
 
     def counted(self: Any) -> None:
-        rounds[0] += 1
-        with seen:
+        rounds.append(RoundCount())
+        with _Seen(rounds):
             one(self)
 
     def unseen(self: Graphs, *args: Any) -> Any:
+        before = self.made
         with _disable_current_modes():
-            return run(self, *args)
+            out = run(self, *args)
+        rounds[-1].made += self.made - before
+        return out
 
     def waiting(method: Any) -> Any:
         def call(tensor: torch.Tensor, *args: Any) -> Any:
-            seen.waits += 1
+            if rounds:
+                rounds[-1].waits += 1
             return method(tensor, *args)
 
         return call
@@ -150,8 +164,14 @@ def counts(calls: Calls, contender: str) -> dict[str, float]:
     with ExitStack() as stack:
         for owner, name, other in patches:
             stack.enter_context(mock.patch.object(owner, name, other))
+        yield rounds
+
+
+def counts(calls: Calls, contender: str) -> dict[str, float]:
+    """Launches and waits of a round, on average."""
+    with counted_rounds() as rounds:
         calls.run(contender)
-    return {"launches": seen.launches / rounds[0], "waits": seen.waits / rounds[0]}
+    return {name: statistics.mean(getattr(one, name) for one in rounds) for name in ("launches", "waits")}
 
 
 def bandwidth(device: torch.device) -> float:

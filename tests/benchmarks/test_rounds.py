@@ -10,14 +10,14 @@ import pytest
 from examples.benchmarks import rounds
 from transformers import CompileConfig
 
-from hf_dspark.decoding import compiled
+from hf_dspark.decoding import kept_graphs
 from hf_dspark.utils.graphs import Graphs
 
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs as they are traced: the record's form does not depend on the compiler."""
-    monkeypatch.setattr(compiled, "Graphs", lambda device, config: Graphs(device, config or CompileConfig(backend="eager")))
+    monkeypatch.setattr(kept_graphs, "Graphs", lambda device, config: Graphs(device, config or CompileConfig(backend="eager")))
     monkeypatch.setattr(rounds, "CompileConfig", lambda: CompileConfig(backend="eager"))
 
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from examples.benchmarks.rounds import counted_rounds
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 import hf_dspark
-from hf_dspark.decoding.loop import DecodingLoop
+from hf_dspark.decoding.kept_graphs import compiled_graphs
 from hf_dspark.utils.graphs import Argument, Graphs
 from hf_dspark.utils.logging import warn_once
 from tests.helpers import BUDGETS, NEVER, World, make_world, plain, plain_tokens, speculate, talking_target, world
@@ -33,64 +33,18 @@ def compiled(w: World, rows: int, config: CompileConfig | None = TRACED, **optio
     return speculate(w.target, w.drafter, w.inputs(rows), **how)
 
 
-class Count(TorchDispatchMode):
-    """Kernels and host waits outside graphs, and graphs made, a round each."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "equal")
-    FREE = ("to", "detach", "lift_fresh", "alias")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches, self.waits, self.made = [0], [0], [0]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.launches[-1] += not (func.is_view or name in self.FREE)
-        self.waits[-1] += name in self.WAITS
-        return func(*args, **(kwargs or {}))
-
-    def next_round(self) -> None:
-        for counts in (self.launches, self.waits, self.made):
-            counts.append(0)
-
-
 @pytest.fixture
-def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
-    """Counts what runs beside the graphs; what runs inside them is not seen."""
-    counted, run = Count(), Graphs.run
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many graphs have been made so far in this test."""
+    graphs: set[Graphs] = set()
+    run = Graphs.run
 
-    def unseen(self: Graphs, *args: Any) -> Any:
-        before = self.made
-        with _disable_current_modes():
-            out = run(self, *args)
-        counted.made[-1] += self.made - before
-        return out
+    def noted(self: Graphs, *args: Any) -> Any:
+        graphs.add(self)
+        return run(self, *args)
 
-    monkeypatch.setattr(Graphs, "run", unseen)
-    return counted
-
-
-@pytest.fixture
-def rounds(count: Count, monkeypatch: pytest.MonkeyPatch) -> Iterator[Count]:
-    """The same, round by round."""
-    original = DecodingLoop.round
-
-    def counted(self: DecodingLoop) -> None:
-        count.next_round()
-        with count:
-            original(self)
-
-    def waiting(method: Any) -> Any:
-        def call(tensor: torch.Tensor, *args: Any) -> Any:
-            count.waits[-1] += 1
-            return method(tensor, *args)
-
-        return call
-
-    monkeypatch.setattr(DecodingLoop, "round", counted)
-    for name in ("tolist", "cpu"):
-        monkeypatch.setattr(torch.Tensor, name, waiting(getattr(torch.Tensor, name)))
-    return count
+    monkeypatch.setattr(Graphs, "run", noted)
+    return lambda: sum(one.made for one in graphs)
 
 
 def late_end(texts: torch.Tensor) -> int:
@@ -140,6 +94,28 @@ def test_rows_that_end_at_different_times_leave_the_rest_as_it_is(rows: int) -> 
     ends = plain_tokens("llama", rows)[:, -12:].flatten()[::7].tolist()
     expected = plain(w.target, w.inputs(rows), eos_token_id=ends, pad_token_id=0)
     assert torch.equal(compiled(w, rows, eos_token_id=ends, pad_token_id=0), expected)
+
+
+def judged(out: Any) -> list[tuple[int, ...]]:
+    return [(row.rounds, row.drafted, row.verified, row.accepted) for row in out.stats.rows]
+
+
+@pytest.mark.parametrize(
+    ("head", "config"),
+    [("vanilla", TRACED), ("gated", TRACED), ("rnn", TRACED), ("gated", BUCKETS)],
+    ids=["vanilla", "gated", "rnn", "buckets"],
+)
+@pytest.mark.parametrize("budget", ["static:3", "threshold:0.5"])
+def test_drafts_and_confidences_are_those_of_eager_rounds(head: str, budget: str, config: CompileConfig) -> None:
+    """The text would be plain's whatever is drafted; as many tokens of every row are verified and accepted, round for round."""
+    fields = {"copy_weights": [0.4, 0.7, 0.9], "draft_token_ids": torch.arange(0, VOCAB, 2)}
+    w = make_world(talking_target("qwen3"), head, **fields)
+    how = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": NEVER, "budget": budget, "return_dict_in_generate": True}
+    for rows in (1, 4):
+        eager = hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), **how)
+        graphs = hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), **how, compile=True, compile_config=config)
+        assert judged(graphs) == judged(eager)
+    assert 0 < sum(row.accepted for row in eager.stats.rows) < sum(row.verified for row in eager.stats.rows)
 
 
 @pytest.mark.slow
@@ -200,7 +176,7 @@ def test_scores_are_those_of_plain_generation() -> None:
 
 
 @pytest.mark.parametrize(("rows", "sample"), [(1, False), (1, True), (8, False), (8, True)])
-def test_two_hundred_rounds_need_no_new_graph_and_little_beside_them(rows: int, sample: bool, rounds: Count) -> None:
+def test_two_hundred_rounds_need_no_new_graph_and_little_beside_them(rows: int, sample: bool) -> None:
     """Contexts grow, rows leave, lengths differ: after the first rounds nothing is made, and at most 40 kernels a round run outside, with
     one wait for the device beside that of a budget that reads confidences.
     """
@@ -208,14 +184,16 @@ def test_two_hundred_rounds_need_no_new_graph_and_little_beside_them(rows: int, 
     length = 380
     eos = [late_end(plain(w.target, w.inputs(rows), max_new_tokens=length)[:, -length:])] if rows > 1 and not sample else [NEVER]
     how = {"eos_token_id": eos, "do_sample": sample, "seed": 1, "budget": "full", "compile": True, "compile_config": TRACED}
-    out = hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), max_new_tokens=length, return_dict_in_generate=True, **how)
+    with counted_rounds() as rounds:
+        out = hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), max_new_tokens=length, return_dict_in_generate=True, **how)
     lengths = {row.generated for row in out.stats.rows}
     assert len(lengths) > 1 or rows == 1 or sample
-    assert len(rounds.launches) > 200
-    assert sum(rounds.made[:3]) == 3
-    assert sum(rounds.made[3:]) == 0
-    assert max(rounds.launches[3:-1]) <= 40  # the last leaves the caches ready for another turn
-    assert set(rounds.waits[3:-1]) == {1}
+    assert len(rounds) > 200
+    assert sum(one.made for one in rounds[:3]) == 3
+    assert sum(one.made for one in rounds[3:]) == 0
+    steady = rounds[3:-1]  # the last leaves the caches ready for another turn
+    assert max(one.launches for one in steady) <= 40
+    assert {one.waits for one in steady} == {1}
 
 
 # -------------------------------------------------------------------------------------------------------------------- what changes
@@ -234,28 +212,47 @@ def test_weights_may_change_between_calls() -> None:
     assert torch.equal(compiled(w, 3), plain(w.target, w.inputs(3)))
 
 
-def test_graphs_are_kept_from_call_to_call_and_not_copied_with_the_target(count: Count) -> None:
+def test_a_drafter_may_change_between_calls() -> None:
+    """Its weights in place, its vocabulary: what is accepted is what eager rounds accept."""
+    w = make_world(talking_target(), draft_token_ids=torch.arange(0, VOCAB - 1, 2))
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: w.drafter.markov_head.markov_w2.weight.copy_(w.drafter.markov_head.markov_w2.weight.roll(1, 0)),
+        lambda: w.drafter.layers[0].mlp.up_proj.weight.mul_(-1.0),
+        lambda: w.drafter.d2t.add_(1),
+    ]
+    seen = []
+    for change in changes:
+        with torch.no_grad():
+            change()
+        eager = speculate(w.target, w.drafter, w.inputs(3), return_dict_in_generate=True)
+        seen.append(judged(compiled(w, 3, return_dict_in_generate=True)))
+        assert seen[-1] == judged(eager)
+    assert len({str(one) for one in seen}) > 1
+
+
+def test_graphs_are_kept_from_call_to_call_and_not_copied_with_the_target(made: Callable[[], int]) -> None:
     """The second call makes none; a copy of the target makes its own."""
     w = make_world(talking_target())
     compiled(w, 3)
-    assert count.made == [3]
+    assert made() == 3
     compiled(w, 2)
-    assert count.made == [3]
+    assert made() == 3
     twin = copy.deepcopy(w.target)
     assert torch.equal(
         speculate(twin, w.drafter, w.inputs(3), cache_implementation="static", compile_config=TRACED), plain_tokens("llama", 3)
     )
-    assert count.made == [6]
+    assert made() == 6
 
 
-def test_graphs_of_fixed_sizes_serve_the_next_call_too(count: Count) -> None:
+def test_graphs_of_fixed_sizes_serve_the_next_call_too(made: Callable[[], int]) -> None:
     """Their buffers stay where captured graphs know them; what an earlier call left there is not seen."""
     w = make_world(talking_target("qwen3"), copy_weights=[0.4, 0.7, 0.9])
     compiled(w, 3, BUCKETS)
-    made = sum(count.made)
-    assert made >= 3
+    before = made()
+    assert before >= 3
     assert torch.equal(compiled(w, 3, BUCKETS), plain(w.target, w.inputs(3)))
-    assert sum(count.made) == made
+    assert made() == before
 
 
 @pytest.mark.parametrize("config", [TRACED, BUCKETS], ids=["any size", "buckets"])
@@ -284,17 +281,19 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_experts_that_cannot_be_traced_run_eagerly_that_part_alone(family: str, warnings: Callable[[], list[str]], count: Count) -> None:
+def test_experts_that_cannot_be_traced_run_eagerly_that_part_alone(
+    family: str, warnings: Callable[[], list[str]], made: Callable[[], int]
+) -> None:
     """The text is plain's, it is said once, and draft and verdict are compiled."""
     w = make_world(talking_target(family))
     expected = plain(w.target, w.inputs(3))
     for _ in range(2):
         assert torch.equal(compiled(w, 3, CompileConfig(backend="eager")), expected)
     assert sum("The verification pass cannot be compiled" in line for line in warnings()) == 1
-    assert sum(count.made) == 2
+    assert made() == 2
 
 
-def test_a_target_with_hooks_decodes_eagerly_and_says_so(warnings: Callable[[], list[str]], count: Count) -> None:
+def test_a_target_with_hooks_decodes_eagerly_and_says_so(warnings: Callable[[], list[str]], made: Callable[[], int]) -> None:
     """A graph would not call them."""
     w = make_world(talking_target())
     seen: list[int] = []
@@ -304,8 +303,30 @@ def test_a_target_with_hooks_decodes_eagerly_and_says_so(warnings: Callable[[], 
         compiled(w, 3)
     handle.remove()
     assert len(seen) > 3
-    assert sum(count.made) == 0
+    assert made() == 0
     assert sum("forward hooks" in line for line in warnings()) == 1
+
+
+def test_another_thread_decodes_eagerly_while_graphs_of_fixed_sizes_are_in_use(
+    warnings: Callable[[], list[str]], made: Callable[[], int]
+) -> None:
+    """Their buffers are those of one call."""
+    w = make_world(talking_target())
+    compiled(w, 3, BUCKETS)
+    before = made()
+    with compiled_graphs(w.target, w.drafter, BUCKETS, w.target.device, 64).use() as graphs:
+        assert graphs is not None
+        assert torch.equal(compiled(w, 2, BUCKETS), plain_tokens("llama", 2))
+    assert made() == before
+    assert sum("this one decodes eagerly" in line for line in warnings()) == 1
+
+
+def test_a_compile_config_alone_is_not_followed_and_says_so(warnings: Callable[[], list[str]], made: Callable[[], int]) -> None:
+    """It says how, not whether."""
+    w = world()
+    assert torch.equal(speculate(w.target, w.drafter, w.inputs(3), compile_config=TRACED), plain_tokens("llama", 3))
+    assert made() == 0
+    assert sum("compile_config is not followed" in line for line in warnings()) == 1
 
 
 def test_a_size_that_was_read_as_a_number_is_no_graph_for_other_sizes() -> None:
@@ -315,10 +336,10 @@ def test_a_size_that_was_read_as_a_number_is_no_graph_for_other_sizes() -> None:
         graphs.run(("A sum",), lambda x: (x.sum() * len(x),), {"x": Argument(torch.ones(3), "N")})
 
 
-def test_disable_compile_is_followed(count: Count) -> None:
+def test_disable_compile_is_followed(made: Callable[[], int]) -> None:
     """As in plain calls."""
     assert torch.equal(compiled(world(), 3, disable_compile=True), plain_tokens("llama", 3))
-    assert sum(count.made) == 0
+    assert made() == 0
 
 
 def test_an_offloaded_static_cache_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import CompileConfig
 
 from hf_dspark.budgets.named import make_budget
-from hf_dspark.decoding.compiled import compiled_graphs
+from hf_dspark.decoding.kept_graphs import compiled_graphs
 from hf_dspark.evaluation.serving import Server, serve
 from tests.costs import middling
 from tests.helpers import NEVER, bigram_drafter, plain, random_prompts

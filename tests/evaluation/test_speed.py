@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import CompileConfig
 
-from hf_dspark.decoding import compiled
+from hf_dspark.decoding import kept_graphs
 from hf_dspark.decoding.profiler import CostProfile, profile_key
 from hf_dspark.evaluation import speed
 from hf_dspark.evaluation.prompts import user_turn
@@ -24,7 +24,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
         made.append(Graphs(device, config or CompileConfig(backend="eager")))
         return made[-1]
 
-    monkeypatch.setattr(compiled, "Graphs", graphs)
+    monkeypatch.setattr(kept_graphs, "Graphs", graphs)
     monkeypatch.setattr(speed, "CompileConfig", lambda: CompileConfig(backend="eager"))
     return made
 

@@ -18,7 +18,7 @@ from hf_dspark.calibration.online import OnlineCalibration
 from hf_dspark.configuration_dspark import check_block_size
 from hf_dspark.decoding.cache_reuse import hand_over, resume
 from hf_dspark.decoding.checks import check_call, check_placement, prompt_masks
-from hf_dspark.decoding.compiled import compiled_graphs
+from hf_dspark.decoding.kept_graphs import compiled_graphs
 from hf_dspark.decoding.loop import DecodingLoop, Recorder, Rules
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.profiler import started
@@ -87,10 +87,6 @@ def generate_batch(
     remembered_length = getattr(generation_config, "_mask_length", None)
     masks = prompt_masks(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"), remembered_length)
     batch = len(input_ids)
-    keeps = generation_config.return_dict_in_generate
-    recorder = Recorder(
-        scores={} if keeps and generation_config.output_scores else None, logits={} if keeps and generation_config.output_logits else None
-    )
     stopping = RowStopping(stopping_criteria, batch)
     max_length = stopping.max_length if stopping.max_length is not None else generation_config.max_length
     check_length(model, max_length)
@@ -103,7 +99,7 @@ def generate_batch(
     rules = Rules(
         processors,
         stopping,
-        recorder,
+        _recorder(generation_config),
         emit=None if streamer is None else lambda request, tokens: streamer.put(tokens.cpu()),
         keep_context=whole and cache is not None,
     )
@@ -124,15 +120,21 @@ def generate_batch(
         if loop.compiled is not None:
             loop.compiled.give_up_buffers(state)
         hand_over(cache, state, drafter, output_ids[0, :-1], drafted=loop.drafter is not None)
-    if not keeps:
+    if not generation_config.return_dict_in_generate:
         return output_ids
     return GenerateDSparkOutput(
         sequences=output_ids,
-        scores=_stacked(recorder.scores),
-        logits=_stacked(recorder.logits),
+        scores=_stacked(rules.recorder.scores),
+        logits=_stacked(rules.recorder.logits),
         stats=loop.stats,
         **{CACHE: cache if whole else None},
     )
+
+
+def _recorder(config: GenerationConfig) -> Recorder:
+    """What the caller wants kept of scores and logits."""
+    wanted = (config.return_dict_in_generate and asked for asked in (config.output_scores, config.output_logits))
+    return Recorder(*({} if one else None for one in wanted))
 
 
 def _resolved(options: Options, drafter: DSparkDrafter, config: GenerationConfig) -> Options:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_dspark.budgets.budget import Budget, Drafts
 from hf_dspark.budgets.cost_model import Costs, RowCosts, prior_costs
-from hf_dspark.decoding.compiled import compiled_graphs
+from hf_dspark.decoding.kept_graphs import compiled_graphs
 from hf_dspark.decoding.loop import DecodingLoop, Rules
 from hf_dspark.decoding.options import Options
 from hf_dspark.decoding.row_processors import RowProcessors

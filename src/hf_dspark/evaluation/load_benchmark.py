@@ -21,7 +21,7 @@ from hf_dspark.budgets.budget import Budget, StaticBudget
 from hf_dspark.budgets.cost_model import Costs
 from hf_dspark.budgets.named import make_budget
 from hf_dspark.calibration.online import OnlineCalibration
-from hf_dspark.decoding.compiled import compiled_graphs
+from hf_dspark.decoding.kept_graphs import compiled_graphs
 from hf_dspark.decoding.profiler import CostProfile, costs_at_hand
 from hf_dspark.evaluation.metrics import AcceptanceCounts, Throughput, machine_record, round_times
 from hf_dspark.evaluation.serving import Server
