@@ -146,20 +146,58 @@ class Shift(LogitsProcessor):
         return scores + torch.linspace(0, 3, scores.shape[-1])[input_ids[:, -1:]] * (torch.arange(scores.shape[-1]) % 3 == 0)
 
 
+ENDS = {"eos_token_id": list(range(0, VOCAB, 5)), "pad_token_id": 1}
+# Of every kind that reads ids, and one that looks at scores alone.
 PROCESSORS: dict[str, dict[str, Any]] = {
-    "suppressed": {"suppress_tokens": [5, 9, 11]},
-    "repetition penalty": {"repetition_penalty": 1.7},
-    "no repeated n-gram": {"no_repeat_ngram_size": 2},
-    "unknown": {"logits_processor": LogitsProcessorList([Shift()])},
+    "texts": {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[4], [5, 6], *([i, (5 * i) % VOCAB] for i in range(VOCAB))],
+        "sequence_bias": [[[7], 2.0], [[9, 11], -5.0], *([[i, (7 * i) % VOCAB], 3.0] for i in range(VOCAB))],
+    },
+    "lengths": {
+        "min_new_tokens": 9,
+        "min_length": 21,
+        "exponential_decay_length_penalty": (14, 1.1),
+        "forced_eos_token_id": 5,
+        "begin_suppress_tokens": list(range(0, VOCAB, 2)),
+        "suppress_tokens": [9, 11],
+        **ENDS,
+    },
 }
 
 
+@pytest.mark.parametrize(
+    ("rows", "config"), [(1, TRACED), (3, TRACED), (1, BUCKETS), (3, BUCKETS)], ids=["one", "three", "one, buckets", "three, buckets"]
+)
 @pytest.mark.parametrize("kind", PROCESSORS)
+def test_processors_of_transformers_are_part_of_the_graphs(kind: str, rows: int, config: CompileConfig, made: Callable[[], int]) -> None:
+    """The text is plain's, and another one than without them; draft, pass and verdict are graphs."""
+    w = make_world(talking_target("qwen2"), copy_weights=[0.4, 0.7])
+    expected = plain(w.target, w.inputs(rows), **PROCESSORS[kind])
+    assert not torch.equal(expected, plain(w.target, w.inputs(rows), **(ENDS if kind == "lengths" else {})))
+    assert torch.equal(compiled(w, rows, config, **PROCESSORS[kind]), expected)
+    assert made() >= 3
+
+
+def test_one_graph_serves_other_values_and_prompts(made: Callable[[], int]) -> None:
+    """Another penalty, least length or temperature is no new graph."""
+    w, kinds = make_world(talking_target("qwen2")), []
+    for rows, penalty, shortest, temperature in ((3, 1.3, 4, 0.7), (2, 1.6, 6, 0.9)):
+        options = {"repetition_penalty": penalty, "min_new_tokens": shortest, "eos_token_id": [5]}
+        assert torch.equal(compiled(w, rows, **options), plain(w.target, w.inputs(rows), **options))
+        compiled(w, rows, **options, do_sample=True, temperature=temperature, top_p=temperature)
+        kinds.append(made())
+    assert kinds == [5, 5]  # the pass is the same for all
+
+
 @pytest.mark.parametrize("rows", [1, 3])
-def test_processors_give_the_plain_text(kind: str, rows: int) -> None:
-    """Those that look at one distribution are part of the graphs; draft and verdict run eagerly for others, the pass does not."""
-    w = world("qwen2")
-    assert torch.equal(compiled(w, rows, **PROCESSORS[kind]), plain(w.target, w.inputs(rows), **PROCESSORS[kind]))
+def test_processors_of_the_users_own_run_beside_the_graphs(rows: int, made: Callable[[], int]) -> None:
+    """Draft and verdict run eagerly with them, the pass does not."""
+    w = make_world(talking_target("qwen2"))
+    own = {"logits_processor": LogitsProcessorList([Shift()])}
+    assert torch.equal(compiled(w, rows, **own), plain(w.target, w.inputs(rows), **own))
+    assert made() == 1
 
 
 def test_scores_are_those_of_plain_generation() -> None:

@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
 )
 
 from tests.helpers import (
@@ -97,6 +98,9 @@ def _only_thirds(row: int, ids: torch.Tensor) -> list[int]:
 PROCESSORS: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"repetition_penalty": 1.7},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "no repeated token": {"no_repeat_ngram_size": 1, "max_new_tokens": 16},
+    "prompt left out": {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.6, prompt_ignore_length=9)]},
+    "min_length": {"min_length": 19, "eos_token_id": list(range(4, 50))},
     "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": list(range(4, 50))},
     "bad_words": {"bad_words_ids": [[n] for n in range(20, 40)] + [[50, 51], [7, 8, 9]]},
     "suppress_tokens": {"suppress_tokens": list(range(30, 60))},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from examples.benchmarks.rounds import counted_rounds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dspark.cache.kv_cache import RowCache
@@ -14,6 +16,7 @@ from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.draft import draft_block
 from hf_dspark.decoding.ngram_copy import Copies
 from hf_dspark.decoding.verify import DraftBlock, accept_sampled
+from tests.helpers import make_world, speculate, talking_target
 from tests.tiny import VOCAB, tiny_drafter, tiny_llama
 
 T = TypeVar("T")
@@ -84,3 +87,15 @@ def test_a_verdict_launches_a_bounded_number_of_kernels_and_no_more_for_many_row
     one, many = verdict(1), verdict(8)
     assert one <= 120
     assert many <= one + 8
+
+
+def test_processors_that_read_ids_launch_no_more_for_many_rows() -> None:
+    """Ids are read for all rows and positions at once, in drafts and in verdicts."""
+    w, usual = make_world(talking_target()), {}
+    options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "bad_words_ids": [[4], [5, 6]], "min_new_tokens": 20}
+    for rows in (2, 8):
+        with counted_rounds() as rounds:
+            speculate(w.target, w.drafter, w.inputs(rows), eos_token_id=[9], **options)
+        assert len(rounds) > 3
+        usual[rows] = median(one.launches for one in rounds)
+    assert usual[8] <= usual[2] + 8

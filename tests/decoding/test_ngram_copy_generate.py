@@ -303,10 +303,10 @@ def test_only_processors_that_go_by_token_forbid_copies():
     state.add_rows([0, 1], list(torch.tensor([[5, 6, 7, 5, 6], [8, 9, 8, 9, 10]])))
     rules = [lp.RepetitionPenaltyLogitsProcessor(1.5), lp.NoRepeatNGramLogitsProcessor(3), lp.SuppressTokensLogitsProcessor([11])]
     processors = RowProcessors([*rules, lp.TemperatureLogitsWarper(0.7), lp.TopKLogitsWarper(1)], 2)
-    places = [(0, 0), (1, 0)]
+    prefixes, values = processors.prefixes(state, [0, 1], [0, 0]), processors.values([0, 1], state.device)
 
     def allowed(*tokens):
-        return processors.allowed(torch.tensor(tokens), 16, state, places).tolist()
+        return processors.allowed(torch.tensor(tokens), 16, prefixes, values).tolist()
 
     assert allowed(7, 7) == [False, True]
     assert allowed(6, 11) == [True, False]

@@ -110,7 +110,6 @@ class DSparkCandidateGenerator(CandidateGenerator):
         if proposal.length == 0:
             self._round = FinishedRound((0,), (0,), (0,), (0,), (0,))
             return input_ids, None
-        processors = DraftProcessors(self.processors, self.state, [0], self.drafter, self.target_vocab_size) if self.processors else None
         block = draft_block(
             self.drafter,
             input_ids[:, -1],
@@ -118,7 +117,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
             self.state.drafter_cache,
             length=proposal.length,
             sample=self.do_sample,
-            processors=processors,
+            processors=DraftProcessors.of_rows(self.processors, self.state, None, self.drafter, self.target_vocab_size, proposal.length),
             with_confidence=self.budget.needs_confidence,
             copies=None if self.copy_weights is None else Copies.of_rows(self.state, None, self.copy_weights, proposal.length),
         )

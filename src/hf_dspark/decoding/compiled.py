@@ -1,5 +1,5 @@
-"""A round's three steps as compiled graphs: draft, verify, conclude. Where a step needs Python between its tensors (processors that read
-ids, kept scores) it gives None, and the loop runs it eagerly.
+"""A round's three steps as compiled graphs: draft, verify, conclude. Where a step needs Python between its tensors (processors of the
+user's own, kept scores) it gives None, and the loop runs it eagerly.
 
 All that differs from round to round comes in tensors: where tokens go, how far rows reach, random numbers, temperatures. Batches of more
 than one row are padded with rows that nobody has, passes with tokens behind a row's end: both write where nothing is committed.
@@ -17,6 +17,7 @@ import torch
 from hf_dspark.budgets.budget import Proposal
 from hf_dspark.cache.kv_cache import BufferCache, RowCache
 from hf_dspark.cache.layout import RowLayout, TensorLayout
+from hf_dspark.decoding.batched_processors import Prefixes
 from hf_dspark.decoding.draft import default_temperatures, draft_from
 from hf_dspark.decoding.ngram_copy import Copied, Copies
 from hf_dspark.decoding.options import Options
@@ -59,9 +60,9 @@ class CompiledRounds:
         self.graphs, self.target, self.drafter, self.options, self.stopping = graphs, target, drafter, options, stopping
         self.processors, self.copy_weights, self.single = processors, copy_weights, single
         self.block_size = options.block_size or 1
-        self._contents = processors.contents()
-        self._drafts = self._contents is not None
-        self._concludes = self._contents is not None and not records
+        self._sizes = processors.sizes
+        self._drafts = self._sizes is not None
+        self._concludes = self._sizes is not None and not records
         self._drafted: dict[str, torch.Tensor] = {}
         self._range = torch.arange(1, device=graphs.device)
         if drafter is not None:
@@ -97,10 +98,12 @@ class CompiledRounds:
             arguments["temperatures"] = Argument(torch.tensor(list(temperatures[:length]), dtype=torch.float32).to(device))
         if sample:
             arguments["u"] = Argument(uniform((rows, 2, length), device, options.generator), self._r)
-        if weights is not None:
-            arguments |= self._texts(state, rows)
-        key = ("The draft", length, sample, self.single, None if weights is None else tuple(weights), self._contents, *arguments)
-        outputs = self.graphs.run(key, _Draft(self, state, key, length), arguments)
+        if self.processors:
+            arguments |= self._values(state, rows)
+        if weights is not None or self.processors.needs_ids:
+            arguments |= self._texts(state, rows, length)
+        key = ("The draft", length, sample, self.single, None if weights is None else tuple(weights), self._sizes, *arguments)
+        outputs = self.graphs.run(key, _Draft(self, key, length), arguments)
         state.clear_pending()
         self._drafted = dict(zip(self.graphs.notes[key], outputs, strict=True))
         own = {name: tensor[: state.num_rows] for name, tensor in self._drafted.items()}
@@ -162,8 +165,12 @@ class CompiledRounds:
         }
         if sample:
             arguments["u"] = Argument(uniform((rows, length + 1), device, options.generator), self._r)
-        key = ("The verdict", length, sample, options.verification, self.single, self._contents, len(eos), *arguments)
-        outputs = self.graphs.run(key, _Conclude(self, state, length), arguments)
+        if self.processors:
+            arguments |= self._values(state, rows)
+        if self.processors.needs_ids:
+            arguments |= {**self._texts(state, rows, length), "rows": Argument(layout.rows, "T")}
+        key = ("The verdict", length, sample, options.verification, self.single, self._sizes, len(eos), *arguments)
+        outputs = self.graphs.run(key, _Conclude(self, length), arguments)
         return Conclusion(*(tensor[: state.num_rows] for tensor in outputs))
 
     def give_up_buffers(self, state: State) -> None:
@@ -183,10 +190,13 @@ class CompiledRounds:
         return 1 if self.single else self.graphs.size(rows)
 
     def _longest(self, length: int) -> Argument:
-        length = length if self.graphs.symbolic else self.graphs.size(length)
-        if len(self._range) <= length:
+        return Argument(self._counted(length if self.graphs.symbolic else self.graphs.size(length)), "S")
+
+    def _counted(self, length: int) -> torch.Tensor:
+        """A tensor of this length."""
+        if len(self._range) < length:
             self._range = torch.arange(2 * length, device=self.graphs.device)
-        return Argument(self._range[:length], "S")
+        return self._range[:length]
 
     def _prepare(self, state: State, cache: RowCache, rows: int, length: int) -> None:
         # All of it at once, as a static cache is: captured graphs keep where it lies, and read up to their bucket's end.
@@ -238,18 +248,28 @@ class CompiledRounds:
         states = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return {"pending": Argument(states, "P"), "pending_rows": Argument(index[0], "P"), "pending_positions": Argument(index[1], "P")}
 
-    def _texts(self, state: State, rows: int) -> dict[str, Argument]:
-        """What n-gram copies read: the ids of the rows, and where their answers begin."""
+    def _values(self, state: State, rows: int) -> dict[str, Argument]:
+        """What processors read beside scores and texts."""
+        requests = [*state.requests, *[0] * (rows - state.num_rows)]
+        of_each = zip(self.processors.values(requests, self.graphs.device), self.processors.of_rows, strict=True)
+        return {
+            f"value_{place}_{name}": Argument(value, self._r if name in of_rows else "")
+            for place, (values, of_rows) in enumerate(of_each)
+            for name, value in values.items()
+        }
+
+    def _texts(self, state: State, rows: int, ahead: int) -> dict[str, Argument]:
+        """What n-gram copies and processors read: the ids of the rows with room for `ahead` more, and where their answers begin."""
         spare = [1] * (rows - state.num_rows)
         index = torch.from_numpy(np.array([[*state.lengths, *spare], [*state.prompt_ends, *spare]])).to(
             self.graphs.device, non_blocking=True
         )
-        width = max(state.lengths)
+        width = max(state.lengths) + ahead
         state.reserve(rows, max(width, state.limit or 0))
         if not self.graphs.symbolic:
             state.ids = self.graphs.keep(("ids",), state.ids)
             state.masked_at = None if state.masked_at is None else self.graphs.keep(("masked_at",), state.masked_at)
-        text = self._range[: width if self.graphs.symbolic else min(self.graphs.size(width), state.ids.shape[1])]
+        text = self._counted(width if self.graphs.symbolic else min(self.graphs.size(width), state.ids.shape[1]))
         dims = ".W" if self.single else "XW"
         texts = {"text": Argument(text, "V"), "ids": Argument(state.ids, dims, buffer=True)}
         if state.masked_at is not None:
@@ -269,16 +289,31 @@ def _cache(given: Mapping[str, torch.Tensor]) -> BufferCache:
     return BufferCache(*({int(layer): tensor for layer, tensor in _named(prefix, given).items()} for prefix in ("keys_", "values_")))
 
 
+def _values(given: Mapping[str, torch.Tensor], processors: RowProcessors) -> list[dict[str, torch.Tensor]]:
+    return [_named(f"value_{place}_", given) for place in range(len(processors.of_rows))]
+
+
+def _prefixes(given: Mapping[str, torch.Tensor], rows: int, drafted: torch.Tensor | None = None) -> Prefixes:
+    """The texts before each row's anchor has been answered, or before each token of the pass, over ids that may be written to."""
+    none = given["text"][:0] if "text" in given else next(iter(given.values()))
+    if "lengths" not in given:
+        return Prefixes(none, none, none)  # which nobody reads
+    lengths, ids = given["lengths"], given["ids"][:rows, : given["text"].shape[0]].clone()
+    if drafted is None:
+        return Prefixes(ids, torch.arange(rows, device=ids.device), lengths)
+    ids.scatter_(1, lengths[:, None] + torch.arange(drafted.shape[1], device=ids.device), drafted)
+    within = torch.arange(given["rows"].shape[0], device=ids.device) - given["first"][given["rows"]]
+    return Prefixes(ids, given["rows"], lengths[given["rows"]] + within)
+
+
 class _Draft:
     """The drafter's part of a round: the context that it has not read, backbone, sequential head with copies, confidences."""
 
-    def __init__(self, rounds: CompiledRounds, state: State, key: Hashable, length: int) -> None:
+    def __init__(self, rounds: CompiledRounds, key: Hashable, length: int) -> None:
         self.drafter: Any = rounds.drafter
         self.length, self.weights = length, rounds.copy_weights
         self.exact, self.notes, self.key = rounds.graphs.symbolic, rounds.graphs.notes, key
-        self.processors = None
-        if rounds.processors:
-            self.processors = DraftProcessors(rounds.processors, state, (), self.drafter, rounds.target.vocab_size)
+        self.processors, self.vocab_size = rounds.processors, rounds.target.vocab_size
 
     def __call__(self, **given: torch.Tensor) -> Tensors:
         cache, longest = _cache(given), given["longest"]
@@ -288,7 +323,10 @@ class _Draft:
         index = {"ends": given["ends"], **{name: given[name].flatten() for name in ("rows", "positions")}}
         layout = TensorLayout(index, longest, exact=self.exact)
         layout.max_count = given["positions"].shape[1]
-        copies = None
+        copies = processors = None
+        if self.processors:
+            prefixes, values = _prefixes(given, rows), _values(given, self.processors)
+            processors = DraftProcessors(self.processors, prefixes, values, self.drafter, self.vocab_size)
         if self.weights is not None:
             width = given["text"].shape[0]
             ids = given["ids"][:rows, :width]
@@ -296,7 +334,7 @@ class _Draft:
                 ids = ids.masked_fill(given["masked_at"][:rows, :width], -1)
             copies = Copies(ids, given["lengths"][:, None], given["prompt_ends"], self.weights, self.length, at_once=True)
         temperatures, confident = given.get("temperatures"), self.drafter.confidence_head is not None
-        block = draft_from(self.drafter, given["anchors"], layout, cache, given.get("u"), self.processors, confident, temperatures, copies)
+        block = draft_from(self.drafter, given["anchors"], layout, cache, given.get("u"), processors, confident, temperatures, copies)
         found = {f"block_{n}": getattr(block, n) for n in ("tokens", "confidence", "confidence_logits", "probs", "drawn")}
         if block.copied is not None:
             found |= {f"copied_{name}": tensor for name, tensor in vars(block.copied).items()}
@@ -314,21 +352,21 @@ def _verify(target: Target, /, **given: torch.Tensor) -> Tensors:
 class _Conclude:
     """Which tokens stand, and where rows end."""
 
-    def __init__(self, rounds: CompiledRounds, state: State, length: int) -> None:
+    def __init__(self, rounds: CompiledRounds, length: int) -> None:
         self.length, self.sample, self.blockwise = length, rounds.options.sample, rounds.options.verification == "block"
-        self.processors, self.state = rounds.processors, state
+        self.processors = rounds.processors
         self.draft_ids = None if rounds.drafter is None else rounds.drafter.draft_token_ids
 
     def __call__(self, **given: torch.Tensor) -> Tensors:
         scores, first = given["logits"], given["first"]
-        if self.processors:
-            scores = self.processors(scores.float(), self.state, ())
         padded = first[:, None] + torch.minimum(torch.arange(self.length + 1, device=first.device), given["added"][:, None] - 1)
         layout = TensorLayout({"added": given["added"], "padded_index": padded}, first)
         drafted = _named("block_", given)
         copied = Copied(**of_copies) if (of_copies := _named("copied_", given)) else None
         tokens = drafted.pop("tokens", first.new_empty(first.shape[0], 0))
         block = DraftBlock(tokens, draft_ids=self.draft_ids, copied=copied, **drafted)
+        if self.processors:
+            scores = self.processors(scores.float(), _prefixes(given, first.shape[0], tokens), _values(given, self.processors))
         if self.sample:
             scores = scores.float()
             verdict = judge(scores.softmax(-1), block, layout, given["u"], blockwise=self.blockwise)

@@ -130,7 +130,7 @@ def _draw_chain(
             latent, state = head.step(previous, h[:, k], state)
             logits = logits + head.project(latent)
         if processors is not None:
-            logits = processors.process(logits.float(), k, chain.tokens)
+            logits = processors.process(logits.float(), previous if k else None)
         if u is None and copies is None:
             drawn = logits.argmax(-1)
             previous = drafter.to_target_ids(drawn)
@@ -139,7 +139,7 @@ def _draw_chain(
             if copies is not None:
                 best_p, best = p_d.max(-1)
                 best_ids = drafter.to_target_ids(best)
-                allowed = None if processors is None else processors.allow(copies.tokens, k)
+                allowed = None if processors is None else processors.allow(copies.tokens)
                 copied = Position.of(copies, best_ids, best_p, drafter.values_at(p_d, copies.tokens), allowed, counted=counted)
                 chain.copied.append(copied)
             if u is None:

@@ -203,9 +203,7 @@ class DecodingLoop:
                 state.drafter_cache,
                 length=proposal.length,
                 sample=self.options.sample,
-                processors=None
-                if not processors.for_drafts
-                else DraftProcessors(processors, state, rows or range(state.num_rows), self.drafter, self.target.vocab_size),
+                processors=DraftProcessors.of_rows(processors, state, rows, self.drafter, self.target.vocab_size, proposal.length),
                 with_confidence=self.budget.needs_confidence or self.callback is not None,
                 generator=self.options.generator,
                 row_ids=rows,
@@ -253,7 +251,8 @@ class DecodingLoop:
             self.state.write_draft(block.tokens)
         if self.rules.processors.in_order:
             return self.accept_in_order(logits, block)
-        scores = self.process(logits, [(place, j) for place, count in enumerate(layout.counts) for j in range(count)])
+        places = [place for place, count in enumerate(layout.counts) for _ in range(count)]
+        scores = self.process(logits, places, [j for count in layout.counts for j in range(count)])
         if not self.options.sample:
             return accept_greedy(scores.argmax(-1), block, layout), scores
         blockwise = self.options.verification == "block"
@@ -309,12 +308,14 @@ class DecodingLoop:
 
     # ------------------------------------------------------------------------------------------------------------ its smaller steps
 
-    def process(self, logits: torch.Tensor, positions: list[tuple[int, int]]) -> torch.Tensor:
-        """The user's processors on the target's logits `(N, V)`, at (place, tokens past the committed ones); without any, the logits
-        themselves.
+    def process(self, logits: torch.Tensor, places: Sequence[int], extra: Sequence[int]) -> torch.Tensor:
+        """The user's processors on the target's logits `(N, V)` of the rows at these places, `extra` tokens past the committed ones;
+        without any, the logits themselves.
         """
-        if self.rules.processors:
-            return self.rules.processors(logits.to(self.state.device, torch.float32, copy=True), self.state, positions)
+        if processors := self.rules.processors:
+            prefixes = processors.prefixes(self.state, places, extra)
+            values = processors.values(self.state.requests, self.state.device)
+            return processors(logits.to(self.state.device, torch.float32, copy=True), prefixes, values)
         return logits.to(self.state.device, torch.float32 if self.options.sample else None)
 
     def accept_in_order(self, logits: torch.Tensor, block: DraftBlock) -> tuple[Verdict, torch.Tensor]:
@@ -324,7 +325,7 @@ class DecodingLoop:
         """
         scores, tokens = list[torch.Tensor](), list[torch.Tensor]()
         for j in range(len(logits)):
-            scores.append(self.process(logits[j : j + 1], [(0, j)]))
+            scores.append(self.process(logits[j : j + 1], [0], [j]))
             tokens.append(self.choose(scores[j]))
             ended = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), scores[j], past=j).host[0, 3]
             stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
@@ -418,7 +419,7 @@ class DecodingLoop:
         prompts = list(texts) if masks is None else [text[mask] for text, mask in zip(texts, masks, strict=True)]
         with self.watch.measure("prefill"):
             logits = prefill(self.target, self.drafter, state, prompts, first, known, self.options.prefill_tokens)
-        scores = self.process(logits, [(place, 0) for place in range(first, state.num_rows)])
+        scores = self.process(logits, range(first, state.num_rows), [0] * (state.num_rows - first))
         tokens = self.choose(scores)
         pieces = [(scores[i : i + 1], logits[i : i + 1]) for i in range(len(tokens))]
         conclusion = self.concluded(tokens.new_empty(len(tokens), 0), Verdict(torch.zeros_like(tokens), tokens), scores, first)

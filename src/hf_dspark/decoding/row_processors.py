@@ -1,7 +1,6 @@
-"""The user's logits processors and stopping criteria, applied row by row and token by token, exactly as a plain call would.
+"""The user's logits processors for rows that grow by different amounts, exactly as a plain call applies them to rows that grow in step.
 
-transformers writes both for a batch whose rows grow in step. Here rows grow by different amounts, so every rule is applied to one row
-at one length.
+transformers' own are applied to all rows and positions at once; others to one row at one length.
 """
 
 from __future__ import annotations
@@ -15,39 +14,15 @@ import numpy as np
 import torch
 from transformers.generation import logits_process as lp
 
+from hf_dspark.decoding.batched_processors import ANY_VOCABULARY, BY_SCORES, Prefixes, Values, form_of
 from hf_dspark.decoding.state import State
 from hf_dspark.errors import UnsupportedOptionError
 from hf_dspark.utils.logging import warn_once
 
 logger = logging.getLogger(__name__)
 
-# Look at one distribution alone, whatever its vocabulary: also fit for a reduced draft vocabulary.
-_ANY_VOCABULARY = (
-    lp.TemperatureLogitsWarper,
-    lp.TopKLogitsWarper,
-    lp.TopPLogitsWarper,
-    lp.MinPLogitsWarper,
-    lp.TypicalLogitsWarper,
-    lp.EpsilonLogitsWarper,
-    lp.EtaLogitsWarper,
-    lp.LogitNormalization,
-    lp.InfNanRemoveLogitsProcessor,
-)
-# Look at one distribution alone, by token id.
-_NO_IDS = (*_ANY_VOCABULARY, lp.SuppressTokensLogitsProcessor)
-# Look at the row's ids, and treat every row alike wherever it stands in the batch.
-_ANY_ROW = (
-    lp.MinLengthLogitsProcessor,
-    lp.MinNewTokensLengthLogitsProcessor,
-    lp.NoRepeatNGramLogitsProcessor,
-    lp.SequenceBiasLogitsProcessor,
-    lp.NoBadWordsLogitsProcessor,
-    lp.ForcedBOSTokenLogitsProcessor,
-    lp.ForcedEOSTokenLogitsProcessor,
-    lp.SuppressTokensAtBeginLogitsProcessor,
-    lp.ExponentialDecayLengthPenalty,
-    lp.WatermarkLogitsProcessor,
-)
+# Look at the row's ids one by one, and treat every row alike wherever it stands in the batch.
+_ANY_ROW = (lp.WatermarkLogitsProcessor,)
 _REFUSED = {
     lp.UnbatchedClassifierFreeGuidanceLogitsProcessor: "it runs the target itself and keeps a cache",
     lp.SynthIDTextWatermarkLogitsProcessor: "it keeps a state, and drafted tokens may be taken back",
@@ -67,6 +42,9 @@ class RowProcessors:
     Attributes:
         in_order (`bool`): some may keep state, so they are to be called for committed tokens only, one at a time.
         for_drafts (`RowProcessors`): those that drafts may be shaped by.
+        of_rows (`list[frozenset[str]]`): of each, the `values` that have an entry for each row.
+        needs_ids (`bool`): some read the texts.
+        any_vocabulary (`bool`): all serve a reduced vocabulary as well.
     """
 
     def __init__(self, processors: Sequence[lp.LogitsProcessor], batch_size: int) -> None:
@@ -84,73 +62,103 @@ class RowProcessors:
                 logger,
                 f"{name} is not known to keep no state. In a batch of one it is called for committed tokens only, one at a time, as in a "
                 f"plain call, and drafts are made without it; in larger batches it is refused if a call changes it. If it keeps no state, "
-                f"say so and it is fast: {name}.stateless = True.",
+                f"say so: {name}.stateless = True.",
             )
         self._processors = list(processors)
+        self._forms = [form_of(processor, batch_size) for processor in processors]
         self._batch_size = batch_size
         # Those of one row that may keep state see committed tokens only; those of several are watched.
         self.in_order = bool(unknown) and batch_size == 1
         self._watched = [] if self.in_order else unknown
         self.for_drafts = RowProcessors([p for p in processors if p not in unknown], 1) if self.in_order else self
-        self._penalties: dict[tuple[int, int], lp.LogitsProcessor] = {}
-        self.needs_ids = any(type(p) not in _NO_IDS for p in processors)
-        self.any_vocabulary = all(type(p) in _ANY_VOCABULARY for p in processors)
+        self.of_rows = [frozenset() if form is None else form.of_rows for form in self._forms]
+        self.needs_ids = any(type(p) not in BY_SCORES for p in processors)
+        self.any_vocabulary = all(type(p) in ANY_VOCABULARY for p in processors)
+        self._values: dict[torch.device, list[dict[str, torch.Tensor]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._processors)
 
-    def __call__(self, scores: torch.Tensor, state: State, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, prefixes: Prefixes, values: Sequence[Values]) -> torch.Tensor:
         """Process N distributions.
 
         Args:
             scores (`torch.Tensor` of shape `(N, V)`): float32; may be overwritten.
-            state (`State`): ids of the live rows, drafted tokens written.
-            places (`list[tuple[int, int]]`): for each distribution its row's place and how many tokens past the committed ones it
-                stands; only read where a processor looks at ids.
+            prefixes (`Prefixes`): the texts before them, drafted tokens written.
+            values (`list[dict[str, torch.Tensor]]`): of `values`, for the rows of `prefixes`.
         Returns:
             `torch.Tensor` of shape `(N, V)`.
         """
-        for processor in self._processors:
-            scores = self._apply(processor, scores, state, places)
-        return scores
+        return self._apply(scores, prefixes, values, all_of_them=True)
 
-    def allowed(self, tokens: torch.Tensor, vocab_size: int, state: State, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def allowed(self, tokens: torch.Tensor, vocab_size: int, prefixes: Prefixes, values: Sequence[Values]) -> torch.Tensor:
         """Which of N tokens the processors that go by token id do not rule out; top-k and the like are left out.
 
         Args:
-            tokens (`torch.LongTensor` of shape `(N,)`): one for each place.
+            tokens (`torch.LongTensor` of shape `(N,)`): one for each distribution.
             vocab_size (`int`): V of the target.
-            state (`State`), places (`list[tuple[int, int]]`): as in a call.
+            prefixes (`Prefixes`), values: as in a call.
         Returns:
             `torch.BoolTensor` of shape `(N,)`.
         """
         scores = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.float32, device=tokens.device)
-        for processor in self._processors:
-            if type(processor) not in _ANY_VOCABULARY:
-                scores = self._apply(processor, scores, state, places)
+        scores = self._apply(scores, prefixes, values, all_of_them=False)
         return scores.gather(1, tokens[:, None])[:, 0] > float("-inf")
 
-    def contents(self) -> tuple[Hashable, ...] | None:
-        """All that decides what these processors do, to be compared; None where they look at ids or may keep a state."""
-        if self.in_order or any(type(p) not in _NO_IDS for p in self._processors):
+    @property
+    def sizes(self) -> tuple[Hashable, ...] | None:
+        """All that decides, beside `values`, what these processors do; None where some are called one by one."""
+        if self.in_order or None in self._forms:
             return None
-        return tuple((type(p), *(_hashable(value) for item in sorted(vars(p).items()) for value in item)) for p in self._processors)
+        return tuple(form.kind for form in self._forms if form)
 
-    def _apply(self, processor: lp.LogitsProcessor, scores: torch.Tensor, state: State, places: Sequence[tuple[int, int]]) -> torch.Tensor:
-        if type(processor) in _NO_IDS:
-            return processor(None, scores)
-        return torch.cat([self._one(processor, scores[i : i + 1], state, *place) for i, place in enumerate(places)])
+    def values(self, requests: Sequence[int], device: torch.device) -> list[dict[str, torch.Tensor]]:
+        """What each processor reads beside scores and texts, for the rows with these numbers in the caller's batch."""
+        if device not in self._values:
+            self._values[device] = [
+                {} if form is None else {name: value.to(device) for name, value in form.values.items()} for form in self._forms
+            ]
+        values = self._values[device]
+        if not any(self.of_rows):
+            return values
+        index = torch.tensor(list(requests)).to(device, non_blocking=True)
+        return [
+            {name: value[index] if name in of_rows else value for name, value in own.items()}
+            for of_rows, own in zip(self.of_rows, values, strict=True)
+        ]
 
-    def _one(self, processor: lp.LogitsProcessor, scores: torch.Tensor, state: State, place: int, extra: int) -> torch.Tensor:
-        ids, row = state.prefix(place, extra), state.requests[place]
+    def prefixes(self, state: State, places: Sequence[int], extra: Sequence[int], ahead: int = 0) -> Prefixes:
+        """The texts of live rows, one for each place, as many tokens past the committed ones as `extra` says, with room for `ahead`
+        more.
+        """
+        if not self.needs_ids:
+            return Prefixes(state.ids, state.ids.new_empty(0), state.ids.new_empty(0))  # which nobody reads
+        each = [(place, state.lengths[place] + more, state.requests[place]) for place, more in zip(places, extra, strict=True)]
+        index = torch.from_numpy(np.array([(row, length) for row, length, _ in each]).T).to(state.device, non_blocking=True)
+        width = max(length for _, length, _ in each) + ahead
+        state.reserve(state.num_rows, width)
+        return Prefixes(state.ids[: state.num_rows, :width], index[0], index[1], each if None in self._forms else ())
+
+    def _apply(self, scores: torch.Tensor, prefixes: Prefixes, values: Sequence[Values], *, all_of_them: bool) -> torch.Tensor:
+        for processor, form, own in zip(self._processors, self._forms, values, strict=True):
+            if not all_of_them and type(processor) in ANY_VOCABULARY:
+                continue
+            if form is not None:
+                scores = form.apply(scores, prefixes, own)
+            else:
+                scores = torch.cat([self._one(processor, scores[i : i + 1], prefixes.ids, *each) for i, each in enumerate(prefixes.each)])
+        return scores
+
+    def _one(
+        self, processor: lp.LogitsProcessor, scores: torch.Tensor, ids: torch.Tensor, place: int, length: int, row: int
+    ) -> torch.Tensor:
+        text = ids[place : place + 1, :length]
         if self._batch_size == 1 or type(processor) in _ANY_ROW:
-            return processor(ids, scores)
-        if type(processor) is lp.RepetitionPenaltyLogitsProcessor:
-            return self._penalty_of_row(processor, row)(ids, scores)
+            return processor(text, scores)
         # Bound to its place in the batch, or unknown: show it the whole batch with this row's ids everywhere, read this
         # row's answer.
         before = _contents(processor) if processor in self._watched else None
-        answer = processor(ids.expand(self._batch_size, -1), scores.repeat(self._batch_size, 1))[row : row + 1]
+        answer = processor(text.expand(self._batch_size, -1), scores.repeat(self._batch_size, 1))[row : row + 1]
         if before is not None and _contents(processor) != before:
             name = type(processor).__name__
             raise UnsupportedOptionError(
@@ -159,26 +167,6 @@ class RowProcessors:
                 "memory of answers."
             )
         return answer
-
-    def _penalty_of_row(self, processor: lp.RepetitionPenaltyLogitsProcessor, row: int) -> lp.LogitsProcessor:
-        """The repetition penalty as one row has it: on a padded batch it holds every row's padding, which it ignores."""
-        padding = getattr(processor, "prompt_ignore_length", None)
-        if not isinstance(padding, torch.Tensor):
-            return processor
-        key = (id(processor), row)
-        if key not in self._penalties:
-            self._penalties[key] = lp.RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding[row : row + 1])
-        return self._penalties[key]
-
-
-def _hashable(value: Any) -> Hashable:
-    return (
-        (str(value.device), *value.flatten().tolist())
-        if isinstance(value, torch.Tensor)
-        else value
-        if isinstance(value, Hashable)
-        else repr(value)
-    )
 
 
 def _is_stateless(processor: lp.LogitsProcessor) -> bool:
@@ -214,33 +202,42 @@ class DraftProcessors:
 
     Args:
         processors (`RowProcessors`): the user's.
-        state (`State`): drafted tokens are written into it as they are drawn.
-        places (`Sequence[int]`): the rows that are drafted for.
+        prefixes (`Prefixes`): the committed texts of the R rows that are drafted for; drafted tokens are written behind them.
+        values (`list[dict[str, torch.Tensor]]`): of the processors, for the rows of `prefixes`.
         drafter (`DSparkDrafter`): for its vocabulary.
         vocab_size (`int`): V of the target.
     """
 
-    def __init__(self, processors: RowProcessors, state: State, places: Sequence[int], drafter: Any, vocab_size: int) -> None:
-        processors = processors.for_drafts
-        self._processors, self._state, self._drafter, self._vocab_size = processors, state, drafter, vocab_size
-        self._places = list(places)
-        self._index = torch.tensor(self._places).to(state.device, non_blocking=True) if processors.needs_ids else None
+    def __init__(self, processors: RowProcessors, prefixes: Prefixes, values: Sequence[Values], drafter: Any, vocab_size: int) -> None:
+        self._processors, self._prefixes, self._values = processors, prefixes, values
+        self._drafter, self._vocab_size = drafter, vocab_size
 
-    def process(self, logits: torch.Tensor, k: int, drawn: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Logits `(R, V_draft)` at block position k (0-based) after the processors, given the tokens `(R,)` drawn before it."""
-        if self._index is not None and k:
-            self._state.write_draft(drawn[-1][:, None], self._index, k - 1)
-        positions = [(place, k) for place in self._places]
+    @classmethod
+    def of_rows(
+        cls, processors: RowProcessors, state: State, places: Sequence[int] | None, drafter: Any, vocab_size: int, length: int
+    ) -> DraftProcessors | None:
+        """For the live rows at these places, all where None, and `length` tokens; None without processors that serve drafts."""
+        if not (processors := processors.for_drafts):
+            return None
+        places = range(state.num_rows) if places is None else places
+        prefixes = processors.prefixes(state, places, [0] * len(places), ahead=length)
+        return cls(processors, prefixes, processors.values(state.requests, state.device), drafter, vocab_size)
+
+    def process(self, logits: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
+        """Logits `(R, V_draft)` of the next block position after the processors, given the tokens `(R,)` drawn at the one before it."""
+        if drawn is not None and self._processors.needs_ids:
+            self._prefixes = self._prefixes.behind(drawn)
         narrow = self._drafter.draft_token_ids
         if self._processors.any_vocabulary or narrow is None:
-            processed = self._processors(logits.clone(), self._state, positions)
+            processed = self._processors(logits.clone(), self._prefixes, self._values)
         else:
-            processed = self._processors(self._drafter.widen(logits, fill=float("-inf")), self._state, positions)[:, narrow]
+            wide = self._drafter.widen(logits, fill=float("-inf"))
+            processed = self._processors(wide, self._prefixes, self._values)[:, narrow]
         # Processors may leave the drafter no token (a forced one outside its vocabulary): then its own distribution stands.
         return torch.where(torch.isfinite(processed).any(-1, keepdim=True), processed, logits)
 
-    def allow(self, tokens: torch.Tensor, k: int) -> torch.Tensor | None:
-        """Which copied tokens `(R,)` at block position k the processors do not rule out, bool `(R,)`; None where they rule out none."""
+    def allow(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Which copied tokens `(R,)` at this block position the processors do not rule out, bool `(R,)`; None where they rule out none."""
         if self._processors.any_vocabulary:
             return None
-        return self._processors.allowed(tokens, self._vocab_size, self._state, [(place, k) for place in self._places])
+        return self._processors.allowed(tokens, self._vocab_size, self._prefixes, self._values)
