@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 import torch
 
-from hf_dspark.budgets.admission import admit_top, best_count
+from hf_dspark.budgets.admission import admit_top, best_count, survivals
 from hf_dspark.budgets.budget import Drafts, LiveRows, Proposal
 from hf_dspark.budgets.cost_model import Costs, RowCosts
 from hf_dspark.budgets.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
@@ -123,8 +123,9 @@ def test_the_load_aware_budget_without_its_stop_is_biased() -> None:
     """The same class with the unconstrained search on today's confidences outputs A with probability 0.85: the control."""
 
     class Peeking(LoadAwareBudget):
-        def _admit(self, survival, drafts, passes, draft_s, room):
-            return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + draft_s))
+        def plan(self, drafts):
+            survival = survivals(drafts.confidence.numpy())
+            return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, self.costs.passes(drafts.rows).verify_s))
 
     assert first_token(planned(Peeking())) == pytest.approx(0.85, abs=1e-9)
 

@@ -16,6 +16,10 @@ from examples.benchmarks.rounds import counted_rounds
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 import hf_dspark
+from hf_dspark.budgets.admission import admit_top, survivals
+from hf_dspark.budgets.budget import Drafts
+from hf_dspark.budgets.cost_model import Costs, RowCosts
+from hf_dspark.budgets.load_aware import LaggedLoadAwareBudget
 from hf_dspark.decoding.kept_graphs import compiled_graphs
 from hf_dspark.utils.graphs import Argument, Graphs
 from hf_dspark.utils.logging import warn_once
@@ -232,6 +236,58 @@ def test_two_hundred_rounds_need_no_new_graph_and_little_beside_them(rows: int, 
     steady = rounds[3:-1]  # the last leaves the caches ready for another turn
     assert max(one.launches for one in steady) <= 40
     assert {one.waits for one in steady} == {1}
+
+
+class DecidedByTheHost(LaggedLoadAwareBudget):
+    """The same budget, whose lengths the host works out from the confidences."""
+
+    def total(self, drafts: Drafts) -> None:  # type: ignore[override]
+        return None
+
+    def plan(self, drafts: Drafts) -> list[int]:
+        return admit_top(survivals(drafts.confidence.numpy()), drafts.limits, LaggedLoadAwareBudget.total(self, drafts))
+
+
+@pytest.mark.parametrize(
+    ("rows", "config"), [(3, None), (8, None), (3, TRACED), (8, BUCKETS)], ids=["eager, three", "eager, eight", "any size", "buckets"]
+)
+def test_lengths_that_the_device_chooses_are_those_that_the_host_would(rows: int, config: CompileConfig | None) -> None:
+    """Round for round, with rows that end and a penalty that reads ids; the text is plain's."""
+    w = make_world(talking_target("qwen3"), wrong_every=3, copy_weights=[0.4, 0.7, 0.9])
+    costs = Costs({1: RowCosts({0: {1: 1.0, 5: 1.1, 9: 2.0, 40: 6.0}}, {1: 0.02, 7: 0.03})}, w.drafter.config.block_size)
+    options = {"max_new_tokens": 40, "eos_token_id": list(range(0, VOCAB, 40)), "pad_token_id": 1, "repetition_penalty": 1.1}
+    how = {**options, "do_sample": False, "compile": config is not None, "compile_config": config, "return_dict_in_generate": True}
+    outs = [
+        hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), **how, budget=budget(costs, learn_costs=False))
+        for budget in (LaggedLoadAwareBudget, DecidedByTheHost)
+    ]
+    assert torch.equal(outs[0].sequences, plain(w.target, w.inputs(rows), **options))
+    assert judged(outs[0]) == judged(outs[1])
+    assert 0 < sum(row.verified for row in outs[0].stats.rows) < sum(row.drafted for row in outs[0].stats.rows)
+
+
+@pytest.mark.parametrize(
+    ("budget", "rows", "compile"),
+    [
+        ("full", 1, False),
+        ("full", 4, False),
+        ("static:3", 4, False),
+        ("load-aware-lag2", 1, False),
+        ("load-aware-lag2", 4, False),
+        ("load-aware-lag2", 4, True),
+    ],
+)
+def test_a_round_waits_for_the_device_once(budget: str, rows: int, compile: bool) -> None:
+    """At its end, to hear what stands; a budget that decides by the confidences of this very round waits for them too."""
+    w = make_world(talking_target(), wrong_every=2)
+    how = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": NEVER, "compile": compile, "compile_config": TRACED}
+    waits = {}
+    for kind in (budget, "threshold:0.5"):
+        with counted_rounds() as rounds:
+            hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), **(how if compile else how | {"compile_config": None}), budget=kind)
+        waits[kind] = {one.waits for one in rounds[:-1]}
+    assert waits[budget] == {1}
+    assert waits["threshold:0.5"] != {1}
 
 
 # -------------------------------------------------------------------------------------------------------------------- what changes

@@ -167,6 +167,15 @@ class Budget:
         """
         raise NotImplementedError
 
+    def total(self, drafts: Drafts) -> int | None:
+        """How many drafted tokens are verified in all, where finished rounds alone decide that: those of highest survival are chosen on
+        the device then, and the host need not wait for the draft. None, as here, leaves it to `plan`.
+
+        Args:
+            drafts (`Drafts`): without confidences.
+        """
+        return None
+
     def learn(self, finished: FinishedRound) -> None:
         """Takes in a finished round; called once after each, before the next `propose`.
 
@@ -247,6 +256,10 @@ class CappedBudget(Budget):
 
     def plan(self, drafts: Drafts) -> list[int]:
         return capped(self.budget.plan(drafts), max(self.max_verify_tokens - drafts.rows, 0))
+
+    def total(self, drafts: Drafts) -> int | None:
+        total = self.budget.total(drafts)
+        return None if total is None else min(total, max(self.max_verify_tokens - drafts.rows, 0))
 
     def learn(self, finished: FinishedRound) -> None:
         self.budget.learn(finished)

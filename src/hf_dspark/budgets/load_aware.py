@@ -149,16 +149,17 @@ class LoadAwareBudget(Budget):
     # ------------------------------------------------------------------------------------------------------------- after the draft
 
     def plan(self, drafts: Drafts) -> list[int]:
-        survival, costs = survivals(require_confidence(self, drafts).numpy()), self._started_costs()
-        passes = costs.passes(drafts.rows, 0 if drafts.live is None else drafts.live.context_tokens)
-        draft_s = costs.draft_s(sum(limit > 0 for limit in drafts.limits), survival.shape[1])
-        return self._admit(survival, drafts, passes, draft_s, self._room(drafts.rows, sum(drafts.limits)))
-
-    def _admit(self, survival: np.ndarray, drafts: Drafts, passes: PassCosts, draft_s: float, room: int) -> list[int]:
-        """l_r by survivals `(R, n)`, at most `room` tokens in all."""
+        survival = survivals(require_confidence(self, drafts).numpy())
+        passes, draft_s = self._costs_of(drafts, survival.shape[1])
         # As if the pass were as wide as it may become, so that the first token of a position does not pay for all.
         round_s = passes.convex_s + passes.wide_s[max(drafts.limits)] + draft_s
-        return admit_early_stop(survival, drafts.limits, round_s, room)
+        return admit_early_stop(survival, drafts.limits, round_s, self._room(drafts.rows, sum(drafts.limits)))
+
+    def _costs_of(self, drafts: Drafts, length: int) -> tuple[PassCosts, float]:
+        """What passes over these rows may cost, and a draft of so many tokens."""
+        costs = self._started_costs()
+        passes = costs.passes(drafts.rows, 0 if drafts.live is None else drafts.live.context_tokens)
+        return passes, costs.draft_s(sum(limit > 0 for limit in drafts.limits), length)
 
     def learn(self, finished: FinishedRound) -> None:
         if isinstance(self.costs, OnlineCosts):
@@ -189,11 +190,15 @@ class LaggedLoadAwareBudget(LoadAwareBudget):
     early_stop = False
     name = "load-aware-lag2"
 
-    def _admit(self, survival: np.ndarray, drafts: Drafts, passes: PassCosts, draft_s: float, room: int) -> list[int]:
-        old = np.ones_like(survival)
+    def plan(self, drafts: Drafts) -> list[int]:
+        return admit_top(survivals(require_confidence(self, drafts).numpy()), drafts.limits, self.total(drafts))
+
+    def total(self, drafts: Drafts) -> int:
+        old = np.ones((drafts.rows, max(drafts.limits)))
         known = self._history.rows
         for r, request in enumerate(() if drafts.live is None else drafts.live.requests):
             if request in known and known[request].own >= 2:
-                old[r] = known[request].blocks[-2][: survival.shape[1]]
+                old[r] = known[request].blocks[-2][: old.shape[1]]
+        passes, draft_s = self._costs_of(drafts, max(drafts.limits))
         count = best_count(old, drafts.limits, passes.verify_s + draft_s, passes.wide_s)
-        return admit_top(survival, drafts.limits, min(count, room))
+        return min(count, self._room(drafts.rows, sum(drafts.limits)))

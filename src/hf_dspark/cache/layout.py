@@ -161,6 +161,7 @@ class TensorLayout(RowLayout):
         self.row_ids = None
         self.device = longest.device
         self._tensors = dict(index)
+        self._twins = {}
         self.total = index["positions"].shape[0] if "positions" in index else 0
         self.max_count = index["padded_index"].shape[1] if "padded_index" in index else 0
         self.max_end = longest.shape[0]
@@ -177,3 +178,59 @@ class TensorLayout(RowLayout):
 
     def on(self, device: torch.device) -> RowLayout:
         return self
+
+
+class DeviceLayout(TensorLayout):
+    """A layout whose rows' lengths only the device knows. The host knows how many tokens there are in all, and bounds of the rest.
+
+    Args:
+        starts (`torch.LongTensor` of shape `(R,)`): tokens that each row already holds.
+        added (`torch.LongTensor` of shape `(R,)`): tokens that each row adds, at least one.
+        total (`int`): their sum.
+        max_count, max_end (`int`): the most that a row may add, and may then hold.
+        verified (`torch.LongTensor` of shape `(R,)`, *optional*): drafted tokens among them, where some are padding.
+    """
+
+    def __init__(
+        self, starts: torch.Tensor, added: torch.Tensor, *, total: int, max_count: int, max_end: int, verified: torch.Tensor | None = None
+    ) -> None:
+        first, ends = added.cumsum(0) - added, starts + added
+        places = torch.arange(total, device=added.device)
+        rows = torch.searchsorted(first, places, right=True) - 1
+        within, grid = places - first[rows], torch.arange(max_count, device=added.device)
+        index = {
+            "rows": rows,
+            "row_index": torch.arange(added.shape[0], device=added.device),
+            "positions": starts[rows] + within,
+            "first": first,
+            "last": first + added - 1,
+            "added": added,
+            "ends": ends,
+            "padded_index": first[:, None] + torch.minimum(grid, added[:, None] - 1),
+            "flat_index": rows * max_count + within,
+        }
+        super().__init__(index, grid)
+        self.max_end = max_end
+        self._starts, self._verified, self.within = starts, verified, within
+
+    @property
+    def verified(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(R,)`: drafted tokens of each row."""
+        return self.added - 1 if self._verified is None else self._verified
+
+    def padded(self, rows: int, total: int, max_count: int, max_end: int) -> DeviceLayout:
+        """The same with so many rows and tokens: short rows get longer, the first ones first."""
+        missing, spare = total - self.total - (rows - self.num_rows), (0, rows - self.num_rows)
+        starts, added = torch.nn.functional.pad(self._starts, spare), torch.nn.functional.pad(self.added, spare, value=1)
+        room = max_count - added
+        added = added + (missing - (room.cumsum(0) - room)).clamp(min=0).minimum(room)
+        verified = torch.nn.functional.pad(self.verified, spare)
+        return DeviceLayout(starts, added, total=total, max_count=max_count, max_end=max_end, verified=verified)
+
+    def on(self, device: torch.device) -> RowLayout:
+        if device == self.device:
+            return self
+        if device not in self._twins:
+            there = self._starts.to(device), self.added.to(device)
+            self._twins[device] = DeviceLayout(*there, total=self.total, max_count=self.max_count, max_end=self.max_end)
+        return self._twins[device]

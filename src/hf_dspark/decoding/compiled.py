@@ -16,11 +16,12 @@ import torch
 
 from hf_dspark.budgets.budget import Proposal
 from hf_dspark.cache.kv_cache import BufferCache, RowCache
-from hf_dspark.cache.layout import RowLayout, TensorLayout
+from hf_dspark.cache.layout import DeviceLayout, RowLayout, TensorLayout
 from hf_dspark.decoding.batched_processors import Prefixes
 from hf_dspark.decoding.draft import default_temperatures, draft_from
 from hf_dspark.decoding.ngram_copy import Copied, Copies
 from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.plan import Plan
 from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.sampling import uniform
@@ -116,11 +117,10 @@ class CompiledRounds:
             return None
         padded = self._padded_layout(layout)
         self._prepare(state, state.target_cache, padded.num_rows, padded.max_end)
-        width = 1 + block.block_size
-        tokens = state.anchors[:, None] if width == 1 else torch.cat([state.anchors[:, None], block.tokens], dim=1)
+        tokens = torch.cat([state.anchors[:, None], block.tokens], dim=1) if block.block_size else state.anchors[:, None]
         arguments = {
             **self._buffers(state.target_cache),
-            "ids": Argument(tokens.flatten()[self._grid(padded, layout.num_rows, width)], "T"),
+            "ids": Argument(tokens.flatten()[self._grid(padded, *tokens.shape)], "T"),
             "rows": Argument(padded.rows, "T"),
             "positions": Argument(padded.positions, "T"),
             "flat_index": Argument(padded.flat_index, "T"),
@@ -134,15 +134,16 @@ class CompiledRounds:
         # Hidden states are kept beyond the next pass, which may write its own there.
         logits, hidden = outputs[0], outputs[1] if self.graphs.symbolic else outputs[1].clone()
         concludes = self._concludes and (not block.block_size or bool(self._drafted))
-        if concludes or padded.counts == layout.counts:
+        if concludes or padded is layout:
             return logits, hidden, padded
+        if isinstance(layout, DeviceLayout):
+            index = padded.first[layout.rows] + layout.within
+            return logits[index], hidden[index], layout
         kept = np.concatenate([first + np.arange(n) for first, n in zip(padded.firsts, layout.counts, strict=False)])
         index = torch.from_numpy(kept).to(logits.device, non_blocking=True)
         return logits[index], hidden[index], layout
 
-    def conclude(
-        self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout, verified: Sequence[int], state: State
-    ) -> Conclusion | None:
+    def conclude(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout, plan: Plan, state: State) -> Conclusion | None:
         """`DecodingLoop.conclude`; None where that runs eagerly."""
         options, stopping, device = self.options, self.stopping, self.graphs.device
         sample = options.sample
@@ -152,15 +153,17 @@ class CompiledRounds:
         length = drafted["block_tokens"].shape[1] if drafted else 0
         rows = self._rows(state.num_rows)
         spare = [0] * (rows - state.num_rows)
-        firsts = [*layout.firsts, *spare][:rows]
-        room = [*stopping.room(state, 0, length + 2), *(length + 2 for _ in spare)]
-        numbers = np.array([firsts, [1 + n for n in [*verified, *spare]], room])
-        index = torch.from_numpy(numbers).to(device, non_blocking=True)
+        numbers = [[*stopping.room(state, 0, length + 2), *(length + 2 for _ in spare)]]
+        if plan.verified is not None:
+            numbers += [[*layout.firsts, *spare][:rows], [1 + n for n in [*plan.verified, *spare]]]
+        of_rows = dict(zip(("room", "first", "added"), torch.from_numpy(np.array(numbers)).to(device, non_blocking=True), strict=False))
+        if isinstance(layout, DeviceLayout):
+            of_rows |= {"first": layout.first, "added": 1 + layout.verified}
         eos = stopping.eos_on(device)
         arguments = {
             "logits": Argument(logits, "T"),
             "eos": Argument(eos),
-            **{name: Argument(row, self._r) for name, row in zip(("first", "added", "room"), index, strict=True)},
+            **{name: Argument(of_rows[name], self._r) for name in ("first", "added", "room")},
             **{name: Argument(tensor, self._r) for name, tensor in drafted.items() if name not in _NOT_JUDGED},
         }
         if sample:
@@ -215,6 +218,12 @@ class CompiledRounds:
     def _padded_layout(self, layout: RowLayout) -> RowLayout:
         """The pass with as many rows and tokens as a graph takes: one row as long as its bucket, then short ones as tokens are missing."""
         size, rows = self.graphs.size, self._rows(layout.num_rows)
+        if isinstance(layout, DeviceLayout):
+            widest = max(layout.max_count, min(size(layout.max_count), self.block_size + 1))
+            total = min(size(layout.total + rows - layout.num_rows), rows * widest)
+            if (rows, widest, total) == (layout.num_rows, layout.max_count, layout.total):
+                return layout
+            return layout.padded(rows, total, widest, layout.max_end + widest - layout.max_count)
         starts = layout.starts + [0] * (rows - layout.num_rows)
         counts = layout.counts + [1] * (rows - layout.num_rows)
         longest = max(range(rows), key=counts.__getitem__)
@@ -227,6 +236,8 @@ class CompiledRounds:
 
     def _grid(self, padded: RowLayout, rows: int, width: int) -> torch.Tensor:
         """Where each token of the padded pass lies in `(rows, width)`; any place for those that are padding."""
+        if isinstance(padded, DeviceLayout):
+            return torch.where(padded.rows < rows, padded.rows * width + padded.within.clamp(max=width - 1), 0)
         row = np.repeat(np.arange(padded.num_rows), padded.counts)
         within = np.arange(padded.total) - np.repeat(padded.firsts, padded.counts)
         index = np.where(row < rows, row * width + np.minimum(within, width - 1), 0)

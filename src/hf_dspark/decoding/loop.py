@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 
-from hf_dspark.budgets.budget import Budget, Drafts, FinishedRound, LiveRows, Proposal
+from hf_dspark.budgets.budget import Budget, FinishedRound, LiveRows, Proposal
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.compiled import CompiledRounds
 from hf_dspark.decoding.draft import draft_block
 from hf_dspark.decoding.ngram_copy import Copies, copy_weights_of
 from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.plan import Heard, Plan
 from hf_dspark.decoding.prefill import prefill
 from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
@@ -64,28 +65,11 @@ class Rules:
     keep_context: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a round drafts and verifies: tokens of each live row, and the confidences that decided it, on the host."""
-
-    drafted: list[int]
-    verified: list[int]
-    confidence: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a round committed, on the host: accepted tokens of each row, and how many of its verified ones were judged before its end."""
-
-    accepted: list[int]
-    judged: list[int]
-
-
-def check_finite(finite: int) -> None:
+def check_finite(finite: bool) -> None:
     """Raise where plain `generate` would: a distribution that holds NaN or infinity, or nothing at all.
 
     Raises:
-        RuntimeError: if `finite` is 0.
+        RuntimeError: if it is not `finite`.
     """
     if not finite:
         raise RuntimeError(
@@ -153,13 +137,14 @@ class DecodingLoop:
         live = self.live_rows()
         proposal = self.propose(live)
         block = self.draft(proposal)
-        plan = self.plan(proposal, live, block)
-        judged = block.truncate(max(plan.verified))
-        layout = RowLayout(self.state.context_lengths, [1 + length for length in plan.verified], self.state.device)
+        plan = Plan.of(self.budget, proposal, live, block, on_device=self.rules.processors.sizes is not None)
+        layout = plan.layout(self.state.context_lengths, block, self.state.device)
+        judged = block.truncate(layout.max_count - 1)
         logits, hidden, layout = self.verify(judged, layout)
         conclusion, scores = self.conclude(logits, judged, layout, plan)
-        outcome = self.commit(conclusion, layout, plan, scores, logits, hidden)
-        self.report(live, block, plan, outcome, began, drafted_s)
+        heard = Heard.of(conclusion, layout, plan, block.confidence if self.budget.needs_confidence else None)
+        heard = self.commit(conclusion, heard, plan, scores, logits, hidden)
+        self.report(live, block, plan, heard, began, drafted_s)
 
     def live_rows(self) -> LiveRows:
         """The live rows as the budget sees them; a row's last token comes from the target itself, so it has room for one less."""
@@ -212,20 +197,6 @@ class DecodingLoop:
             )
             return block if rows is None else block.among(rows, state.num_rows)
 
-    def plan(self, proposal: Proposal, live: LiveRows, block: DraftBlock) -> Plan:
-        """What was drafted for each row, and l_r of it, never past what the row may still emit."""
-        count = len(live.room)
-        if proposal.length == 0:
-            return Plan([0] * count, [0] * count)
-        confidence = block.confidence.cpu().clone() if self.budget.needs_confidence and block.confidence is not None else None
-        chosen = None if proposal.rows is None else set(proposal.rows)
-        drafted = [proposal.length if chosen is None or r in chosen else 0 for r in range(count)]
-        limits = tuple(map(min, drafted, live.room))
-        lengths = self.budget.plan(Drafts(limits, confidence, live))
-        if len(lengths) != count or not 0 <= min(lengths) <= max(lengths) <= proposal.length:
-            raise ValueError(f"Budget {self.budget!r} planned {lengths} for {count} rows; allowed are 0..{proposal.length}, one a row.")
-        return Plan(drafted, list(map(min, lengths, limits)), confidence)
-
     def verify(self, block: DraftBlock, layout: RowLayout) -> tuple[torch.Tensor, torch.Tensor, RowLayout]:
         """The target's pass over [x_0, x_1..x_{l_r}] of all rows: logits `(T, V)`, hidden states of the tapped layers `(T, taps *
         hidden)`, and the layout that they have: a compiled pass may hold more rows and longer ones.
@@ -239,7 +210,7 @@ class DecodingLoop:
 
     def conclude(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout, plan: Plan) -> tuple[Conclusion, torch.Tensor]:
         """What stands of each row's block and where rows end, and the processed distributions `(T, V)`."""
-        compiled = None if self.compiled is None else self.compiled.conclude(logits, block, layout, plan.verified, self.state)
+        compiled = None if self.compiled is None else self.compiled.conclude(logits, block, layout, plan, self.state)
         if compiled is not None:
             return compiled, logits
         verdict, scores = self.accept(logits, block, layout)
@@ -251,8 +222,7 @@ class DecodingLoop:
             self.state.write_draft(block.tokens)
         if self.rules.processors.in_order:
             return self.accept_in_order(logits, block)
-        places = [place for place, count in enumerate(layout.counts) for _ in range(count)]
-        scores = self.process(logits, places, [j for count in layout.counts for j in range(count)])
+        scores = self.process(logits, layout)
         if not self.options.sample:
             return accept_greedy(scores.argmax(-1), block, layout), scores
         blockwise = self.options.verification == "block"
@@ -261,29 +231,27 @@ class DecodingLoop:
     def commit(
         self,
         conclusion: Conclusion,
-        layout: RowLayout,
+        heard: Heard,
         plan: Plan,
         scores: torch.Tensor,
         logits: torch.Tensor,
         hidden: torch.Tensor,
-    ) -> Outcome:
-        """Commit accepted tokens and their hidden states; everything else is scratch from here on."""
-        firsts = layout.firsts[: self.state.num_rows]
-        pieces = [(scores[first : first + n], logits[first : first + n]) for first, n in zip(firsts, layout.counts, strict=False)]
-        accepted, kept, ended = self.settle(conclusion, pieces)
-        self.stats.count_round(self.state.requests, plan.drafted, plan.verified, accepted, kept)
-        gone = [place for place, over in enumerate(ended) if over]
+    ) -> Heard:
+        """Commit accepted tokens and their hidden states; everything else is scratch from here on. What remains of the rows is returned."""
+        spans = [slice(first, first + 1 + length) for first, length in zip(heard.firsts, heard.verified, strict=True)]
+        heard = self.settle(conclusion, heard, [(scores[span], logits[span]) for span in spans])
+        self.stats.count_round(self.state.requests, plan.drafted, heard.verified, heard.accepted, heard.kept)
+        gone = [place for place, over in enumerate(heard.ended) if over]
         if self.drafter is not None:
-            for place, (first, count) in enumerate(zip(firsts, kept, strict=True)):
-                if not ended[place] or self.rules.keep_context:
+            for place, (first, count) in enumerate(zip(heard.firsts, heard.kept, strict=True)):
+                if not heard.ended[place] or self.rules.keep_context:
                     self.state.add_pending(place, hidden[first : first + count])
         self.leave(gone)
         if sum(self.state.pending_counts) > self.options.prefill_tokens and self.state.num_rows:
             self.sync_drafter_cache()  # Hidden states of a long stretch without drafts do not pile up.
-        judged = [v if k > a else min(v, k) for v, a, k in zip(plan.verified, accepted, kept, strict=True)]
-        return Outcome(list(map(min, accepted, kept)), judged)
+        return heard
 
-    def report(self, live: LiveRows, block: DraftBlock, plan: Plan, outcome: Outcome, began: float, drafted_s: float | None) -> None:
+    def report(self, live: LiveRows, block: DraftBlock, plan: Plan, heard: Heard, began: float, drafted_s: float | None) -> None:
         """Tell budget and callback of the round that is over, and how long it took."""
         raw = features = None
         if self.callback is not None and block.confidence_logits is not None:
@@ -293,10 +261,10 @@ class DecodingLoop:
         over = FinishedRound(
             requests=live.requests,
             drafted=tuple(plan.drafted),
-            verified=tuple(plan.verified),
-            accepted=tuple(outcome.accepted),
-            judged=tuple(outcome.judged),
-            confidence=plan.confidence,
+            verified=tuple(heard.verified),
+            accepted=tuple(map(min, heard.accepted, heard.kept)),
+            judged=tuple(v if k > a else min(v, k) for v, a, k in zip(heard.verified, heard.accepted, heard.kept, strict=True)),
+            confidence=heard.confidence,
             confidence_logits=raw,
             copy_features=features,
             seconds=time.perf_counter() - began,
@@ -308,12 +276,12 @@ class DecodingLoop:
 
     # ------------------------------------------------------------------------------------------------------------ its smaller steps
 
-    def process(self, logits: torch.Tensor, places: Sequence[int], extra: Sequence[int]) -> torch.Tensor:
-        """The user's processors on the target's logits `(N, V)` of the rows at these places, `extra` tokens past the committed ones;
-        without any, the logits themselves.
+    def process(self, logits: torch.Tensor, of: RowLayout | tuple[Sequence[int], Sequence[int]]) -> torch.Tensor:
+        """The user's processors on the target's logits `(N, V)` of a pass, or of the rows at these places so many tokens past the
+        committed ones; without any, the logits themselves.
         """
         if processors := self.rules.processors:
-            prefixes = processors.prefixes(self.state, places, extra)
+            prefixes = processors.of_pass(self.state, of) if isinstance(of, RowLayout) else processors.prefixes(self.state, *of)
             values = processors.values(self.state.requests, self.state.device)
             return processors(logits.to(self.state.device, torch.float32, copy=True), prefixes, values)
         return logits.to(self.state.device, torch.float32 if self.options.sample else None)
@@ -325,7 +293,7 @@ class DecodingLoop:
         """
         scores, tokens = list[torch.Tensor](), list[torch.Tensor]()
         for j in range(len(logits)):
-            scores.append(self.process(logits[j : j + 1], [0], [j]))
+            scores.append(self.process(logits[j : j + 1], ([0], [j])))
             tokens.append(self.choose(scores[j]))
             ended = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), scores[j], past=j).host[0, 3]
             stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
@@ -346,38 +314,33 @@ class DecodingLoop:
         room = torch.tensor(stopping.room(self.state, first, past + drafted.shape[1] + 2)).to(device, non_blocking=True) - past
         return conclude(drafted, verdict, scores if self.options.sample else None, room, stopping.eos_on(device))
 
-    def settle(
-        self, conclusion: Conclusion, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0
-    ) -> tuple[list[int], list[int], list[bool]]:
-        """What the host hears of the rows from place `first` on, and the user's criteria over it; what remains is committed, recorded and
+    def settle(self, conclusion: Conclusion, heard: Heard, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Heard:
+        """The user's criteria over what the host has heard of the rows from place `first` on; what remains is committed, recorded and
         emitted.
 
         Args:
-            conclusion (`Conclusion`): of these rows.
+            conclusion (`Conclusion`), heard (`Heard`): of these rows.
             pieces (`list`): scores and logits of each row, from its first new token on.
             first (`int`): 0, or the first of the rows that have just joined.
-        Returns:
-            accepted tokens, tokens that remain, and whether the row has ended, of each row.
         """
         state, stopping, tokens = self.state, self.rules.stopping, conclusion.tokens
-        host = conclusion.host.tolist()  # the round's one wait for the device, beside a budget that reads confidences
-        check_finite(host[0][0])
-        of_accepted, of_kept, of_ended = [row[1] for row in host], [row[2] for row in host], [bool(row[3]) for row in host]
+        check_finite(heard.finite)
+        kept, ended = list(heard.kept), list(heard.ended)
         if stopping.reads_text:
             state.write_draft(tokens, slice(first, None))
             known = self.rules.recorder.scores
             for row, (row_scores, _) in enumerate(pieces):
-                count, place = of_kept[row], first + row
+                count, place = kept[row], first + row
                 so_far = None if known is None else [*known.get(state.requests[place], []), *row_scores[:count].float()]
-                of_kept[row], over = stopping.kept_of_text(place, count, state, so_far)
-                of_ended[row] = over or (of_ended[row] and of_kept[row] == count)
-        for row, (request, count) in enumerate(zip(state.requests[first:], of_kept, strict=True)):
+                kept[row], over = stopping.kept_of_text(place, count, state, so_far)
+                ended[row] = over or (ended[row] and kept[row] == count)
+        for row, (request, count) in enumerate(zip(state.requests[first:], kept, strict=True)):
             self.stats.of(request).generated += count
             self.rules.recorder.keep(request, count, *pieces[row])
             if self.rules.emit is not None:
                 self.rules.emit(request, tokens[row, :count])
-        state.commit(tokens, of_kept, conclusion.next_token, first)
-        return of_accepted, of_kept, of_ended
+        state.commit(tokens, kept, conclusion.next_token, first)
+        return replace(heard, kept=kept, ended=ended)
 
     def sync_drafter_cache(self) -> None:
         """Let the drafter read the hidden states of the tokens that were committed since it last drafted."""
@@ -419,12 +382,14 @@ class DecodingLoop:
         prompts = list(texts) if masks is None else [text[mask] for text, mask in zip(texts, masks, strict=True)]
         with self.watch.measure("prefill"):
             logits = prefill(self.target, self.drafter, state, prompts, first, known, self.options.prefill_tokens)
-        scores = self.process(logits, range(first, state.num_rows), [0] * (state.num_rows - first))
+        scores = self.process(logits, (range(first, state.num_rows), [0] * (state.num_rows - first)))
         tokens = self.choose(scores)
         pieces = [(scores[i : i + 1], logits[i : i + 1]) for i in range(len(tokens))]
         conclusion = self.concluded(tokens.new_empty(len(tokens), 0), Verdict(torch.zeros_like(tokens), tokens), scores, first)
-        _, _, ended = self.settle(conclusion, pieces, first)
-        self.leave([place for place, over in enumerate(ended, first) if over])
+        none = [0] * len(tokens)
+        heard = Heard.of(conclusion, RowLayout(none, [1] * len(tokens), state.device), Plan(none, none, none, 0), None)
+        heard = self.settle(conclusion, heard, pieces, first)
+        self.leave([place for place, over in enumerate(heard.ended, first) if over])
 
     def run(self) -> None:
         """Rounds until no row is left."""

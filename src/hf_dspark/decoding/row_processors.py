@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers.generation import logits_process as lp
 
+from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.batched_processors import ANY_VOCABULARY, BY_SCORES, Prefixes, Values, form_of
 from hf_dspark.decoding.state import State
 from hf_dspark.errors import UnsupportedOptionError
@@ -138,6 +139,15 @@ class RowProcessors:
         width = max(length for _, length, _ in each) + ahead
         state.reserve(state.num_rows, width)
         return Prefixes(state.ids[: state.num_rows, :width], index[0], index[1], each if None in self._forms else ())
+
+    def of_pass(self, state: State, layout: RowLayout) -> Prefixes:
+        """The texts before all tokens' answers of a pass over the live rows, drafted tokens written."""
+        if None in self._forms or not self.needs_ids:
+            extra = [j for count in layout.counts for j in range(count)]
+            return self.prefixes(state, [place for place, count in enumerate(layout.counts) for _ in range(count)], extra)
+        within = torch.arange(layout.total, device=state.device) - layout.first[layout.rows]
+        width = max(state.lengths) + layout.max_count - 1
+        return Prefixes(state.ids[: state.num_rows, :width], layout.rows, state.lengths_on_device()[:, 0][layout.rows] + within)
 
     def _apply(self, scores: torch.Tensor, prefixes: Prefixes, values: Sequence[Values], *, all_of_them: bool) -> torch.Tensor:
         for processor, form, own in zip(self._processors, self._forms, values, strict=True):

@@ -92,7 +92,7 @@ class RowSampler:
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         below = scores.softmax(-1).cumsum(-1, dtype=wide)
         total = below[:, -1:]
-        check_finite(int(torch.isfinite(total).all()))
+        check_finite(bool(torch.isfinite(total).all()))
         numbers = torch.tensor([[request.random.random()] for request in requests], dtype=wide).to(scores.device)
         # The first token whose cumulated probability exceeds the number: one without probability never does.
         return torch.searchsorted(below, numbers * total, right=True)[:, 0].clamp_max(scores.shape[1] - 1)
