@@ -64,7 +64,7 @@ def verdict(rows: int) -> int:
     """Block verification of such blocks."""
     _, block = drafted(rows, sample=True)
     p_t, layout = torch.rand(8 * rows, VOCAB).softmax(-1), RowLayout([20] * rows, [8] * rows)
-    return launches(lambda: accept_sampled(p_t, block, layout, None, blockwise=True))[0]
+    return launches(lambda: accept_sampled(p_t, block, layout, torch.rand(rows, 8, dtype=torch.float64), blockwise=True))[0]
 
 
 def test_the_count_is_of_kernels() -> None:

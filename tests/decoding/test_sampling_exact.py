@@ -10,6 +10,7 @@ Power: every negative control below is caught on the same target and drafter, at
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -28,6 +29,7 @@ from hf_dspark.decoding import verify as verification
 from hf_dspark.decoding.candidate_generator import stock_loop
 from hf_dspark.decoding.ngram_copy import adjusted
 from hf_dspark.decoding.options import Options
+from hf_dspark.decoding.sampling import draw
 from hf_dspark.decoding.verify import DraftBlock, Verdict
 from tests.exact import (
     EOS,
@@ -302,41 +304,48 @@ def test_drafts_are_both_accepted_and_rejected() -> None:
         assert 0.1 < verified / (3 * rounds) < 0.7  # The budget really cuts, and not always.
 
 
+@pytest.mark.parametrize("rule", ["block", "token"])
+def test_a_drafter_in_bfloat16_leaves_the_distribution_as_it_is(rule: str) -> None:
+    """Its p_d is recorded in its own dtype, which rounds it; tokens are drawn from what is recorded."""
+    fit = fit_batch(CONTROL, copy.deepcopy(drafter("gated", copying=True)).to(torch.bfloat16), seed=31, verification=rule)
+    assert fit.p_value > ALARM
+
+
 # ----------------------------------------------------------------------------------------------------- wrong decoders
 
 Accept = Callable[..., Verdict]
 right_accept = verification.accept_sampled
 
 
-def forgets_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any, **rule: bool) -> Verdict:
+def forgets_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **rule: bool) -> Verdict:
     """Accepts with probability p_t."""
-    return right_accept(p_t, replace(block, drawn=torch.ones_like(block.drawn)), layout, generator, **rule)
+    return right_accept(p_t, replace(block, drawn=torch.ones_like(block.drawn)), layout, u, **rule)
 
 
-def residual_is_p_t(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any, **rule: bool) -> Verdict:
+def residual_is_p_t(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **rule: bool) -> Verdict:
     """Draws corrections from p_t instead of norm(max(p_t - p_d, 0))."""
-    accepted = right_accept(p_t, block, layout, generator, **rule).accepted
+    accepted = right_accept(p_t, block, layout, u, **rule).accepted
     after = p_t[layout.padded_index[torch.arange(len(accepted)), accepted]]
-    return Verdict(accepted, torch.multinomial(after, 1, generator=generator)[:, 0])
+    return Verdict(accepted, draw(after, u[:, -1]))
 
 
-def q_before_temperature(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any, **rule: bool) -> Verdict:
+def q_before_temperature(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **rule: bool) -> Verdict:
     """Believes that drafts were drawn at temperature 1."""
     q = (block.probs.log() * CONTROL.temperature).softmax(-1)
-    return right_accept(p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator, **rule)
+    return right_accept(p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, u, **rule)
 
 
-def wrong_rows_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any, **rule: bool) -> Verdict:
+def wrong_rows_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **rule: bool) -> Verdict:
     """Compares each row with the draft distribution of the row before it."""
     q = block.probs.roll(1, dims=0)
-    return right_accept(p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, generator, **rule)
+    return right_accept(p_t, replace(block, probs=q, drawn=q.gather(-1, block.tokens[..., None])[..., 0]), layout, u, **rule)
 
 
-def looks_past_the_end(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any, **rule: bool) -> Verdict:
+def looks_past_the_end(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **rule: bool) -> Verdict:
     """Keeps the longest prefix whose own weight stands, though longer ones that were tried make it likelier."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "_prefix_chances", lambda weights, *_: weights)
-        return right_accept(p_t, block, layout, generator, **rule)
+        return right_accept(p_t, block, layout, u, **rule)
 
 
 class PeekingBudget(Budget):
@@ -367,15 +376,15 @@ def test_a_verifier_that_forgets_what_else_it_tries_is_caught(monkeypatch: pytes
     assert fit_batch(CONTROL, drafter("gated"), seed=31, samples=4 * SAMPLES).p_value < ALARM
 
 
-def residual_forgets_copies(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any, **rule: bool) -> Verdict:
+def residual_forgets_copies(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **rule: bool) -> Verdict:
     """Draws corrections from norm(max(p_t - p_d, 0)) though the draft was drawn from p_d and copies."""
-    return right_accept(p_t, replace(block, copied=None), layout, generator, **rule)
+    return right_accept(p_t, replace(block, copied=None), layout, u, **rule)
 
 
-def accepts_by_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: Any, **rule: bool) -> Verdict:
+def accepts_by_p_d(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **rule: bool) -> Verdict:
     """Accepts with probability p_t / p_d though the draft was drawn from p_d and copies."""
     drawn = block.probs.gather(-1, block.tokens[..., None])[..., 0]
-    return right_accept(p_t, replace(block, drawn=drawn), layout, generator, **rule)
+    return right_accept(p_t, replace(block, drawn=drawn), layout, u, **rule)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import torch
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding import verify as verification
 from hf_dspark.decoding.ngram_copy import Copied
-from hf_dspark.decoding.verify import DraftBlock, Verdict, accept_greedy, accept_sampled, judge
+from hf_dspark.decoding.sampling import uniform
+from hf_dspark.decoding.verify import DraftBlock, Verdict, accept_greedy, accept_sampled
 from tests.exact import chi_square
 
 GRID = 48
@@ -24,6 +25,12 @@ GRID = 48
 
 def layout_of(lengths: list[int], past: int = 3) -> RowLayout:
     return RowLayout([past] * len(lengths), [1 + n for n in lengths])
+
+
+def accept(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator, blockwise: bool = False) -> Verdict:
+    """With random numbers of this generator."""
+    u = uniform((layout.num_rows, block.block_size + 1), p_t.device, generator)
+    return accept_sampled(p_t, block, layout, u, blockwise=blockwise)
 
 
 def dyadic(parts: int, size: int, generator: torch.Generator, largest: int | None = None) -> torch.Tensor:
@@ -60,7 +67,7 @@ def verdicts_over_the_grid(
     with monkeypatch.context() as patch:
         patch.setattr(verification, "draw", keep)
         u = torch.nn.functional.pad(uniforms.double(), (0, 1))
-        accepted = judge(p_t, block, layout, u, blockwise=blockwise).accepted
+        accepted = accept_sampled(p_t, block, layout, u, blockwise=blockwise).accepted
     return accepted, seen[0] / seen[0].sum(-1, keepdim=True)
 
 
@@ -304,9 +311,7 @@ def test_the_example_of_block_verification() -> None:
     tokens = torch.multinomial(p_d, 2 * rows, replacement=True, generator=torch.Generator().manual_seed(0)).view(rows, 2)
     block = DraftBlock(tokens, probs=p_d.expand(rows, 2, -1), drawn=p_d[tokens])
     for blockwise, expected in ((False, 10 / 9), (True, 11 / 9)):
-        verdict = accept_sampled(
-            p_t.expand(3 * rows, -1), block, layout_of([2] * rows), torch.Generator().manual_seed(1), blockwise=blockwise
-        )
+        verdict = accept(p_t.expand(3 * rows, -1), block, layout_of([2] * rows), torch.Generator().manual_seed(1), blockwise=blockwise)
         assert float(verdict.accepted.float().mean()) == pytest.approx(expected, abs=0.006)
 
 
@@ -344,7 +349,7 @@ def test_equal_distributions_always_accept_and_never_give_nan(blockwise: bool) -
     rows = 500
     tokens = torch.multinomial(p.expand(rows, -1), 3, replacement=True, generator=torch.Generator().manual_seed(0))
     block = DraftBlock(tokens, probs=p.expand(rows, 3, -1), drawn=p[tokens])
-    verdict = accept_sampled(p.expand(4 * rows, -1), block, layout_of([3] * rows), torch.Generator().manual_seed(1), blockwise=blockwise)
+    verdict = accept(p.expand(4 * rows, -1), block, layout_of([3] * rows), torch.Generator().manual_seed(1), blockwise=blockwise)
     assert (verdict.accepted == 3).all()
     assert set(verdict.next_token.tolist()) <= {0, 1, 3}
 
@@ -364,7 +369,7 @@ def test_a_token_that_the_target_forbids_never_stands() -> None:
     p_t, p_d = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     rows = 1000
     block = DraftBlock(torch.zeros(rows, 1, dtype=torch.long), probs=p_d.expand(rows, 1, -1), drawn=torch.ones(rows, 1))
-    verdict = accept_sampled(p_t.expand(2 * rows, -1), block, layout_of([1] * rows), torch.Generator().manual_seed(0))
+    verdict = accept(p_t.expand(2 * rows, -1), block, layout_of([1] * rows), torch.Generator().manual_seed(0))
     assert (verdict.accepted == 0).all()
     assert (verdict.next_token == 1).all()
 
@@ -411,7 +416,7 @@ def test_an_arg_max_draft_is_judged_alike_by_both_rules() -> None:
     p_t = torch.tensor([[0.3, 0.7], [0.6, 0.4], [0.5, 0.5]])
     block = DraftBlock(torch.tensor([[1, 0]]).expand(rows, 2))
     for blockwise in (False, True):
-        verdict = accept_sampled(p_t.repeat(rows, 1), block, layout_of([2] * rows), torch.Generator().manual_seed(2), blockwise=blockwise)
+        verdict = accept(p_t.repeat(rows, 1), block, layout_of([2] * rows), torch.Generator().manual_seed(2), blockwise=blockwise)
         kept = torch.bincount(verdict.accepted, minlength=3) / rows
         assert kept.tolist() == pytest.approx([0.3, 0.7 * 0.4, 0.7 * 0.6], abs=0.006)
         assert set(verdict.next_token[verdict.accepted == 0].tolist()) == {0}
@@ -470,7 +475,7 @@ def test_with_real_randomness_the_output_fits_the_target() -> None:
     tokens = torch.stack([torch.multinomial(p, rows, replacement=True, generator=generator) for p in p_d], dim=1)
     drawn = torch.stack([p_d[k][tokens[:, k]] for k in range(2)], dim=1)
     block = DraftBlock(tokens, probs=p_d.expand(rows, -1, -1), drawn=drawn)
-    verdict = accept_sampled(p_t.repeat(rows, 1), block, layout_of([2] * rows), generator)
+    verdict = accept(p_t.repeat(rows, 1), block, layout_of([2] * rows), generator)
     first = torch.where(verdict.accepted > 0, tokens[:, 0], verdict.next_token)
     exact = {(i,): p for i, p in enumerate((p_t[0].double() / p_t[0].double().sum()).tolist())}
     assert chi_square([(i,) for i in first.tolist()], exact).p_value > 1e-6

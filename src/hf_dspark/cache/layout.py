@@ -77,6 +77,7 @@ class RowLayout:
             "rows": numbers[rows],
             "row_index": numbers,
             "positions": within + starts[rows],
+            "within": within,
             "first": first,
             "last": first + counts - 1,
             "added": counts,
@@ -103,6 +104,11 @@ class RowLayout:
     def positions(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(T,)`: index of each token inside its row, which is also its position id."""
         return self._index["positions"]
+
+    @property
+    def within(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(T,)`: how many tokens of its row come before each in this pass."""
+        return self._index["within"]
 
     @property
     def first(self) -> torch.Tensor:
@@ -135,6 +141,11 @@ class RowLayout:
     def flat_index(self) -> torch.Tensor:
         """`torch.LongTensor` of shape `(T,)`: place of each token in a padded `(R * max_count)` arrangement."""
         return self._index["flat_index"]
+
+    def part(self, first: int, end: int) -> tuple[slice | torch.Tensor, RowLayout]:
+        """Rows from place `first` up to `end` alone: where their tokens lie in this pass, and their own layout."""
+        rows, firsts = slice(first, end), [*self.firsts, self.total]
+        return slice(firsts[first], firsts[end]), RowLayout(self.starts[rows], self.counts[rows], self.device, self.first_row + first)
 
     def causal_mask(self, window: int | None = None) -> torch.Tensor:
         """`torch.BoolTensor` of shape `(R, max_count, max_end)`: true where a padded query may look.
@@ -202,6 +213,7 @@ class DeviceLayout(TensorLayout):
             "rows": rows,
             "row_index": torch.arange(added.shape[0], device=added.device),
             "positions": starts[rows] + within,
+            "within": within,
             "first": first,
             "last": first + added - 1,
             "added": added,
@@ -211,7 +223,7 @@ class DeviceLayout(TensorLayout):
         }
         super().__init__(index, grid)
         self.max_end = max_end
-        self._starts, self._verified, self.within = starts, verified, within
+        self._starts, self._verified = starts, verified
 
     @property
     def verified(self) -> torch.Tensor:
@@ -226,6 +238,20 @@ class DeviceLayout(TensorLayout):
         added = added + (missing - (room.cumsum(0) - room)).clamp(min=0).minimum(room)
         verified = torch.nn.functional.pad(self.verified, spare)
         return DeviceLayout(starts, added, total=total, max_count=max_count, max_end=max_end, verified=verified)
+
+    def part(self, first: int, end: int) -> tuple[slice | torch.Tensor, RowLayout]:
+        """All rows as long as the longest may be, since nobody knows better: behind a row's end its last token again."""
+        places = self.padded_index[first:end]
+        grid = torch.arange(places.numel(), device=self.device).view(places.shape)
+        index = {
+            "rows": torch.arange(first, end, device=self.device).repeat_interleave(self.max_count),
+            "within": torch.arange(self.max_count, device=self.device).repeat(end - first),
+            "positions": self.positions[places].flatten(),
+            "first": grid[:, 0],
+            "added": self.added[first:end],
+            "padded_index": grid,
+        }
+        return places.flatten(), TensorLayout(index, grid[0])
 
     def on(self, device: torch.device) -> RowLayout:
         if device == self.device:

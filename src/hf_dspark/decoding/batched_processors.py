@@ -164,13 +164,6 @@ def _decay(processor: lp.ExponentialDecayLengthPenalty, batch_size: int) -> Form
 # ---------------------------------------------------------------------------------------------------------------------- by text
 
 
-def _holding(tokens: torch.Tensor, counts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """`torch.BoolTensor` of shape `(N, V)`: true at the tokens `(N, W)` that count; ids beyond V are none of the target's."""
-    size = scores.shape[-1]
-    held = scores.new_zeros(scores.shape[0], size + 1, dtype=torch.bool)
-    return held.scatter_(1, torch.where(counts, tokens.clamp(max=size), size), True)[:, :size]
-
-
 def _repetition(processor: lp.RepetitionPenaltyLogitsProcessor, batch_size: int) -> Form:
     ignored = processor.prompt_ignore_length
     each = isinstance(ignored, torch.Tensor)
@@ -183,8 +176,12 @@ def _repetition(processor: lp.RepetitionPenaltyLogitsProcessor, batch_size: int)
     def apply(scores: torch.Tensor, prefixes: Prefixes, values: Values) -> torch.Tensor:
         place, first = torch.arange(prefixes.ids.shape[1], device=scores.device), values["ignored"]
         counts = (place < prefixes.lengths[:, None]) & (place >= (first[prefixes.rows][:, None] if each else first))
-        changed = torch.where(scores < 0, scores * values["penalty"], scores / values["penalty"])
-        return torch.where(_holding(prefixes.texts, counts, scores), changed, scores)
+        size = scores.shape[-1]
+        tokens = torch.where(counts, prefixes.texts.clamp(max=size), size)  # what does not count goes to a spare column
+        wide = torch.nn.functional.pad(scores, (0, 1))
+        found = wide.gather(1, tokens)
+        changed = torch.where(found < 0, found * values["penalty"], found / values["penalty"])
+        return wide.scatter_(1, tokens, changed)[:, :size]
 
     values = {
         "penalty": torch.tensor(processor.penalty, dtype=torch.float64),
@@ -201,7 +198,9 @@ def _no_repeat(processor: lp.NoRepeatNGramLogitsProcessor, batch_size: int) -> F
         grams = texts.unfold(1, size, 1)
         whole = torch.arange(size, prefixes.ids.shape[1] + size, device=scores.device) <= prefixes.lengths[:, None]
         again = whole & (grams[..., :-1] == prefixes.last(size - 1)[:, None]).all(-1)
-        return scores.masked_fill(_holding(grams[..., -1], again, scores), float("-inf"))
+        vocab = scores.shape[-1]
+        banned = torch.where(again, grams[..., -1].clamp(max=vocab), vocab)
+        return torch.nn.functional.pad(scores, (0, 1)).scatter_(1, banned, float("-inf"))[:, :vocab]
 
     return Form(apply, ("no repeat", size))
 

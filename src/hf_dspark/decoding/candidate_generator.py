@@ -130,7 +130,7 @@ class DSparkCandidateGenerator(CandidateGenerator):
         ids = torch.cat([input_ids, block.tokens], dim=1)
         if block.probs is None:
             return ids, None
-        p_d = self.drafter.widen(block.probs)
+        p_d = self.drafter.widen(block.p_d(slice(None), slice(None)))
         return ids, (p_d if block.copied is None else block.copied.mixture(p_d)).log()
 
     def _follow(self, input_ids: torch.Tensor) -> None:

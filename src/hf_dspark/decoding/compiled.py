@@ -26,7 +26,7 @@ from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
 from hf_dspark.decoding.sampling import uniform
 from hf_dspark.decoding.state import State
-from hf_dspark.decoding.verify import Conclusion, DraftBlock, accept_greedy, conclude, judge
+from hf_dspark.decoding.verify import Conclusion, DraftBlock, accept_greedy, accept_sampled, conclude
 from hf_dspark.models.modeling_dspark import DSparkDrafter
 from hf_dspark.targets.target import Target
 from hf_dspark.utils.graphs import Argument, Graphs, Tensors
@@ -346,7 +346,7 @@ class _Draft:
             copies = Copies(ids, given["lengths"][:, None], given["prompt_ends"], self.weights, self.length, at_once=True)
         temperatures, confident = given.get("temperatures"), self.drafter.confidence_head is not None
         block = draft_from(self.drafter, given["anchors"], layout, cache, given.get("u"), processors, confident, temperatures, copies)
-        found = {f"block_{n}": getattr(block, n) for n in ("tokens", "confidence", "confidence_logits", "probs", "drawn")}
+        found = {f"block_{n}": getattr(block, n) for n in ("tokens", "confidence", "confidence_logits", "probs", "mass", "drawn")}
         if block.copied is not None:
             found |= {f"copied_{name}": tensor for name, tensor in vars(block.copied).items()}
         outputs = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
@@ -380,8 +380,8 @@ class _Conclude:
             scores = self.processors(scores.float(), _prefixes(given, first.shape[0], tokens), _values(given, self.processors))
         if self.sample:
             scores = scores.float()
-            verdict = judge(scores.softmax(-1), block, layout, given["u"], blockwise=self.blockwise)
+            verdict = accept_sampled(scores.softmax(-1), block, layout, given["u"], blockwise=self.blockwise)
         else:
             verdict = accept_greedy(scores.argmax(-1), block, layout)
-        concluded = conclude(block.tokens, verdict, scores if self.sample else None, given["room"], given["eos"])
+        concluded = conclude(block.tokens, verdict, scores.amax(-1) if self.sample else None, given["room"], given["eos"])
         return concluded.tokens, concluded.next_token, concluded.host

@@ -89,24 +89,32 @@ def draft_from(
     confidence = None if raw is None else calibrated(raw, temperatures)
     if u is None:
         return DraftBlock(drafted, confidence, confidence_logits=raw, copied=copied)
-    p_d = torch.stack(chain.probs, dim=1)
-    if copied is None:
-        drawn = p_d.gather(-1, torch.stack(chain.draft_ids, dim=1)[..., None])[..., 0]
-    else:
-        drawn = copied.mix(drafter.values_at(p_d, drafted), drafted)
-    return DraftBlock(drafted, confidence, p_d, drafter.draft_token_ids, drawn, raw, copied=copied)
+    drawn = torch.stack(chain.drawn, dim=1)
+    drawn = drawn if copied is None else copied.mix(drawn, drafted)
+    mass = torch.stack(chain.mass, dim=1) if chain.mass else None
+    return DraftBlock(drafted, confidence, chain.probs, drafter.draft_token_ids, drawn, raw, copied=copied, mass=mass)
 
 
 @dataclass
 class _Chain:
-    """What the sequential head drew, a list entry for each block position: x_k as target and as draft ids `(R,)`, p_d where it was drawn
-    from `(R, V_draft)`, and the copies beside it.
+    """What the sequential head drew: all p_d `(R, n, V_draft)`, in the place of the base logits; and, a list entry for each block
+    position, x_k as target id `(R,)`, its p_d and what p_d is to be divided by, `(R,)`, and the copies beside it.
     """
 
+    probs: torch.Tensor
     tokens: list[torch.Tensor] = field(default_factory=list)
-    draft_ids: list[torch.Tensor] = field(default_factory=list)
-    probs: list[torch.Tensor] = field(default_factory=list)
+    drawn: list[torch.Tensor] = field(default_factory=list)
+    mass: list[torch.Tensor] = field(default_factory=list)
     copied: list[Position] = field(default_factory=list)
+
+    def keep(self, p_d: torch.Tensor, k: int) -> torch.Tensor:
+        """Record p_d at block position k, `(R, V_draft)`; returns it as it is recorded, rounded perhaps, so that draws are from that."""
+        self.probs[:, k] = p_d
+        if self.probs.dtype == p_d.dtype:
+            return p_d
+        rounded = self.probs[:, k].to(p_d.dtype)
+        self.mass.append(rounded.sum(-1))
+        return rounded / self.mass[-1][:, None]
 
 
 def _draw_chain(
@@ -123,7 +131,7 @@ def _draw_chain(
     base = drafter.base_logits(h)
     head = drafter.markov_head
     state = None if head is None else head.initial_state(h[:, 0])
-    previous, chain, length = anchors, _Chain(), h.shape[1]
+    previous, chain, length = anchors, _Chain(base), h.shape[1]
     for k in range(length):
         logits = base[:, k]
         if head is not None:
@@ -136,6 +144,9 @@ def _draw_chain(
             previous = drafter.to_target_ids(drawn)
         else:
             p_d = logits.softmax(-1, dtype=torch.float32)
+            del logits  # as large as p_d
+            if u is not None:
+                p_d = chain.keep(p_d, k)
             if copies is not None:
                 best_p, best = p_d.max(-1)
                 best_ids = drafter.to_target_ids(best)
@@ -147,13 +158,14 @@ def _draw_chain(
             else:
                 drawn = draw(p_d, u[:, 0, k])
                 previous = drafter.to_target_ids(drawn)
-                chain.probs.append(p_d)
             if copies is not None:
                 takes = copied.wins if u is None else u[:, 1, k] < copied.weights
                 previous = torch.where(takes, copied.tokens, previous)
                 if k + 1 < length:
                     copies.extend(previous)
-        chain.draft_ids.append(drawn)
+            if u is not None:
+                chain.drawn.append(drafter.values_at(p_d, previous) if copies is not None else p_d.gather(1, drawn[:, None])[:, 0])
+            del p_d
         chain.tokens.append(previous)
     return chain
 

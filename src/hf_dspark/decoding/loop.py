@@ -65,6 +65,10 @@ class Rules:
     keep_context: bool = False
 
 
+# Target distributions that are judged together, 32 MiB of them.
+ELEMENTS_AT_ONCE = 1 << 23
+
+
 def check_finite(finite: bool) -> None:
     """Raise where plain `generate` would: a distribution that holds NaN or infinity, or nothing at all.
 
@@ -213,20 +217,32 @@ class DecodingLoop:
         compiled = None if self.compiled is None else self.compiled.conclude(logits, block, layout, plan, self.state)
         if compiled is not None:
             return compiled, logits
-        verdict, scores = self.accept(logits, block, layout)
-        return self.concluded(block.tokens, verdict, scores), scores
-
-    def accept(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout) -> tuple[Verdict, torch.Tensor]:
-        """Which tokens stand, by the target's distributions after the user's processors, which are returned too, `(T, V)`."""
         if self.rules.processors.needs_ids and block.block_size:
             self.state.write_draft(block.tokens)
         if self.rules.processors.in_order:
-            return self.accept_in_order(logits, block)
-        scores = self.process(logits, layout)
-        if not self.options.sample:
-            return accept_greedy(scores.argmax(-1), block, layout), scores
-        blockwise = self.options.verification == "block"
-        return accept_sampled(scores.softmax(-1), block, layout, self.options.generator, blockwise=blockwise), scores
+            verdict, scores = self.accept_in_order(logits, block)
+            return self.concluded(block.tokens, verdict, scores.amax(-1)), scores
+        return self.accept(logits, block, layout)
+
+    def accept(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout) -> tuple[Conclusion, torch.Tensor]:
+        """The same by the target's distributions after the user's processors; over few rows at a time, unless somebody keeps the
+        distributions, so that their memory is bounded. Then what is returned instead of them means nothing.
+        """
+        rows, scores, verdicts, best = layout.num_rows, logits, list[Verdict](), list[torch.Tensor]()
+        whole = self.rules.recorder.scores is not None or not (self.options.sample or self.rules.processors)
+        some = rows if whole else max(ELEMENTS_AT_ONCE // (logits.shape[-1] * layout.max_count), 1)
+        u = uniform((rows, block.block_size + 1), logits.device, self.options.generator) if self.options.sample else None
+        for first in range(0, rows, some):
+            end = min(first + some, rows)
+            places, part = (slice(None), layout) if end - first == rows else layout.part(first, end)
+            scores, own = self.process(logits[places], part), block.part(first, end).truncate(part.max_count - 1)
+            if u is None:
+                verdicts.append(accept_greedy(scores.argmax(-1), own, part))
+            else:
+                best.append(scores.amax(-1))
+                blockwise = self.options.verification == "block"
+                verdicts.append(accept_sampled(scores.softmax(-1), own, part, u[first:end], blockwise=blockwise))
+        return self.concluded(block.tokens, Verdict.of(verdicts), torch.cat(best) if best else None), scores
 
     def commit(
         self,
@@ -283,7 +299,7 @@ class DecodingLoop:
         if processors := self.rules.processors:
             prefixes = processors.of_pass(self.state, of) if isinstance(of, RowLayout) else processors.prefixes(self.state, *of)
             values = processors.values(self.state.requests, self.state.device)
-            return processors(logits.to(self.state.device, torch.float32, copy=True), prefixes, values)
+            return processors(logits.to(self.state.device, torch.float32), prefixes, values)
         return logits.to(self.state.device, torch.float32 if self.options.sample else None)
 
     def accept_in_order(self, logits: torch.Tensor, block: DraftBlock) -> tuple[Verdict, torch.Tensor]:
@@ -295,7 +311,7 @@ class DecodingLoop:
         for j in range(len(logits)):
             scores.append(self.process(logits[j : j + 1], ([0], [j])))
             tokens.append(self.choose(scores[j]))
-            ended = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), scores[j], past=j).host[0, 3]
+            ended = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), None, past=j).host[0, 3]
             stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
             if bool(ended) or not stands:
                 break
@@ -308,11 +324,11 @@ class DecodingLoop:
             return scores.argmax(-1)
         return draw(scores.softmax(-1), uniform((len(scores),), scores.device, self.options.generator))
 
-    def concluded(self, drafted: torch.Tensor, verdict: Verdict, scores: torch.Tensor, first: int = 0, past: int = 0) -> Conclusion:
+    def concluded(self, drafted: torch.Tensor, verdict: Verdict, best: torch.Tensor | None, first: int = 0, past: int = 0) -> Conclusion:
         """Of the rows from place `first` on, `past` tokens behind their committed ones; arguments as in `decoding.verify.conclude`."""
         stopping, device = self.rules.stopping, self.state.device
         room = torch.tensor(stopping.room(self.state, first, past + drafted.shape[1] + 2)).to(device, non_blocking=True) - past
-        return conclude(drafted, verdict, scores if self.options.sample else None, room, stopping.eos_on(device))
+        return conclude(drafted, verdict, best if self.options.sample else None, room, stopping.eos_on(device))
 
     def settle(self, conclusion: Conclusion, heard: Heard, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Heard:
         """The user's criteria over what the host has heard of the rows from place `first` on; what remains is committed, recorded and
@@ -385,7 +401,7 @@ class DecodingLoop:
         scores = self.process(logits, (range(first, state.num_rows), [0] * (state.num_rows - first)))
         tokens = self.choose(scores)
         pieces = [(scores[i : i + 1], logits[i : i + 1]) for i in range(len(tokens))]
-        conclusion = self.concluded(tokens.new_empty(len(tokens), 0), Verdict(torch.zeros_like(tokens), tokens), scores, first)
+        conclusion = self.concluded(tokens.new_empty(len(tokens), 0), Verdict(torch.zeros_like(tokens), tokens), scores.amax(-1), first)
         none = [0] * len(tokens)
         heard = Heard.of(conclusion, RowLayout(none, [1] * len(tokens), state.device), Plan(none, none, none, 0), None)
         heard = self.settle(conclusion, heard, pieces, first)

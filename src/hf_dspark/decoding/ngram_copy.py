@@ -246,7 +246,7 @@ class Copied:
         odds, *others = of_copy.masked_fill((self.weights == 0)[..., None], 0.0).unbind(-1)
         return torch.stack([self.relation.float(), torch.ones_like(best), self.confidence, odds, best, *others], dim=-1)
 
-    def on(self, rows: torch.Tensor) -> Copied:
+    def on(self, rows: torch.Tensor | slice) -> Copied:
         """Of other rows: place i holds what was at `rows[i]`."""
         return Copied(*(None if t is None else t[rows] for t in self._tensors()))  # type: ignore[arg-type]
 

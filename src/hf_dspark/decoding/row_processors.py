@@ -84,7 +84,7 @@ class RowProcessors:
         """Process N distributions.
 
         Args:
-            scores (`torch.Tensor` of shape `(N, V)`): float32; may be overwritten.
+            scores (`torch.Tensor` of shape `(N, V)`): float32.
             prefixes (`Prefixes`): the texts before them, drafted tokens written.
             values (`list[dict[str, torch.Tensor]]`): of `values`, for the rows of `prefixes`.
         Returns:
@@ -141,13 +141,12 @@ class RowProcessors:
         return Prefixes(state.ids[: state.num_rows, :width], index[0], index[1], each if None in self._forms else ())
 
     def of_pass(self, state: State, layout: RowLayout) -> Prefixes:
-        """The texts before all tokens' answers of a pass over the live rows, drafted tokens written."""
+        """The texts before the answers to all tokens of a pass over live rows, drafted tokens written."""
         if None in self._forms or not self.needs_ids:
-            extra = [j for count in layout.counts for j in range(count)]
-            return self.prefixes(state, [place for place, count in enumerate(layout.counts) for _ in range(count)], extra)
-        within = torch.arange(layout.total, device=state.device) - layout.first[layout.rows]
-        width = max(state.lengths) + layout.max_count - 1
-        return Prefixes(state.ids[: state.num_rows, :width], layout.rows, state.lengths_on_device()[:, 0][layout.rows] + within)
+            counts = list(enumerate(layout.counts, layout.first_row))
+            return self.prefixes(state, [row for row, n in counts for _ in range(n)], [j for _, n in counts for j in range(n)])
+        ids = state.ids[: state.num_rows, : max(state.lengths) + layout.max_count - 1]
+        return Prefixes(ids, layout.rows, state.lengths_on_device()[:, 0][layout.rows] + layout.within)
 
     def _apply(self, scores: torch.Tensor, prefixes: Prefixes, values: Sequence[Values], *, all_of_them: bool) -> torch.Tensor:
         for processor, form, own in zip(self._processors, self._forms, values, strict=True):
@@ -156,7 +155,9 @@ class RowProcessors:
             if form is not None:
                 scores = form.apply(scores, prefixes, own)
             else:
-                scores = torch.cat([self._one(processor, scores[i : i + 1], prefixes.ids, *each) for i, each in enumerate(prefixes.each)])
+                scores = torch.cat(
+                    [self._one(processor, scores[i : i + 1].clone(), prefixes.ids, *each) for i, each in enumerate(prefixes.each)]
+                )
         return scores
 
     def _one(
@@ -239,12 +240,12 @@ class DraftProcessors:
             self._prefixes = self._prefixes.behind(drawn)
         narrow = self._drafter.draft_token_ids
         if self._processors.any_vocabulary or narrow is None:
-            processed = self._processors(logits.clone(), self._prefixes, self._values)
+            processed = self._processors(logits, self._prefixes, self._values)
         else:
             wide = self._drafter.widen(logits, fill=float("-inf"))
             processed = self._processors(wide, self._prefixes, self._values)[:, narrow]
         # Processors may leave the drafter no token (a forced one outside its vocabulary): then its own distribution stands.
-        return torch.where(torch.isfinite(processed).any(-1, keepdim=True), processed, logits)
+        return torch.where(torch.isfinite(processed.amax(-1, keepdim=True)), processed, logits)
 
     def allow(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Which copied tokens `(R,)` at this block position the processors do not rule out, bool `(R,)`; None where they rule out none."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+# Weights that are cumulated together, 32 MiB of sums.
+_ELEMENTS = 1 << 22
 
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
@@ -24,11 +29,14 @@ def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     and no host sync.
 
     Args:
-        weights (`torch.Tensor` of shape `(..., V)`): non-negative, float32, at least one positive a row.
-        u (`torch.Tensor` of shape `(...)`): of `uniform`.
+        weights (`torch.Tensor` of shape `(N, V)`): non-negative, float32, at least one positive a row.
+        u (`torch.Tensor` of shape `(N,)`): of `uniform`.
     Returns:
-        `torch.LongTensor` of shape `(...)`.
+        `torch.LongTensor` of shape `(N,)`.
     """
+    rows: Any = weights.shape[0]
+    if not isinstance(rows, torch.SymInt) and (some := max(_ELEMENTS // weights.shape[1], 1)) < rows:
+        return torch.cat([draw(part, own) for part, own in zip(weights.split(some), u.split(some), strict=True)])
     total = weights.cumsum(-1, dtype=torch.float64)
     # A parallel sum need not grow at each step: an index without weight does not count, whatever is cumulated there.
     return torch.logical_and(total > u[..., None] * total[..., -1:], weights).view(torch.uint8).argmax(-1)

@@ -15,7 +15,7 @@ import torch
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.ngram_copy import Copied
 from hf_dspark.decoding.row_stopping import ends
-from hf_dspark.decoding.sampling import draw, uniform
+from hf_dspark.decoding.sampling import draw
 
 # How drafted tokens are judged where tokens are drawn; see `accept_sampled`. Greedily both say the same.
 VERIFICATIONS = ("block", "token")
@@ -42,8 +42,9 @@ class DraftBlock:
         tokens (`torch.LongTensor` of shape `(R, gamma)`): x_1..x_gamma, target ids.
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): c_k, calibrated, float32.
         confidence_logits (`torch.Tensor` of shape `(R, gamma)`, *optional*): the same before calibration and sigmoid.
-        probs (`torch.Tensor` of shape `(D, gamma, V_draft)`, *optional*): p_d, the distribution that each token was
-            drawn from, before it was mixed with `copied`; None where the draft is an arg-max.
+        probs (`torch.Tensor` of shape `(D, gamma, V_draft)`, *optional*): p_d, the distribution that each token was drawn from, before it
+            was mixed with `copied`, in the drafter's dtype; None where the draft is an arg-max.
+        mass (`torch.Tensor` of shape `(D, gamma)`, *optional*): what `probs` is to be divided by, where that dtype rounds it; float32.
         draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they
             are the same.
         drawn (`torch.Tensor` of shape `(R, gamma)`, *optional*): probability that each token was drawn with: in p_d, or in the mixture of
@@ -61,6 +62,7 @@ class DraftBlock:
     confidence_logits: torch.Tensor | None = None
     places: torch.Tensor | None = None
     copied: Copied | None = None
+    mass: torch.Tensor | None = None
 
     @property
     def block_size(self) -> int:
@@ -70,9 +72,26 @@ class DraftBlock:
         """The first `length` tokens of every row, whole record."""
         if length == self.block_size:
             return self
-        names = ("tokens", "confidence", "confidence_logits", "probs", "drawn")
+        names = ("tokens", "confidence", "confidence_logits", "probs", "drawn", "mass")
         copied = None if self.copied is None else self.copied.until(length)
         return replace(self, copied=copied, **{name: value[:, :length] for name in names if (value := getattr(self, name)) is not None})
+
+    def part(self, first: int, end: int) -> DraftBlock:
+        """The rows from place `first` up to `end`, record by record."""
+        if end - first == self.tokens.shape[0]:
+            return self
+        rows, names = slice(first, end), ["tokens", "confidence", "confidence_logits", "drawn"]
+        names += ["probs", "mass"] if self.places is None else ["places"]
+        copied = None if self.copied is None else self.copied.on(rows)
+        return replace(self, copied=copied, **{name: value[rows] for name in names if (value := getattr(self, name)) is not None})
+
+    def p_d(self, rows: torch.Tensor | slice, positions: torch.Tensor | slice) -> torch.Tensor:
+        """`(..., V_draft)` in float32, at these rows and block positions."""
+        assert self.probs is not None
+        if self.places is not None:
+            rows = self.places[rows]
+        probs = self.probs[rows, positions].float()
+        return probs if self.mass is None else probs / self.mass[rows, positions][..., None]
 
     def among(self, rows: Sequence[int], total: int) -> DraftBlock:
         """The record of `total` rows, of which these D, `rows`, were drafted; what it holds for the others means nothing."""
@@ -98,6 +117,13 @@ class Verdict:
     accepted: torch.Tensor
     next_token: torch.Tensor
 
+    @classmethod
+    def of(cls, parts: Sequence[Verdict]) -> Verdict:
+        """Of all rows, from those of some after others."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([one.accepted for one in parts]), torch.cat([one.next_token for one in parts]))
+
 
 @dataclass(frozen=True)
 class Conclusion:
@@ -115,23 +141,21 @@ class Conclusion:
     host: torch.Tensor
 
 
-def conclude(drafted: torch.Tensor, verdict: Verdict, scores: torch.Tensor | None, room: torch.Tensor, eos: torch.Tensor) -> Conclusion:
+def conclude(drafted: torch.Tensor, verdict: Verdict, best: torch.Tensor | None, room: torch.Tensor, eos: torch.Tensor) -> Conclusion:
     """What a verdict leaves of the rows' blocks.
 
     Args:
         drafted (`torch.LongTensor` of shape `(R, n)`): the drafted tokens.
         verdict (`Verdict`): over them.
-        scores (`torch.Tensor` of shape `(T, V)`, *optional*): the processed distributions, where tokens were drawn from them.
+        best (`torch.Tensor` of shape `(T,)`, *optional*): the highest score of each processed distribution, where tokens were drawn.
         room (`torch.LongTensor` of shape `(R,)`), eos (`torch.LongTensor` of shape `(E,)`): as in `ends`.
     """
     following = verdict.next_token[:, None]
     tokens = torch.cat([drafted, following], dim=1).scatter(1, verdict.accepted[:, None], following)
     kept, ended = ends(tokens, verdict.accepted + 1, room, eos)
     # Greedy choices need no check.
-    finite = ended.new_ones(1) if scores is None else torch.isfinite(scores.amax(-1)).all()[None]
-    return Conclusion(
-        tokens, verdict.next_token, torch.stack([finite.long().expand(kept.shape[0]), verdict.accepted, kept, ended.long()], dim=1)
-    )
+    finite = torch.ones_like(kept) if best is None else (best.abs().amax() < float("inf")).long().expand_as(kept)
+    return Conclusion(tokens, verdict.next_token, torch.stack([finite, verdict.accepted, kept, ended.long()], dim=1))
 
 
 def _stands(agrees: torch.Tensor, layout: RowLayout) -> torch.Tensor:
@@ -154,9 +178,7 @@ def accept_greedy(choice: torch.Tensor, block: DraftBlock, layout: RowLayout) ->
     return Verdict(accepted, padded.gather(1, accepted[:, None])[:, 0])
 
 
-def accept_sampled(
-    p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, generator: torch.Generator | None, *, blockwise: bool = False
-) -> Verdict:
+def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, *, blockwise: bool = False) -> Verdict:
     """Speculative sampling: the result is distributed as p_t exactly, whatever p_d is, as long as x_k was drawn from p_d; where copies
     were drafted too, p_d here is its mixture with them.
 
@@ -174,20 +196,14 @@ def accept_sampled(
         block (`DraftBlock`): the draft, truncated to the longest verified length; without `probs` its tokens count as
             certain.
         layout (`RowLayout`): rows of [anchor, x_1..x_{l_r}].
-        generator (`torch.Generator`, *optional*): source of randomness.
+        u (`torch.Tensor` of shape `(R, >= n + 1)`): of `sampling.uniform`; the last for the token behind.
         blockwise (`bool`): over the block; token by token otherwise.
     """
-    u = uniform((layout.num_rows, block.block_size + 1), p_t.device, generator)
-    return judge(p_t, block, layout, u, blockwise=blockwise)
-
-
-def judge(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, *, blockwise: bool) -> Verdict:
-    """`accept_sampled` with its random numbers given: `u` of `uniform`, of shape `(R, n + 1)`, the last for the token behind."""
     length = block.block_size
     flat = layout.padded_index
     p_x = p_t[flat[:, :length], block.tokens]
     p_d = torch.ones_like(p_x) if block.drawn is None else block.drawn
-    coins, last = u[:, :length], u[:, length]
+    coins, last = u[:, :length], u[:, -1]
     if not (blockwise and length > 1):
         # u < p_t / p_d without the division; u is in [0, 1), so p_t == p_d always accepts and p_t == 0 never does.
         accepted = _stands(coins * p_d < p_x, layout)
@@ -216,7 +232,7 @@ def _after(
     if block.probs is None:
         residual[rows, block.tokens[rows, at]] -= 1.0
     else:
-        p_d = block.probs[rows if block.places is None else block.places, at]
+        p_d = block.p_d(rows, at)
         if block.copied is not None:
             weight = block.copied.weights[rows, at]
             p_d = (1 - weight)[:, None] * p_d
@@ -258,8 +274,7 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
         for k in range(0, length - 1, some):
             end = min(k + some, length - 1)
             here = slice(k, end)
-            p_d = block.probs[:, k + 1 : end + 1]
-            p_d = p_d if block.places is None else p_d[block.places]
+            p_d = block.p_d(slice(None), slice(k + 1, end + 1))
             p_d = p_d if drafted is None else drafted[:, here, None] * p_d
             reached = p_t[at[:, here]] if block.draft_ids is None else p_t[at[:, here, None], block.draft_ids]
             sums.append(torch.minimum(w[:, here, None] * reached, p_d).sum(-1))
