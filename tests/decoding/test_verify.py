@@ -217,7 +217,7 @@ def test_over_the_block_every_text_is_as_likely_as_the_targets(seed: int, reduce
     block = DraftBlock(tokens, probs=stored, draft_ids=ids, drawn=drawn, places=order, copied=record)
     layout, p_t = layout_of(lengths), torch.stack(flat)
     prefix = verification._prefix_weights(p_t[layout.padded_index[:, :longest], tokens], drawn)
-    chances = verification._prefix_chances(prefix, p_t, block, layout).double()
+    chances = verification._prefix_chances(prefix, p_t, block, layout, torch.arange(1, longest + 1) < layout.added[:, None]).double()
     after = [
         verification._after(p_t, block, layout, torch.full((count,), k).minimum(layout.added - 1), prefix).double()
         for k in range(longest + 1)

@@ -97,12 +97,11 @@ class RowCache:
             order (`Sequence[int]`): from `order_without`, so that no row is overwritten before it has moved.
             lengths (`Sequence[int]`): tokens to move of each old row.
         """
+        buffers = [*self.keys.values(), *self.values.values()]
         for new, old in enumerate(order):
             length = lengths[old]
-            if new != old and length:  # A row without tokens may lie beyond buffers that have not grown yet.
-                for store in (self.keys, self.values):
-                    for buffer in store.values():
-                        buffer[new, :, :length] = buffer[old, :, :length]
+            if new != old and length and buffers:  # A row without tokens may lie beyond buffers that have not grown yet.
+                torch._foreach_copy_([one[new, :, :length] for one in buffers], [one[old, :, :length] for one in buffers])
         self.num_rows = len(order)
 
     def fork(self, limit: int | None = None) -> RowCache:

@@ -242,7 +242,9 @@ class DecodingLoop:
                 best.append(scores.amax(-1))
                 blockwise = self.options.verification == "block"
                 verdicts.append(accept_sampled(scores.softmax(-1), own, part, u[first:end], blockwise=blockwise))
-        return self.concluded(block.tokens, Verdict.of(verdicts), torch.cat(best) if best else None), scores
+        return self.concluded(
+            block.tokens, Verdict.of(verdicts), None if u is None else best[0] if len(best) == 1 else torch.cat(best)
+        ), scores
 
     def commit(
         self,
@@ -311,9 +313,9 @@ class DecodingLoop:
         for j in range(len(logits)):
             scores.append(self.process(logits[j : j + 1], ([0], [j])))
             tokens.append(self.choose(scores[j]))
-            ended = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), None, past=j).host[0, 3]
+            last = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), None, past=j).host[0, 2]
             stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
-            if bool(ended) or not stands:
+            if int(last) == 0 or not stands:
                 break
         # Behind a drafted token that ends the row any other may stand.
         return Verdict(accepted=torch.full_like(tokens[0], j + stands), next_token=tokens[-1]), torch.cat(scores)
@@ -327,7 +329,7 @@ class DecodingLoop:
     def concluded(self, drafted: torch.Tensor, verdict: Verdict, best: torch.Tensor | None, first: int = 0, past: int = 0) -> Conclusion:
         """Of the rows from place `first` on, `past` tokens behind their committed ones; arguments as in `decoding.verify.conclude`."""
         stopping, device = self.rules.stopping, self.state.device
-        room = torch.tensor(stopping.room(self.state, first, past + drafted.shape[1] + 2)).to(device, non_blocking=True) - past
+        room = torch.tensor([n - past for n in stopping.room(self.state, first, past + drafted.shape[1] + 2)]).to(device, non_blocking=True)
         return conclude(drafted, verdict, best if self.options.sample else None, room, stopping.eos_on(device))
 
     def settle(self, conclusion: Conclusion, heard: Heard, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Heard:

@@ -103,12 +103,13 @@ class Heard:
         if late is not None:
             columns.append(late[:rows].float().view(torch.int32).long())  # bit for bit
         numbers = np.array((columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)).tolist(), dtype=np.int64)
-        firsts, verified = numbers[:, 4:6].T.tolist() if plan.verified is None else (layout.firsts[:rows], plan.verified)
+        firsts, verified = numbers[:, 3:5].T.tolist() if plan.verified is None else (layout.firsts[:rows], plan.verified)
         heard = plan.confidence
         if late is not None:
             heard = torch.from_numpy(numbers[:, -late.shape[1] :].astype(np.int32).view(np.float32))
-        accepted, kept, ended = numbers[:, 1:4].T.tolist()
-        return cls(bool(numbers[0, 0]), firsts, verified, accepted, kept, list(map(bool, ended)), heard)
+        accepted, last = numbers[:, 1], numbers[:, 2]
+        kept, ended = np.minimum(accepted, last) + 1, last <= accepted
+        return cls(bool(numbers[0, 0]), firsts, verified, accepted.tolist(), kept.tolist(), ended.tolist(), heard)
 
 
 def top_lengths(confidence: torch.Tensor, limits: torch.Tensor, total: int) -> torch.Tensor:

@@ -133,7 +133,7 @@ class RowProcessors:
         more.
         """
         if not self.needs_ids:
-            return Prefixes(state.ids, state.ids.new_empty(0), state.ids.new_empty(0))  # which nobody reads
+            return Prefixes(state.ids, state.ids[:0, 0], state.ids[:0, 0])  # which nobody reads
         each = [(place, state.lengths[place] + more, state.requests[place]) for place, more in zip(places, extra, strict=True)]
         index = torch.from_numpy(np.array([(row, length) for row, length, _ in each]).T).to(state.device, non_blocking=True)
         width = max(length for _, length, _ in each) + ahead
@@ -142,7 +142,9 @@ class RowProcessors:
 
     def of_pass(self, state: State, layout: RowLayout) -> Prefixes:
         """The texts before the answers to all tokens of a pass over live rows, drafted tokens written."""
-        if None in self._forms or not self.needs_ids:
+        if not self.needs_ids:
+            return self.prefixes(state, (), ())
+        if None in self._forms:
             counts = list(enumerate(layout.counts, layout.first_row))
             return self.prefixes(state, [row for row, n in counts for _ in range(n)], [j for _, n in counts for j in range(n)])
         ids = state.ids[: state.num_rows, : max(state.lengths) + layout.max_count - 1]

@@ -86,19 +86,15 @@ class RowStopping:
         return bool(answer[row]) if isinstance(answer, torch.Tensor) and answer.dim() else bool(answer)
 
 
-def ends(tokens: torch.Tensor, counts: torch.Tensor, room: torch.Tensor, eos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many of each row's new tokens remain by lengths and end-of-text ids, and whether the row ends with them.
+def ends(tokens: torch.Tensor, room: torch.Tensor, eos: torch.Tensor) -> torch.Tensor:
+    """The place of the token that each row would end with, by lengths and end-of-text ids.
 
     Args:
-        tokens (`torch.LongTensor` of shape `(R, n)`): new tokens.
-        counts (`torch.LongTensor` of shape `(R,)`): how many of them are the row's, at least 1.
-        room (`torch.LongTensor` of shape `(R,)`): how many it may still get.
+        tokens (`torch.LongTensor` of shape `(R, n)`): new tokens, and whatever lies behind them.
+        room (`torch.LongTensor` of shape `(R,)`): how many a row may still get.
         eos (`torch.LongTensor` of shape `(E,)`): end-of-text ids.
     Returns:
-        `torch.LongTensor` and `torch.BoolTensor` of shape `(R,)`.
+        `torch.LongTensor` of shape `(R,)`: at least n where no token ends it.
     """
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    last = (tokens[..., None] == eos).any(-1) | (places >= room[:, None] - 1)
-    last = last & (places < counts[:, None])
-    ended = last.any(1)
-    return torch.where(ended, last.long().argmax(1) + 1, counts), ended
+    places, goes_on = torch.arange(tokens.shape[1], device=tokens.device), (tokens[..., None] != eos).all(-1)
+    return torch.minimum(places.expand_as(tokens).masked_fill(goes_on, tokens.shape[1]).amin(1), room - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from hf_dspark.cache.kv_cache import RowCache, order_without
@@ -134,7 +135,8 @@ class State:
             offset (`int`): first block position, from 0, that the tokens stand at.
         """
         self.reserve(self.num_rows, max(self.lengths) + offset + tokens.shape[1])
-        columns = self.lengths_on_device() + torch.arange(offset, offset + tokens.shape[1], device=self.device)
+        places = np.add.outer(self.lengths, np.arange(offset, offset + tokens.shape[1]))
+        columns = torch.from_numpy(places).to(self.device, non_blocking=True)
         if isinstance(rows, slice):
             self.ids[: self.num_rows][rows].scatter_(1, columns[rows], tokens)
         else:
@@ -153,7 +155,7 @@ class State:
         self.write_draft(tokens, slice(first, None))
         for place, count in enumerate(counts, first):
             self.lengths[place] += count
-        self.anchors = torch.cat([self.anchors[:first], anchors])
+        self.anchors = torch.cat([self.anchors[:first], anchors]) if first else anchors
 
     def finish(self, places: Sequence[int]) -> list[FinishedRow]:
         """The rows at these places as they leave."""
@@ -180,7 +182,8 @@ class State:
             return None
         counts, context = [self.pending_counts[place] for place in places], self.context_lengths
         starts = [context[place] - count for place, count in zip(places, counts, strict=True)]
-        states = torch.cat([piece for place in places for piece in self.pending[place]])
+        pieces = [piece for place in places for piece in self.pending[place]]
+        states = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return states, RowLayout(starts, counts, self.device, row_ids=places)
 
     def reserve(self, rows: int, width: int) -> None:

@@ -132,8 +132,8 @@ class Conclusion:
     Attributes:
         tokens (`torch.LongTensor` of shape `(R, n + 1)`): accepted tokens and the target's own behind them; what lies beyond is scratch.
         next_token (`torch.LongTensor` of shape `(R,)`): the target's own.
-        host (`torch.LongTensor` of shape `(R, 4)`): what the host has to hear: whether every distribution can be drawn from, accepted
-            tokens, tokens that remain, whether the row ends.
+        host (`torch.LongTensor` of shape `(R, 3)`): what the host has to hear: whether every distribution can be drawn from, accepted
+            tokens, and the place of the token that the row would end with.
     """
 
     tokens: torch.Tensor
@@ -152,10 +152,10 @@ def conclude(drafted: torch.Tensor, verdict: Verdict, best: torch.Tensor | None,
     """
     following = verdict.next_token[:, None]
     tokens = torch.cat([drafted, following], dim=1).scatter(1, verdict.accepted[:, None], following)
-    kept, ended = ends(tokens, verdict.accepted + 1, room, eos)
+    last = ends(tokens, room, eos)
     # Greedy choices need no check.
-    finite = torch.ones_like(kept) if best is None else (best.abs().amax() < float("inf")).long().expand_as(kept)
-    return Conclusion(tokens, verdict.next_token, torch.stack([finite, verdict.accepted, kept, ended.long()], dim=1))
+    finite = torch.ones_like(last) if best is None else (best.abs().amax() < float("inf")).long().expand_as(last)
+    return Conclusion(tokens, verdict.next_token, torch.stack([finite, verdict.accepted, last], dim=1))
 
 
 def _stands(agrees: torch.Tensor, layout: RowLayout) -> torch.Tensor:
@@ -210,8 +210,9 @@ def accept_sampled(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: t
         return Verdict(accepted, draw(_after(p_t, block, layout, accepted), last))
     weights = _prefix_weights(p_x, p_d)
     place = torch.arange(1, length + 1, device=p_x.device)
-    stands = (coins < _prefix_chances(weights, p_t, block, layout)) & (place < layout.added[:, None])
-    accepted = torch.where(stands, place, 0).amax(1)
+    within = place < layout.added[:, None]
+    stands = (coins < _prefix_chances(weights, p_t, block, layout, within)) & within
+    accepted = (place * stands).amax(1)
     return Verdict(accepted, draw(_after(p_t, block, layout, accepted, weights), last))
 
 
@@ -226,41 +227,40 @@ def _after(
     if not block.block_size:
         return final
     at = accepted.clamp(max=block.block_size - 1)
-    residual = final.clone()
-    if weights is not None:
-        residual *= torch.nn.functional.pad(weights, (1, 0), value=1.0)[rows, accepted][:, None]
+    if weights is None:
+        residual = final.clone()
+    else:
+        residual = final * torch.nn.functional.pad(weights, (1, 0), value=1.0)[rows, accepted][:, None]
     if block.probs is None:
         residual[rows, block.tokens[rows, at]] -= 1.0
     else:
         p_d = block.p_d(rows, at)
         if block.copied is not None:
-            weight = block.copied.weights[rows, at]
-            p_d = (1 - weight)[:, None] * p_d
-            residual[rows, block.copied.tokens[rows, at]] -= weight
-        if block.draft_ids is None:
-            residual -= p_d
-        else:
-            residual[:, block.draft_ids] -= p_d
+            weight = block.copied.weights[rows, at][:, None]
+            p_d = torch.addcmul(p_d, p_d, weight, value=-1)
+            residual.scatter_add_(1, block.copied.tokens[rows, at][:, None], -weight)
+        residual = residual - p_d if block.draft_ids is None else residual.index_add_(1, block.draft_ids, p_d, alpha=-1)
     residual.clamp_(min=0.0)
     # p_t == p_d up to rounding leaves nothing; then a rejection had probability zero and p_t itself is the limit.
-    usable = (accepted < layout.added - 1) & (residual.sum(-1) > 0)
+    usable = (accepted + 1 < layout.added) & residual.any(-1)
     return torch.where(usable[:, None], residual, final)
 
 
 def _prefix_weights(p_x: torch.Tensor, p_d: torch.Tensor) -> torch.Tensor:
     """w_k = min(1, w_{k-1} p_t(x_k) / p_d(x_k)), all of shape `(R, n)`: the product of the ratios since it was last above 1."""
-    # Rows that were not drafted may hold anything, zero too; none of it is verified.
-    log_ratio = p_x.log() - p_d.clamp(min=torch.finfo(p_d.dtype).tiny).log()
-    total = log_ratio.cumsum(1)
+    # Rows that were not drafted may hold anything, zero too, and get anything; none of it is verified.
+    total = (p_x / p_d).log().cumsum(1)
     return (total - total.cummax(1).values.clamp(min=0.0)).exp()
 
 
-def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock, layout: RowLayout) -> torch.Tensor:
+def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, within: torch.Tensor) -> torch.Tensor:
     """Probability of keeping x_1..x_k if no longer prefix is kept, `(R, n)`: (w_k - o_k) / (1 - o_k), so that it is w_k in all.
 
     o_k, how likely one of the longer ones is, is how far w_k p_t and the distribution of x_{k+1} overlap; nothing at a row's end.
     """
     length = block.block_size
+    if length == 1:
+        return weights
     w, at = weights[:, :-1], layout.padded_index[:, 1:length]
     if block.probs is None:
         overlap = w * p_t[at, block.tokens[:, 1:]]
@@ -278,14 +278,12 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
             p_d = p_d if drafted is None else drafted[:, here, None] * p_d
             reached = p_t[at[:, here]] if block.draft_ids is None else p_t[at[:, here, None], block.draft_ids]
             sums.append(torch.minimum(w[:, here, None] * reached, p_d).sum(-1))
-        overlap = torch.cat(sums, dim=1) if sums else torch.zeros_like(w)
+        overlap = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
         if block.copied is not None and copied is not None and drafted is not None:
             # The copy is drawn more often than p_d says, one outside the draft vocabulary too.
             reached = w * p_t[at, block.copied.tokens[:, 1:length]]
-            p_copy = drafted * block.copied.p_d[:, 1:length]
-            overlap = overlap + torch.minimum(reached, p_copy + copied) - torch.minimum(reached, p_copy)
-    overlap = torch.nn.functional.pad(overlap, (0, 1))
-    place = torch.arange(1, length + 1, device=weights.device)
-    overlap = torch.where(place < layout.added[:, None] - 1, overlap, 0.0)
-    chances = ((weights - overlap) / (1 - overlap)).clamp(0.0, 1.0)
-    return torch.where(weights < 1, chances, 1.0)
+            beyond = torch.addcmul(reached, drafted, block.copied.p_d[:, 1:length], value=-1).clamp(min=0.0)
+            overlap = overlap + torch.minimum(beyond, copied)
+    overlap = torch.nn.functional.pad(overlap * within[:, 1:], (0, 1))
+    # 0 / 0 where a prefix is as likely as can be, and so is one of the longer ones.
+    return ((weights - overlap) / (1 - overlap)).clamp(0.0, 1.0).nan_to_num(1.0)
