@@ -6,37 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_dspark
 from hf_dspark.decoding import loop, sampling
 from hf_dspark.decoding.loop import DecodingLoop
 from tests.helpers import make_world, talking_target
+from tests.live_memory import LiveMemory
 from tests.tiny import tiny_drafter
 
 ROWS, GAMMA, VOCAB = 64, 7, 151_936
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that were made while this is open and still live, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() > VOCAB and tensor.untyped_storage()._cdata not in inputs:
-                storage = tensor.untyped_storage()
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._storages = {key: (ref, size) for key, (ref, size) in self._storages.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
-        return out
 
 
 @pytest.mark.parametrize("budget", ["full", "threshold:0.5", "load-aware-lag2"])
@@ -75,7 +54,7 @@ def test_a_sampled_round_takes_little_more_than_the_logits(
         method = getattr(DecodingLoop, name)
 
         def call(self: DecodingLoop, *args: Any) -> Any:
-            with _Live() as live:
+            with LiveMemory() as live:
                 out = method(self, *args)
             peaks[name] = (live.peak - beside) / (ROWS * (GAMMA + 1) * VOCAB * 4)
             if name == "round":

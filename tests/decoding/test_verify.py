@@ -213,7 +213,7 @@ def test_over_the_block_every_text_is_as_likely_as_the_targets(seed: int, reduce
         flat += [p.target[drafted[:k]] for k in range(len(drafted) + 1)]
     stored = torch.empty_like(probs)
     stored[order] = probs
-    record = Copied(copied, weights, copied, weights, p_copy, weights > 0.5, copied, copied) if copies else None
+    record = Copied(copied, weights, p_copy) if copies else None
     block = DraftBlock(tokens, probs=stored, draft_ids=ids, drawn=drawn, places=order, copied=record)
     layout, p_t = layout_of(lengths), torch.stack(flat)
     prefix = verification._prefix_weights(p_t[layout.padded_index[:, :longest], tokens], drawn)

@@ -147,13 +147,17 @@ class RowLayout:
         rows, firsts = slice(first, end), [*self.firsts, self.total]
         return slice(firsts[first], firsts[end]), RowLayout(self.starts[rows], self.counts[rows], self.device, self.first_row + first)
 
+    def first_key(self, window: int | None) -> int:
+        """The first position that a query of this pass sees in any row; 0 where the host does not know."""
+        return 0 if window is None or not self.starts else max(min(self.starts) - window + 1, 0)
+
     def causal_mask(self, window: int | None = None) -> torch.Tensor:
-        """`torch.BoolTensor` of shape `(R, max_count, max_end)`: true where a padded query may look.
+        """`torch.BoolTensor` of shape `(R, max_count, max_end - first_key)`: true where a padded query may look.
 
         A query at position p of its row sees positions 0..p of the same row, or the last `window` of them.
         """
         queries = self.positions[self.padded_index][:, :, None]
-        keys = torch.arange(self.max_end, device=self.device)
+        keys = torch.arange(self.first_key(window), self.max_end, device=self.device)
         allowed = keys <= queries
         return allowed if window is None else allowed & (keys > queries - window)
 

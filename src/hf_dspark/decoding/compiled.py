@@ -343,7 +343,7 @@ class _Draft:
             ids = given["ids"][:rows, :width]
             if "masked_at" in given:
                 ids = ids.masked_fill(given["masked_at"][:rows, :width], -1)
-            copies = Copies(ids, given["lengths"][:, None], given["prompt_ends"], self.weights, self.length, at_once=True)
+            copies = Copies(ids, given["lengths"][:, None], given["prompt_ends"], self.weights, self.length)
         temperatures, confident = given.get("temperatures"), self.drafter.confidence_head is not None
         block = draft_from(self.drafter, given["anchors"], layout, cache, given.get("u"), processors, confident, temperatures, copies)
         found = {f"block_{n}": getattr(block, n) for n in ("tokens", "confidence", "confidence_logits", "probs", "mass", "drawn")}

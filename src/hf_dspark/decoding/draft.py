@@ -80,7 +80,8 @@ def draft_from(
     h = drafter.block_hidden(anchors, layout, cache)
     chain = _draw_chain(drafter, h, anchors, u, processors, copies, counted=with_confidence)
     drafted = torch.stack(chain.tokens, dim=1)
-    copied = Copied.of_block(copies.prompt_ends, chain.copied) if copies is not None else None
+    # Nobody reads what greedy tokens were mixed from, but for their confidences.
+    copied = None if copies is None or (u is None and not with_confidence) else Copied.of_block(copies.prompt_ends, chain.copied)
     raw = drafter.confidence(h, torch.cat([anchors[:, None], drafted[:, :-1]], dim=1)) if with_confidence else None
     if raw is not None and copied is not None:
         copied = replace(copied, confidence=raw)

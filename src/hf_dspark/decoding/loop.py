@@ -365,7 +365,7 @@ class DecodingLoop:
         pending = self.state.pending_layout()
         if pending is None or self.drafter is None:
             return
-        with self.watch.measure("draft"):
+        with self.watch.measure("draft"), torch.inference_mode():
             self.drafter.extend_context(*pending, self.state.drafter_cache)
         self.state.clear_pending()
 

@@ -10,7 +10,8 @@ Source: pointer-generator mixtures (See et al. 2017, arXiv 1704.04368) over the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -49,35 +50,29 @@ class Copies:
         prompt_ends (`torch.LongTensor` of shape `(R,)`): where each row's answer begins.
         weights (`list[float]`): lambda_1..lambda_M.
         drafted (`int`): tokens that will follow.
-        at_once (`bool`): search without asking the host; so it is on devices other than the CPU.
     """
 
-    def __init__(
-        self,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        prompt_ends: torch.Tensor,
-        weights: Sequence[float],
-        drafted: int,
-        *,
-        at_once: bool = False,
-    ) -> None:
-        self.at_once = at_once or ids.device.type != "cpu"
+    def __init__(self, ids: torch.Tensor, lengths: torch.Tensor, prompt_ends: torch.Tensor, weights: Sequence[float], drafted: int) -> None:
         self.longest, self.width = len(weights), ids.shape[1] + drafted
-        places = torch.arange(self.width + 1, device=ids.device)  # a column more, so that every place has a successor
+        # M places in front, so that every place has as many before it, and a column more, so that every place has a successor.
+        padded = torch.nn.functional.pad(ids, (self.longest, drafted + 1), value=-1)
+        self.ids = padded[:, self.longest :]
         # Negative where nothing is committed: rows that are shorter than others have a scratch behind them.
-        self.ids = torch.nn.functional.pad(ids, (0, drafted + 1)).masked_fill_(places >= lengths, -1)
-        self.ends, self._all_ends = lengths, (lengths + torch.arange(drafted + 1, device=ids.device)).split(1, dim=1)
-        self._extended = 0
+        places = torch.arange(self.width + 1, device=ids.device)
+        scratch = places >= lengths
+        self.ids.masked_fill_(scratch, -1)
+        behind = lengths + torch.arange(max(self.longest, drafted + 1), device=ids.device)
+        self._all_ends, self._extended = behind.split(1, dim=1), 0
+        self.ends = self._all_ends[0]
         self.prompt_ends = prompt_ends
         odds = [w / (1 - w) if w < 1 else float("inf") for w in weights]
-        self.table = constant(((0.0, 0.0), *zip(weights, odds, strict=True)), ids.device)
-        places = places[:-1]
-        earlier = places < lengths - 1
+        table = constant(((0.0, 0.0), *zip(weights, odds, strict=True)), ids.device)
+        self._table = table[:, None].expand(-1, self.width, -1).reshape(-1, 2)  # by `run * width + place`
         # The longest run, and of these the last, has the largest `run * width + place`; one whose successor is masked has no run.
-        self.places, most = places.expand(ids.shape[0], -1), places + self.longest * self.width
-        self.most = torch.where(earlier & (self.ids[:, 1:] < 0), places, most)
-        score = torch.minimum(torch.add(places, self._suffixes(earlier), alpha=self.width), self.most)
+        self.places, most, later = places[:-1].expand(ids.shape[0], -1), places[:-1] + self.longest * self.width, scratch[:, 1:]
+        self.most = torch.where((self.ids[:, 1:] < 0) ^ later, self.places, most)
+        runs = self._suffixes(padded, behind[:, : self.longest]).masked_fill_(later, 0)
+        score = torch.minimum(torch.add(self.places, runs, alpha=self.width), self.most)
         self.score = torch.nn.functional.pad(score, (1, 0), value=-1)  # the place before the first one, where no run ends
         self._look()
 
@@ -94,37 +89,25 @@ class Copies:
         lengths_, ends_ = (torch.tensor(values).to(device, non_blocking=True) for values in (lengths, ends))
         return cls(ids, lengths_[:, None], ends_, weights, drafted)
 
-    def _suffixes(self, earlier: torch.Tensor) -> torch.Tensor:
-        """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M; 0 outside `earlier` `(R, W)`."""
-        back = self.ends - 1 - torch.arange(self.longest, device=self.ids.device)
-        last = self.ids.gather(1, back.clamp(min=0))
-        last = torch.where((back >= 0) & (last >= 0), last, -2)
-        before = torch.nn.functional.pad(self.ids[:, : self.width], (self.longest - 1, 0), value=-3)
-        search = self._suffixes_at_once if self.at_once else self._suffixes_step_by_step
-        return search(last, before, earlier)
-
-    def _suffixes_at_once(self, last: torch.Tensor, before: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
-        """In 2 R W (M + 1) bytes: no host has to hear whether a match is left."""
+    def _suffixes(self, padded: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """How many tokens up to each place equal the text's last ones, `(R, W)`, at most M, in 2 R W (M + 1) bytes; `last` `(R, M)` says
+        where these are in `padded`.
+        """
+        tokens = padded.gather(1, last)
+        tokens = tokens.masked_fill_(tokens < 0, -2)
         # Views of the ids, oldest first; what is turned round is one byte a token.
-        differ = (before.unfold(1, self.longest, 1) != last.flip(-1)[:, None]).flip(-1)
-        return torch.nn.functional.pad(differ.view(torch.uint8), (0, 1), value=1).argmax(-1) * earlier
-
-    def _suffixes_step_by_step(self, last: torch.Tensor, before: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
-        """One token further back at a time, as long as anything matches: mostly a few steps."""
-        runs, agree = torch.zeros_like(self.places), earlier
-        for back in range(self.longest):
-            first = self.longest - 1 - back
-            agree = agree & (before[:, first : first + self.width] == last[:, back : back + 1])
-            if not agree.any():
-                break
-            runs = runs + agree
-        return runs
+        differ = (padded[:, 1 : self.longest + self.width].unfold(1, self.longest, 1) != tokens[:, None]).flip(-1)
+        return torch.nn.functional.pad(differ.view(torch.uint8), (0, 1), value=1).argmax(-1)
 
     def _look(self) -> None:
-        best, self.found = self.score[:, 1:].max(1)
-        self.lengths = torch.div(best, self.width, rounding_mode="floor")
-        self.tokens = self.ids[:, 1:].gather(1, self.found[:, None])[:, 0].clamp(min=0)  # any id that exists where there is no copy
-        self.weight, self.odds = self.table[self.lengths].unbind(-1)
+        self._best, self.found = self.score[:, 1:].max(1)
+        self.tokens = self.ids[:, 1:].gather(1, self.found[:, None])[:, 0]  # may be negative where there is no copy
+        self.weight, self.odds = self._table[self._best].unbind(-1)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """How many of the last tokens the copy's predecessors are, `(R,)`."""
+        return torch.div(self._best, self.width, rounding_mode="floor")
 
     @property
     def from_prompt(self) -> torch.Tensor:
@@ -184,9 +167,6 @@ class Position:
         # w + (1 - w) p_copy > (1 - w) p_best
         return cls(copies.tokens, weights, copies.found, best_ids, best, p_d, odds + p_d > best, copies.agreement() if counted else ())
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.tokens, self.weights, self.found, self.best_ids, self.best, self.p_d, self.wins, *self.counts
-
 
 @dataclass(frozen=True)
 class Copied:
@@ -195,32 +175,44 @@ class Copied:
     Attributes:
         tokens (`torch.LongTensor` of shape `(R, gamma)`): target ids; any where the weight is 0.
         weights (`torch.Tensor` of shape `(R, gamma)`): lambda of each.
-        relation (`torch.LongTensor` of shape `(R, gamma)`): to the drafter's most likely token, an index into `COPY_RELATIONS`.
-        best (`torch.Tensor` of shape `(R, gamma)`): log p_d of that token.
         p_d (`torch.Tensor` of shape `(R, gamma)`): of the copies themselves; 0 where the drafter cannot propose them.
-        from_prompt (`torch.BoolTensor` of shape `(R, gamma)`): whether they stand before this answer, earlier turns included.
-        agreeing, disagreeing (`torch.LongTensor` of shape `(R, gamma)`): of `Copies.agreement`; 0 where no confidences are asked for.
+        relation (`torch.LongTensor` of shape `(R, gamma)`, *optional*): to the drafter's most likely token, an index into
+            `COPY_RELATIONS`. This and what follows where confidences are asked for.
+        best (`torch.Tensor` of shape `(R, gamma)`, *optional*): log p_d of that token.
+        from_prompt (`torch.BoolTensor` of shape `(R, gamma)`, *optional*): whether they stand before this answer, earlier turns included.
+        agreeing, disagreeing (`torch.LongTensor` of shape `(R, gamma)`, *optional*): of `Copies.agreement`.
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): logit of the confidence head.
     """
 
     tokens: torch.Tensor
     weights: torch.Tensor
-    relation: torch.Tensor
-    best: torch.Tensor
     p_d: torch.Tensor
-    from_prompt: torch.Tensor
-    agreeing: torch.Tensor
-    disagreeing: torch.Tensor
+    relation: torch.Tensor | None = None
+    best: torch.Tensor | None = None
+    from_prompt: torch.Tensor | None = None
+    agreeing: torch.Tensor | None = None
+    disagreeing: torch.Tensor | None = None
     confidence: torch.Tensor | None = None
 
     @classmethod
     def of_block(cls, prompt_ends: torch.Tensor, positions: Sequence[Position]) -> Copied:
         """Of a block, from its positions; `prompt_ends` `(R,)` as in `Copies`."""
-        columns = [torch.stack(column, dim=1) for column in zip(*(p.tensors() for p in positions), strict=True)]
-        tokens, weights, found, best_ids, best, p_d, wins, *counts = columns
+        names = ("tokens", "weights", "p_d", *(("found", "best_ids", "best", "wins") if positions[0].counts else ()))
+        tokens, weights, p_d, *others = (torch.stack([getattr(p, name) for p in positions], dim=1) for name in names)
+        record = cls(tokens.clamp_(min=0), weights, p_d)  # any id that exists where there is no copy
+        if not others:
+            return record
+        found, best_ids, best, wins = others
         relation = torch.where(tokens == best_ids, _AGREES, torch.where(wins, _WINS, _LOSES)).masked_fill(weights == 0, _NONE)
-        agreeing, disagreeing = counts or (torch.zeros_like(tokens),) * 2
-        return cls(tokens, weights, relation, best.log(), p_d, found + 1 < prompt_ends[:, None], agreeing, disagreeing)
+        agreeing, disagreeing = (torch.stack(counts, dim=1) for counts in zip(*(p.counts for p in positions), strict=True))
+        return replace(
+            record,
+            relation=relation,
+            best=best.log(),
+            from_prompt=found + 1 < prompt_ends[:, None],
+            agreeing=agreeing,
+            disagreeing=disagreeing,
+        )
 
     def mix(self, p_d: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
         """Probability of the drafted tokens `(R, gamma)` in the mixture, from that in p_d, both `(R, gamma)`."""
@@ -236,27 +228,25 @@ class Copied:
         Raises:
             RuntimeError: without the confidence head's logits.
         """
-        if self.confidence is None:
+        known = self.relation, self.best, self.from_prompt, self.agreeing, self.disagreeing, self.confidence
+        if any(one is None for one in known):
             raise RuntimeError("these copies were drafted without confidences; draft with_confidence=True")
-        best = torch.logit(self.best.exp(), eps=1e-6)
+        relation, log_best, from_prompt, agreeing, disagreeing, confidence = cast(tuple[torch.Tensor, ...], known)
+        best = torch.logit(log_best.exp(), eps=1e-6)
         drafted = torch.logit(self.p_d, eps=_LEAST_DRAFTED)
-        agreement = torch.log((self.agreeing + 0.5) / (self.disagreeing + 0.5))
-        unanimous = (self.agreeing > 1) & (self.disagreeing == 0)
-        of_copy = torch.stack([torch.logit(self.weights, eps=1e-6), self.from_prompt, agreement, unanimous, drafted], dim=-1)
+        agreement = torch.log((agreeing + 0.5) / (disagreeing + 0.5))
+        unanimous = (agreeing > 1) & (disagreeing == 0)
+        of_copy = torch.stack([torch.logit(self.weights, eps=1e-6), from_prompt, agreement, unanimous, drafted], dim=-1)
         odds, *others = of_copy.masked_fill((self.weights == 0)[..., None], 0.0).unbind(-1)
-        return torch.stack([self.relation.float(), torch.ones_like(best), self.confidence, odds, best, *others], dim=-1)
+        return torch.stack([relation.float(), torch.ones_like(best), confidence, odds, best, *others], dim=-1)
 
     def on(self, rows: torch.Tensor | slice) -> Copied:
         """Of other rows: place i holds what was at `rows[i]`."""
-        return Copied(*(None if t is None else t[rows] for t in self._tensors()))  # type: ignore[arg-type]
+        return replace(self, **{name: t[rows] for name, t in vars(self).items() if t is not None})
 
     def until(self, length: int) -> Copied:
         """Of the first positions."""
-        return Copied(*(None if t is None else t[:, :length] for t in self._tensors()))  # type: ignore[arg-type]
-
-    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        of_copy = self.from_prompt, self.agreeing, self.disagreeing
-        return self.tokens, self.weights, self.relation, self.best, self.p_d, *of_copy, self.confidence
+        return replace(self, **{name: t[:, :length] for name, t in vars(self).items() if t is not None})
 
 
 def adjusted(features: torch.Tensor, table: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -253,4 +253,4 @@ class DraftProcessors:
         """Which copied tokens `(R,)` at this block position the processors do not rule out, bool `(R,)`; None where they rule out none."""
         if self._processors.any_vocabulary:
             return None
-        return self._processors.allowed(tokens, self._vocab_size, self._prefixes, self._values)
+        return self._processors.allowed(tokens.clamp(min=0), self._vocab_size, self._prefixes, self._values)

@@ -36,6 +36,7 @@ from hf_dspark.models.mask_token import mask_token_for
 from hf_dspark.models.pretrained import DSparkPreTrainedModel
 from hf_dspark.models.target_embeddings import TargetEmbeddings, check_carried, check_fit, input_output_embeddings
 from hf_dspark.models.vocabulary import DraftVocabularyMixin, check_draft_ids
+from hf_dspark.utils.constants import constant
 
 _LOCK = threading.RLock()
 _DECODING: weakref.WeakKeyDictionary[DSparkDrafter, int] = weakref.WeakKeyDictionary()  # calls that run with a drafter
@@ -294,17 +295,21 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
         rope = self._rope(x, positions)
         keys_at = torch.arange(layout.max_end, device=x.device)
         mask = None if layout.equal_ends else keys_at < layout.ends[:, None, None, None]
-        window = None
+        window, low = None, 0
         if self._slides:
             window = self._in_window(keys_at, positions, positions[:, :1])[:, None]
             if self.config.causal_sliding_block:
                 window = window & (keys_at <= positions[:, None, :, None])
             window = window if mask is None else window & mask
+            low = layout.first_key(self.config.sliding_window)
+            window = window[..., low:]
 
         def attend(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             cache.write(i, k.flatten(0, 1), v.flatten(0, 1), layout)
             keys, values = cache.view(i, layout)
-            return cached_attention(q, keys, values, window if self._is_sliding(i) else mask)
+            if self._is_sliding(i):
+                return cached_attention(q, keys[:, :, low:], values[:, :, low:], window)
+            return cached_attention(q, keys, values, mask)
 
         for layer in self.layers:
             x = layer(x, rope, attend)
@@ -434,17 +439,16 @@ class DSparkDrafter(DraftVocabularyMixin, DSparkPreTrainedModel):
     def _block_inputs(self, anchor_ids: torch.Tensor, slots: int) -> torch.Tensor:
         """Embeddings of [anchor, mask, .., mask], `(..., gamma, d)` in the drafter's dtype, from ids `(...,)`."""
         weight = self.hidden_norm.weight
-        ids = anchor_ids.new_full((*anchor_ids.shape, slots), cast(int, self.config.mask_token_id))
-        ids[..., 0] = anchor_ids
+        ids = nn.functional.pad(anchor_ids[..., None], (0, slots - 1), value=cast(int, self.config.mask_token_id))
         return self._require_bound().embed(ids).to(weight.device, weight.dtype)
 
     def _rope(self, x: torch.Tensor, positions: torch.Tensor) -> Rope:
         """cos and sin as `rotate` takes them, with a heads dimension, `(..., 1, head_dim)` from positions of shape `(...,)`."""
         flat = positions.reshape(1, -1)
         cos, sin = self.rotary_emb(x, flat)
-        first, second = sin.chunk(2, dim=-1)
-        shape = (*positions.shape, 1, cos.shape[-1])
-        return cos.reshape(shape), torch.cat((-first, second), dim=-1).reshape(shape)
+        half, shape = sin.shape[-1] // 2, (*positions.shape, 1, cos.shape[-1])
+        signs = constant((-1.0,) * half + (1.0,) * half, sin.device)
+        return cos.reshape(shape), (sin * signs.to(sin.dtype)).reshape(shape)
 
 
 AutoConfig.register("dspark", DSparkConfig, exist_ok=True)

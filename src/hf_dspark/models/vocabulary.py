@@ -43,12 +43,12 @@ class DraftVocabularyMixin:
 
         Args:
             values (`torch.Tensor` of shape `(..., V_draft)`): finite, such as p_d.
-            target_ids (`torch.LongTensor` of shape `(...,)`): one a distribution.
+            target_ids (`torch.LongTensor` of shape `(...,)`): one a distribution; a negative one, no token, gets any value.
         Returns:
             `torch.Tensor` of shape `(...,)`: 0 for tokens that the drafter cannot propose.
         """
         if self.config.draft_vocab_size is None:
-            return values.gather(-1, target_ids[..., None])[..., 0]
+            return values.gather(-1, target_ids.clamp(min=0)[..., None])[..., 0]
         places, inside = self._draft_maps()[1][target_ids].split(1, dim=-1)
         return (values.gather(-1, places) * inside)[..., 0]
 

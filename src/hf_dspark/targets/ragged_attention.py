@@ -31,6 +31,8 @@ from hf_dspark.utils.compat import CACHE, CACHE_NAMES
 PREFIX = "dspark_ragged_"
 # Above this many new tokens in a row, rows attend one by one: no padding, and no mask at the start of a prompt.
 ROW_BY_ROW_TOKENS = 32
+# New tokens of a row that attend together under a mask: 64 MiB of it in float32 at 32,768 tokens of context.
+MASKED_TOKENS = 512
 # Keyword arguments of attention functions that change nothing here.
 _HARMLESS = {
     "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
@@ -99,10 +101,9 @@ class RaggedPass:
         self.masked_windows: set[int] = set()
         self.attended_windows: set[int] = set()
         self._masks: dict[tuple[int | None, int, torch.device, torch.dtype], torch.Tensor | None] = {}
-        self._row_masks: dict[tuple[int, int | None, torch.device], torch.Tensor] = {}
 
     def folded_mask(self, window: int | None, groups: int, device: torch.device, dtype: torch.dtype = torch.bool) -> torch.Tensor | None:
-        """Mask of shape `(R, 1, groups * max_count, max_end)` for queries whose head groups lie along the query axis.
+        """Mask of shape `(R, 1, groups * max_count, max_end - first_key)` for queries whose head groups lie along the query axis.
 
         True where a query may look; of a floating `dtype`, what is added to its scores, which is what a call of attention would make of
         it, layer after layer.
@@ -110,7 +111,7 @@ class RaggedPass:
         key = (window, groups, device, dtype)
         if key not in self._masks:
             layout = self.layout.on(device)
-            if layout.num_rows == 1 and layout.total == 1 and (window is None or layout.max_end <= window):
+            if layout.num_rows == 1 and layout.total == 1 and (window is None or layout.max_end - layout.first_key(window) <= window):
                 self._masks[key] = None
             else:
                 mask = layout.causal_mask(window).repeat(1, groups, 1)[:, None]
@@ -118,13 +119,6 @@ class RaggedPass:
                     mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
                 self._masks[key] = mask
         return self._masks[key]
-
-    def row_mask(self, row: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """Mask of shape `(1, count, end)` of one row, shared by its heads and by all layers."""
-        key = (row, window, device)
-        if key not in self._row_masks:
-            self._row_masks[key] = RowLayout([self.layout.starts[row]], [self.layout.counts[row]], device).causal_mask(window)
-        return self._row_masks[key]
 
     def check_windows(self, name: str) -> None:
         """Refuse a model that limits attention by its mask alone, which a ragged pass does not see."""
@@ -198,7 +192,8 @@ def _attend_padded(
         padded = query[0].view(heads, rows, length, dim).transpose(0, 1)
     else:
         padded = query[0][:, layout.padded_index].transpose(0, 1)
-    kv_heads = key.shape[1]
+    kv_heads, low = key.shape[1], layout.first_key(window)
+    key, value = key[:, :, low:], value[:, :, low:]
     # On a CPU a mask that is already what attention adds to its scores saves making it so in every layer.
     added = query.device.type == "cpu" and how["softcap"] is None and how["sinks"] is None
     mask = ragged.folded_mask(window, heads // kv_heads, query.device, query.dtype if added else torch.bool)
@@ -215,12 +210,13 @@ def _attend_row_by_row(
     layout = ragged.layout
     kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     simple = how["softcap"] is None and how["sinks"] is None
-    outs, first = [], 0
-    for row, (start, count) in enumerate(zip(layout.starts, layout.counts, strict=True)):
+    outs = []
+    for row, start, count, first in _pieces(layout, window, simple):
         q, end = query[0, :, first : first + count], start + count
-        k, v = key[row, :, :end], value[row, :, :end]
+        low = 0 if window is None else max(start - window + 1, 0)
+        k, v = key[row, :, low:end], value[row, :, low:end]
         causal = start == 0 and (window is None or end <= window)
-        mask = None if causal and simple else ragged.row_mask(row, window, query.device)
+        mask = None if causal and simple else RowLayout([start], [count], query.device).causal_mask(window)
         if simple:
             # Every head of a group looks at the same keys: a view of them, never a copy.
             k, v = (x[:, None].expand(-1, groups, -1, -1) for x in (k, v))
@@ -233,8 +229,16 @@ def _attend_row_by_row(
             folded = None if mask is None else mask.repeat(1, groups, 1)[:, None]
             out = _attend(_fold(q[None], kv_heads), k[None], v[None], folded, **how).reshape(query.shape[1], count, -1)
         outs.append(out.transpose(0, 1))
-        first += count
     return torch.cat(outs)[None]
+
+
+def _pieces(layout: RowLayout, window: int | None, simple: bool) -> Iterator[tuple[int, int, int, int]]:
+    """Row, start, tokens, and place in the pass of what attends together: few tokens where they need a mask, for it spans the context."""
+    for row, (start, count, first) in enumerate(zip(layout.starts, layout.counts, layout.firsts, strict=True)):
+        whole = simple and start == 0 and (window is None or count <= window)
+        some = count if whole else MASKED_TOKENS
+        for place in range(0, count, some):
+            yield row, start + place, min(some, count - place), first + place
 
 
 def _ragged_attention(
