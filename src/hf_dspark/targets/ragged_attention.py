@@ -221,6 +221,8 @@ def _attend_row_by_row(
             # Every head of a group looks at the same keys: a view of them, never a copy.
             k, v = (x[:, None].expand(-1, groups, -1, -1) for x in (k, v))
             q = q.unflatten(0, (kv_heads, groups))
+            # Two dimensions of mask: with three, SDPA falls back to writing all scores down.
+            mask = None if mask is None else mask[0]
             out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and count > 1, scale=how["scaling"]
             )
