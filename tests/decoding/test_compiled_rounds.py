@@ -184,6 +184,16 @@ def test_processors_of_transformers_are_part_of_the_graphs(kind: str, rows: int,
     assert made() >= 3
 
 
+@pytest.mark.parametrize("config", [TRACED, BUCKETS], ids=["any size", "buckets"])
+@pytest.mark.parametrize(("rows", "budget"), [(1, "static:0"), (3, "static:2"), (1, "static:2")])
+def test_processors_read_no_further_than_the_text(rows: int, budget: str, config: CompileConfig) -> None:
+    """Passes without a draft, and those that are padded beyond what was drafted."""
+    w, options = make_world(talking_target("qwen2")), {"no_repeat_ngram_size": 3, "sequence_bias": [[[i, 7], 2.0] for i in range(VOCAB)]}
+    how = {**options, "max_new_tokens": 24, "do_sample": False, "eos_token_id": NEVER, "budget": budget}
+    out = hf_dspark.generate(w.target, w.drafter, **w.inputs(rows), **how, compile=True, compile_config=config)
+    assert torch.equal(out, plain(w.target, w.inputs(rows), **options))
+
+
 def test_one_graph_serves_other_values_and_prompts(made: Callable[[], int]) -> None:
     """Another penalty, least length or temperature is no new graph."""
     w, kinds = make_world(talking_target("qwen2")), []

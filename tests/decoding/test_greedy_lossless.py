@@ -130,6 +130,13 @@ def test_logits_processors_give_the_plain_text(name, rows):
         assert not torch.equal(expected, plain_tokens("llama", rows)), "the option changes nothing here, so this test would show nothing"
 
 
+@pytest.mark.parametrize("banned", [[[5]], [[], [7]]])
+def test_bad_words_of_which_nothing_is_left_ban_nothing(banned: list[list[int]]) -> None:
+    """transformers takes end-of-text ids out of them, and lets empty ones be."""
+    w, options = world(), {"bad_words_ids": banned, "eos_token_id": 5}
+    assert torch.equal(speculate(w.target, w.drafter, w.inputs(3), **options), plain(w.target, w.inputs(3), **options))
+
+
 @pytest.mark.parametrize("make", [RowBound, lambda rows: ByLengthAndLastToken(), lambda rows: Overwriting()])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_processors_of_the_callers_own_give_the_plain_text(make, rows):

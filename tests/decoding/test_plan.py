@@ -28,18 +28,18 @@ def test_its_layout_is_that_of_lengths_which_the_host_knows() -> None:
     """Index for index; the grid may be wider than the longest row, of whose last token it then holds more."""
     starts, counts = [4, 0, 9, 2], [1, 3, 2, 4]
     known = RowLayout(starts, counts)
-    found = DeviceLayout(torch.tensor(starts), torch.tensor(counts), total=sum(counts), max_count=4, max_end=11)
+    found = DeviceLayout(torch.tensor(starts), torch.tensor(counts), total=sum(counts), max_count=4, max_end=11, latest=9)
     for name in INDEXES:
         assert torch.equal(getattr(found, name), getattr(known, name)), name
     assert (found.total, found.max_count, found.max_end) == (known.total, known.max_count, known.max_end)
-    wider = DeviceLayout(torch.tensor(starts), torch.tensor(counts), total=sum(counts), max_count=6, max_end=15)
+    wider = DeviceLayout(torch.tensor(starts), torch.tensor(counts), total=sum(counts), max_count=6, max_end=15, latest=9)
     assert torch.equal(wider.padded_index[:, :4], known.padded_index)
     assert torch.equal(wider.padded_index.flatten()[wider.flat_index], torch.arange(sum(counts)))
 
 
 def test_padding_lengthens_short_rows_and_adds_rows_that_nobody_has() -> None:
     """No row gets longer than the grid, and what is verified stays as it is."""
-    found = DeviceLayout(torch.tensor([4, 0, 9]), torch.tensor([1, 3, 2]), total=6, max_count=4, max_end=11).padded(4, 11, 4, 11)
+    found = DeviceLayout(torch.tensor([4, 0, 9]), torch.tensor([1, 3, 2]), total=6, max_count=4, max_end=11, latest=9).padded(4, 11, 4, 11)
     assert found.added.tolist() == [4, 4, 2, 1]
     assert found.verified.tolist() == [0, 2, 1, 0]
     assert found.positions.tolist() == [4, 5, 6, 7, 0, 1, 2, 3, 9, 10, 0]

@@ -169,10 +169,13 @@ class Budget:
 
     def total(self, drafts: Drafts) -> int | None:
         """How many drafted tokens are verified in all, where finished rounds alone decide that: those of highest survival are chosen on
-        the device then, and the host need not wait for the draft. None, as here, leaves it to `plan`.
+        the device then, `plan` is not called, and the host need not wait for the draft. None, as here, leaves it to `plan`. Where
+        logits processors have to be called one by one, `plan` decides all the same.
 
         Args:
             drafts (`Drafts`): without confidences.
+        Raises:
+            ValueError: by the round, where the drafter has no confidence head to rank tokens by.
         """
         return None
 

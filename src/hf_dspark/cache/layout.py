@@ -203,11 +203,20 @@ class DeviceLayout(TensorLayout):
         added (`torch.LongTensor` of shape `(R,)`): tokens that each row adds, at least one.
         total (`int`): their sum.
         max_count, max_end (`int`): the most that a row may add, and may then hold.
+        latest (`int`): tokens that the longest row already holds.
         verified (`torch.LongTensor` of shape `(R,)`, *optional*): drafted tokens among them, where some are padding.
     """
 
     def __init__(
-        self, starts: torch.Tensor, added: torch.Tensor, *, total: int, max_count: int, max_end: int, verified: torch.Tensor | None = None
+        self,
+        starts: torch.Tensor,
+        added: torch.Tensor,
+        *,
+        total: int,
+        max_count: int,
+        max_end: int,
+        latest: int,
+        verified: torch.Tensor | None = None,
     ) -> None:
         first, ends = added.cumsum(0) - added, starts + added
         places = torch.arange(total, device=added.device)
@@ -226,7 +235,7 @@ class DeviceLayout(TensorLayout):
             "flat_index": rows * max_count + within,
         }
         super().__init__(index, grid)
-        self.max_end = max_end
+        self.max_end, self.latest = max_end, latest
         self._starts, self._verified = starts, verified
 
     @property
@@ -241,7 +250,7 @@ class DeviceLayout(TensorLayout):
         room = max_count - added
         added = added + (missing - (room.cumsum(0) - room)).clamp(min=0).minimum(room)
         verified = torch.nn.functional.pad(self.verified, spare)
-        return DeviceLayout(starts, added, total=total, max_count=max_count, max_end=max_end, verified=verified)
+        return DeviceLayout(starts, added, total=total, max_count=max_count, max_end=max_end, latest=self.latest, verified=verified)
 
     def part(self, first: int, end: int) -> tuple[slice | torch.Tensor, RowLayout]:
         """All rows as long as the longest may be, since nobody knows better: behind a row's end its last token again."""
@@ -261,6 +270,13 @@ class DeviceLayout(TensorLayout):
         if device == self.device:
             return self
         if device not in self._twins:
-            there = self._starts.to(device), self.added.to(device)
-            self._twins[device] = DeviceLayout(*there, total=self.total, max_count=self.max_count, max_end=self.max_end)
+            self._twins[device] = DeviceLayout(
+                self._starts.to(device),
+                self.added.to(device),
+                total=self.total,
+                max_count=self.max_count,
+                max_end=self.max_end,
+                latest=self.latest,
+                verified=self.verified.to(device),
+            )
         return self._twins[device]

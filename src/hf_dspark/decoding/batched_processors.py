@@ -57,12 +57,14 @@ class Form:
         sizes (`tuple`): what decides, beside the shapes of `values`, which operations it consists of.
         values (`dict[str, torch.Tensor]`): what it reads beside scores and texts.
         of_rows (`frozenset[str]`): values that have an entry for each row of the caller's batch.
+        traceable (`bool`): may be part of a graph.
     """
 
     apply: Callable[[torch.Tensor, Prefixes, Values], torch.Tensor]
     sizes: tuple[Hashable, ...]
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     of_rows: frozenset[str] = frozenset()
+    traceable: bool = True
 
     @property
     def kind(self) -> tuple[Hashable, ...]:
@@ -121,7 +123,8 @@ def _by_scores(processor: lp.LogitsProcessor) -> Form:
         vars(twin).update(values)
         return twin(None, scores)
 
-    return Form(apply, tuple(sizes), values)
+    # torch's distributions check what they are given, which asks the host.
+    return Form(apply, tuple(sizes), values, traceable=type(processor) not in (lp.EtaLogitsWarper, *_known("TopHLogitsWarper")))
 
 
 def _ids(tokens: torch.Tensor | Sequence[int] | int) -> torch.Tensor:
@@ -209,8 +212,9 @@ def _biased(processor: lp.SequenceBiasLogitsProcessor, batch_size: int) -> Form:
     """Sequences of one length together: those whose first tokens a text ends with get their bias at the last one."""
     by_length: dict[int, list[tuple[tuple[int, ...], float]]] = {}
     for sequence, bias in processor.sequence_bias.items():
-        by_length.setdefault(len(sequence) - 1, []).append((sequence, bias))
-    values, most = {}, max(max(sequence) for sequence in processor.sequence_bias)
+        if sequence:  # an empty bad word bans nothing, nor do those of which end-of-text ids were all
+            by_length.setdefault(len(sequence) - 1, []).append((sequence, bias))
+    values, most = {}, max((token for sequence in processor.sequence_bias for token in sequence), default=-1)
     for before, group in by_length.items():
         values[f"before_{before}"] = torch.tensor([sequence[:-1] for sequence, _ in group], dtype=torch.long)
         values[f"token_{before}"] = torch.tensor([sequence[-1] for sequence, _ in group])

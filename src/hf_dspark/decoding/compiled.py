@@ -216,14 +216,16 @@ class CompiledRounds:
         return {f"{name}_{layer}": Argument(store[layer], dims, buffer=True) for name, store in stores for layer in sorted(store)}
 
     def _padded_layout(self, layout: RowLayout) -> RowLayout:
-        """The pass with as many rows and tokens as a graph takes: one row as long as its bucket, then short ones as tokens are missing."""
+        """The pass with as many rows and tokens as a graph takes: one row as long as its bucket, then short ones as tokens are missing;
+        the first short ones where the device alone knows lengths.
+        """
         size, rows = self.graphs.size, self._rows(layout.num_rows)
         if isinstance(layout, DeviceLayout):
             widest = max(layout.max_count, min(size(layout.max_count), self.block_size + 1))
             total = min(size(layout.total + rows - layout.num_rows), rows * widest)
             if (rows, widest, total) == (layout.num_rows, layout.max_count, layout.total):
                 return layout
-            return layout.padded(rows, total, widest, layout.max_end + widest - layout.max_count)
+            return layout.padded(rows, total, widest, layout.latest + widest)
         starts = layout.starts + [0] * (rows - layout.num_rows)
         counts = layout.counts + [1] * (rows - layout.num_rows)
         longest = max(range(rows), key=counts.__getitem__)
@@ -314,7 +316,8 @@ def _prefixes(given: Mapping[str, torch.Tensor], rows: int, drafted: torch.Tenso
         return Prefixes(ids, torch.arange(rows, device=ids.device), lengths)
     ids.scatter_(1, lengths[:, None] + torch.arange(drafted.shape[1], device=ids.device), drafted)
     within = torch.arange(given["rows"].shape[0], device=ids.device) - given["first"][given["rows"]]
-    return Prefixes(ids, given["rows"], lengths[given["rows"]] + within)
+    # Padding of the pass has no text, and stays where there is one.
+    return Prefixes(ids, given["rows"], lengths[given["rows"]] + within.clamp(max=drafted.shape[1]))
 
 
 class _Draft:

@@ -225,9 +225,10 @@ class DecodingLoop:
         return self.accept(logits, block, layout)
 
     def accept(self, logits: torch.Tensor, block: DraftBlock, layout: RowLayout) -> tuple[Conclusion, torch.Tensor]:
-        """The same by the target's distributions after the user's processors; over few rows at a time, unless somebody keeps the
+        """A conclusion by the target's distributions after the user's processors; over few rows at a time, unless somebody keeps the
         distributions, so that their memory is bounded. Then what is returned instead of them means nothing.
         """
+        logits = logits.to(self.state.device)
         rows, scores, verdicts, best = layout.num_rows, logits, list[Verdict](), list[torch.Tensor]()
         whole = self.rules.recorder.scores is not None or not (self.options.sample or self.rules.processors)
         some = rows if whole else max(ELEMENTS_AT_ONCE // (logits.shape[-1] * layout.max_count), 1)
@@ -305,7 +306,8 @@ class DecodingLoop:
         return logits.to(self.state.device, torch.float32 if self.options.sample else None)
 
     def accept_in_order(self, logits: torch.Tensor, block: DraftBlock) -> tuple[Verdict, torch.Tensor]:
-        """The same for one row whose processors may keep state: each is called once for every token that stands, as in a plain call.
+        """A verdict over one row whose processors may keep state, and its distributions: each processor is called once for every token that
+        stands, as in a plain call.
 
         The target's token is drawn, and the draft goes on as long as it holds the same one.
         """
@@ -315,7 +317,7 @@ class DecodingLoop:
             tokens.append(self.choose(scores[j]))
             last = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), None, past=j).host[0, 2]
             stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
-            if int(last) == 0 or not stands:
+            if int(last) <= 0 or not stands:
                 break
         # Behind a drafted token that ends the row any other may stand.
         return Verdict(accepted=torch.full_like(tokens[0], j + stands), next_token=tokens[-1]), torch.cat(scores)
@@ -345,7 +347,7 @@ class DecodingLoop:
         check_finite(heard.finite)
         kept, ended = list(heard.kept), list(heard.ended)
         if stopping.reads_text:
-            state.write_draft(tokens, slice(first, None))
+            state.write_draft(tokens, first)
             known = self.rules.recorder.scores
             for row, (row_scores, _) in enumerate(pieces):
                 count, place = kept[row], first + row

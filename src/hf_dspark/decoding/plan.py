@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 
-from hf_dspark.budgets.budget import Budget, Drafts, LiveRows, Proposal
+from hf_dspark.budgets.budget import Budget, Drafts, LiveRows, Proposal, require_confidence
 from hf_dspark.cache.layout import DeviceLayout, RowLayout
 from hf_dspark.decoding.verify import Conclusion, DraftBlock
 
@@ -49,6 +50,7 @@ class Plan:
         limits = list(map(min, drafted, live.room))
         total = budget.total(Drafts(tuple(limits), None, live)) if on_device and any(limits) else None
         if total is not None:
+            require_confidence(budget, Drafts(tuple(limits), block.confidence))
             if total < 0:
                 raise ValueError(f"Budget {budget!r} asked for {total} tokens in all; allowed are 0 and more.")
             total = min(total, sum(limits))
@@ -65,13 +67,13 @@ class Plan:
         """The pass over [x_0, x_1..x_{l_r}] of rows that hold so many tokens."""
         if self.verified is not None:
             return RowLayout(starts, [1 + length for length in self.verified], device)
-        assert block.confidence is not None
         host = torch.from_numpy(np.array([starts, self.limits])).to(device, non_blocking=True)
-        lengths = top_lengths(block.confidence, host[1], self.total)
+        lengths = top_lengths(cast(torch.Tensor, block.confidence), host[1], self.total)
         # The device alone knows how long the longest row is, so it is taken to be as long as it may be.
         most = [min(limit, self.total) for limit in self.limits]
         ends = [start + 1 + length for start, length in zip(starts, most, strict=True)]
-        return DeviceLayout(host[0], 1 + lengths, total=len(most) + self.total, max_count=1 + max(most), max_end=max(ends))
+        total = len(most) + self.total
+        return DeviceLayout(host[0], 1 + lengths, total=total, max_count=1 + max(most), max_end=max(ends), latest=max(starts))
 
 
 @dataclass(frozen=True)

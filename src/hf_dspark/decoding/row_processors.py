@@ -108,8 +108,8 @@ class RowProcessors:
 
     @property
     def sizes(self) -> tuple[Hashable, ...] | None:
-        """All that decides, beside `values`, what these processors do; None where some are called one by one."""
-        if self.in_order or None in self._forms:
+        """All that decides, beside `values`, what these processors do; None where some ask the host, or are called one by one."""
+        if self.in_order or not all(form is not None and form.traceable for form in self._forms):
             return None
         return tuple(form.kind for form in self._forms if form)
 
@@ -148,7 +148,7 @@ class RowProcessors:
             counts = list(enumerate(layout.counts, layout.first_row))
             return self.prefixes(state, [row for row, n in counts for _ in range(n)], [j for _, n in counts for j in range(n)])
         ids = state.ids[: state.num_rows, : max(state.lengths) + layout.max_count - 1]
-        return Prefixes(ids, layout.rows, state.lengths_on_device()[:, 0][layout.rows] + layout.within)
+        return Prefixes(ids, layout.rows, state.lengths_on_device()[layout.rows] + layout.within)
 
     def _apply(self, scores: torch.Tensor, prefixes: Prefixes, values: Sequence[Values], *, all_of_them: bool) -> torch.Tensor:
         for processor, form, own in zip(self._processors, self._forms, values, strict=True):

@@ -57,7 +57,8 @@ class RowStopping:
         return self._eos
 
     def kept_of_text(self, place: int, count: int, state: State, scores: Sequence[torch.Tensor] | None) -> tuple[int, bool]:
-        """The same by the other criteria, of one row, whose new tokens are written behind its committed ones.
+        """How many of a row's new tokens remain by the other criteria, and whether it ends with them; they are written behind its committed
+        ones.
 
         A criterion sees the ids with left padding and one more token each time, as in a plain call, and is called for every token: some
         keep count.

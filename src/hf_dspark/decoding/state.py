@@ -91,8 +91,8 @@ class State:
         self.pending, self.pending_counts = [[] for _ in self.pending], [0] * len(self.pending)
 
     def lengths_on_device(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(R, 1)`: `lengths`."""
-        return torch.tensor(self.lengths).to(self.device, non_blocking=True)[:, None]
+        """`torch.LongTensor` of shape `(R,)`: `lengths`."""
+        return torch.tensor(self.lengths).to(self.device, non_blocking=True)
 
     def prefix(self, place: int, extra: int = 0) -> torch.Tensor:
         """Ids of a row up to `extra` tokens past the committed ones, shape `(1, n)`; a view."""
@@ -126,21 +126,15 @@ class State:
                     self.masked_at[place, : len(text)] = ~masks[place - first]
                     self.masked[place] = len(text) - int(masks[place - first].sum())
 
-    def write_draft(self, tokens: torch.Tensor, rows: slice | torch.Tensor = slice(None), offset: int = 0) -> None:
+    def write_draft(self, tokens: torch.Tensor, first: int = 0) -> None:
         """Write drafted tokens behind the committed ones without committing them.
 
         Args:
-            tokens (`torch.LongTensor` of shape `(n_rows, n)`): of these rows.
-            rows (`slice` or `torch.LongTensor`): places of the rows; all where left out.
-            offset (`int`): first block position, from 0, that the tokens stand at.
+            tokens (`torch.LongTensor` of shape `(R - first, n)`): of the rows from place `first` on.
         """
-        self.reserve(self.num_rows, max(self.lengths) + offset + tokens.shape[1])
-        places = np.add.outer(self.lengths, np.arange(offset, offset + tokens.shape[1]))
-        columns = torch.from_numpy(places).to(self.device, non_blocking=True)
-        if isinstance(rows, slice):
-            self.ids[: self.num_rows][rows].scatter_(1, columns[rows], tokens)
-        else:
-            self.ids[rows[:, None], columns[rows]] = tokens
+        self.reserve(self.num_rows, max(self.lengths) + tokens.shape[1])
+        places = np.add.outer(self.lengths[first:], np.arange(tokens.shape[1]))
+        self.ids[first : self.num_rows].scatter_(1, torch.from_numpy(places).to(self.device, non_blocking=True), tokens)
 
     def commit(self, tokens: torch.Tensor, counts: Sequence[int], anchors: torch.Tensor, first: int = 0) -> None:
         """Commit the first `counts[r]` of `tokens[r]` to each row from place `first` on.
@@ -152,7 +146,7 @@ class State:
             anchors (`torch.LongTensor` of shape `(R - first,)`): the last committed token of each row that goes on.
             first (`int`): 0, or the first of the rows that have just joined.
         """
-        self.write_draft(tokens, slice(first, None))
+        self.write_draft(tokens, first)
         for place, count in enumerate(counts, first):
             self.lengths[place] += count
         self.anchors = torch.cat([self.anchors[:first], anchors]) if first else anchors

@@ -43,7 +43,7 @@ class DraftBlock:
         confidence (`torch.Tensor` of shape `(R, gamma)`, *optional*): c_k, calibrated, float32.
         confidence_logits (`torch.Tensor` of shape `(R, gamma)`, *optional*): the same before calibration and sigmoid.
         probs (`torch.Tensor` of shape `(D, gamma, V_draft)`, *optional*): p_d, the distribution that each token was drawn from, before it
-            was mixed with `copied`, in the drafter's dtype; None where the draft is an arg-max.
+            was mixed with `copied`, in the dtype of the base logits; None where the draft is an arg-max.
         mass (`torch.Tensor` of shape `(D, gamma)`, *optional*): what `probs` is to be divided by, where that dtype rounds it; float32.
         draft_ids (`torch.LongTensor` of shape `(V_draft,)`, *optional*): target id of each draft id; None where they
             are the same.

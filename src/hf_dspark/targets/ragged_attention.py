@@ -31,7 +31,7 @@ from hf_dspark.utils.compat import CACHE, CACHE_NAMES
 PREFIX = "dspark_ragged_"
 # Above this many new tokens in a row, rows attend one by one: no padding, and no mask at the start of a prompt.
 ROW_BY_ROW_TOKENS = 32
-# New tokens of a row that attend together under a mask: 64 MiB of it in float32 at 32,768 tokens of context.
+# New tokens of a row that attend together under a mask: 16 MiB of it at 32,768 tokens of context, 64 MiB as SDPA adds it to scores.
 MASKED_TOKENS = 512
 # Keyword arguments of attention functions that change nothing here.
 _HARMLESS = {
