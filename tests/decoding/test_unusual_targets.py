@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -32,10 +33,25 @@ from transformers import (
 )
 
 from hf_dspark import DSparkDrafter, UnsupportedTargetError
+from hf_dspark.utils.logging import warn_once
 from tests.helpers import left_padded, plain, random_prompts, speculate
 from tests.tiny import _COMMON, _MOE, EOS, HIDDEN, MASK, PAD, VOCAB, tiny_drafter, tiny_llama
 
 WINDOW = 16
+
+
+def test_a_target_with_other_kernels_attends_by_sdpa_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """The text is plain's, it is said once, and the target keeps its kernels."""
+    target = tiny_llama()
+    drafter, inputs = tiny_drafter(target), left_padded(random_prompts((9, 4, 6)))
+    expected = plain(target, inputs)
+    target.set_attn_implementation("flex_attention")
+    warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "hf_dspark"):
+        for _ in range(2):
+            assert torch.equal(speculate(target, drafter, inputs), expected)
+    assert caplog.text.count("attn_implementation='flex_attention'") == 1
+    assert target.config._attn_implementation == "flex_attention"
 
 
 def made(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:

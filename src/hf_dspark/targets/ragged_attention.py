@@ -9,6 +9,7 @@ Source of the layout: paper section 5.2 (verification of sum(1 + l_r) tokens).
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import weakref
@@ -27,6 +28,9 @@ from hf_dspark.cache.kv_cache import RowCache
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.errors import UnsupportedTargetError
 from hf_dspark.utils.compat import CACHE, CACHE_NAMES
+from hf_dspark.utils.logging import warn_once
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "dspark_ragged_"
 # Above this many new tokens in a row, rows attend one by one: no padding, and no mask at the start of a prompt.
@@ -314,6 +318,15 @@ def _register(base: str) -> str:
     return name
 
 
+def _tell_of_kernels(base: str) -> None:
+    if base not in ("eager", "sdpa"):
+        warn_once(
+            logger,
+            f"This target was loaded with attn_implementation={base!r}. With a drafter it attends by PyTorch's SDPA, all rows in one call; "
+            "plain calls keep their own kernels.",
+        )
+
+
 _LOCK = threading.Lock()
 _USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
@@ -337,6 +350,7 @@ def ragged_attention(model: nn.Module) -> Iterator[None]:
             counted = True
             for config in _attention_configs(model):
                 if not config._attn_implementation.startswith(PREFIX):
+                    _tell_of_kernels(config._attn_implementation)
                     config._attn_implementation_internal = _register(config._attn_implementation)
         yield
     finally:
