@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import hf_dspark
-from hf_dspark.budgets.admission import admit_top, best_count
+from hf_dspark.budgets.admission import admit_top, best_count, survivals
 from hf_dspark.budgets.budget import Budget
 from hf_dspark.budgets.cost_model import Costs
 from hf_dspark.budgets.load_aware import LaggedLoadAwareBudget, LoadAwareBudget
@@ -95,8 +95,10 @@ def test_a_cap_keeps_the_distribution(kind: type[LoadAwareBudget]) -> None:
 class Peeking(LoadAwareBudget):
     """The unconstrained search on the confidences of the very round."""
 
-    def _admit(self, survival, drafts, passes, draft_s, room):
-        return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s + draft_s))
+    def plan(self, drafts):
+        survival = survivals(drafts.confidence.numpy())
+        passes = self.costs.passes(drafts.rows)
+        return admit_top(survival, drafts.limits, best_count(survival, drafts.limits, passes.verify_s, passes.wide_s))
 
 
 @pytest.mark.slow
