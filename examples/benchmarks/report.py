@@ -120,6 +120,24 @@ def render_rounds(record: Record) -> str:
     )
 
 
+def render_launches(record: Record) -> str:
+    """Kernels of an eager round by stage, from `examples.benchmarks.launches`."""
+    rows = [
+        [
+            str(one["rows"]),
+            "sampled" if one["sample"] else "greedy",
+            f"`{one['budget']}`",
+            *(f"{one[n]:.0f}" for n in ("draft", "verify", "rest", "waits")),
+        ]
+        for one in record["calls"]
+    ]
+    heading = ["rows", "", "budget", "draft", "pass", "rest", "waits"]
+    return (
+        f"{table(heading, rows)}\n\nMedians over the rounds of calls of {record['settings']['max_new_tokens']} new tokens; the rest is "
+        f"verdict and commit. {machine(record)}"
+    )
+
+
 def dtypes(settings: Record) -> str:
     """The target's dtype, and plain decoding's where that was measured in one of its own."""
     own, plain = settings["target_dtype"], settings.get("plain_dtype", settings["target_dtype"])
@@ -270,6 +288,7 @@ TABLES: Mapping[str, Callable[[Record], str]] = {
     "divergence": render_divergence,
     "eval": render_eval,
     "rounds": render_rounds,
+    "launches": render_launches,
     "load": render_load,
     "matched": render_matched,
     "replay": render_replay,

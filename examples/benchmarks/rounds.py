@@ -114,21 +114,28 @@ class Calls:
 
 @dataclass
 class RoundCount:
-    """Kernels launched outside graphs, waits for the device, and graphs made, of one round."""
+    """Kernels launched outside graphs in each stage, waits for the device, and graphs made, of one round."""
 
-    launches: int = 0
+    draft: int = 0
+    verify: int = 0
+    rest: int = 0
     waits: int = 0
     made: int = 0
+
+    @property
+    def launches(self) -> int:
+        return self.draft + self.verify + self.rest
 
 
 class _Seen(TorchDispatchMode):
     def __init__(self, rounds: list[RoundCount]) -> None:
         super().__init__()
-        self.rounds = rounds
+        self.rounds, self.stage = rounds, "rest"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.rounds[-1].launches += not (func.is_view or name in ("to", "detach", "lift_fresh", "alias"))
+        launched = not (func.is_view or name in ("to", "detach", "lift_fresh", "alias"))
+        setattr(self.rounds[-1], self.stage, getattr(self.rounds[-1], self.stage) + launched)
         self.rounds[-1].waits += name in ("_local_scalar_dense", "nonzero", "equal")
         return func(*args, **(kwargs or {}))
 
@@ -137,12 +144,19 @@ class _Seen(TorchDispatchMode):
 def counted_rounds() -> Iterator[list[RoundCount]]:
     """While open, counts every round; what runs inside graphs is not seen."""
     rounds: list[RoundCount] = []
-    one, run = decoding.DecodingLoop.round, Graphs.run
+    seen, one, run, measure = _Seen(rounds), decoding.DecodingLoop.round, Graphs.run, decoding.Stopwatch.measure
 
     def counted(self: Any) -> None:
         rounds.append(RoundCount())
-        with _Seen(rounds):
+        with seen:
             one(self)
+
+    @contextmanager
+    def in_stage(self: Any, stage: str) -> Iterator[None]:
+        before, seen.stage = seen.stage, stage if rounds else seen.stage
+        with measure(self, stage):
+            yield
+        seen.stage = before
 
     def unseen(self: Graphs, *args: Any) -> Any:
         before = self.made
@@ -159,7 +173,7 @@ def counted_rounds() -> Iterator[list[RoundCount]]:
 
         return call
 
-    patches = [(decoding.DecodingLoop, "round", counted), (Graphs, "run", unseen)]
+    patches = [(decoding.DecodingLoop, "round", counted), (Graphs, "run", unseen), (decoding.Stopwatch, "measure", in_stage)]
     patches += [(torch.Tensor, name, waiting(getattr(torch.Tensor, name))) for name in ("tolist", "cpu")]
     with ExitStack() as stack:
         for owner, name, other in patches:

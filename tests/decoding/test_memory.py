@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_dspark
-from hf_dspark.decoding import loop, sampling
+from hf_dspark.decoding import loop, sampling, verify
 from hf_dspark.decoding.loop import DecodingLoop
 from tests.helpers import make_world, talking_target
 from tests.live_memory import LiveMemory
@@ -25,8 +25,9 @@ def test_verifying_few_rows_at_a_time_changes_nothing(sample: bool, budget: str,
     w = make_world(talking_target("qwen3"), wrong_every=3, copy_weights=[0.4, 0.7], draft_token_ids=torch.arange(0, 97, 2))
     how = {"do_sample": sample, "max_new_tokens": 24, "repetition_penalty": 1.2, "top_k": 40, "eos_token_id": [5, 9], "pad_token_id": 1}
     whole = hf_dspark.generate(w.target, w.drafter, **w.inputs(7), budget=budget, seed=3, **how)
-    monkeypatch.setattr(loop, "ELEMENTS_AT_ONCE", 97 * 16)
-    monkeypatch.setattr(sampling, "_ELEMENTS", 97 * 2)
+    monkeypatch.setattr(loop, "ELEMENTS_AT_ONCE", 97 * 8)
+    monkeypatch.setattr(sampling, "ELEMENTS_AT_ONCE", 97 * 2)
+    monkeypatch.setattr(verify, "ELEMENTS_AT_ONCE", 97 * 2)
     assert torch.equal(hf_dspark.generate(w.target, w.drafter, **w.inputs(7), budget=budget, seed=3, **how), whole)
 
 

@@ -10,7 +10,6 @@ Power: every negative control below is caught on the same target and drafter, at
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -305,10 +304,19 @@ def test_drafts_are_both_accepted_and_rejected() -> None:
 
 
 @pytest.mark.parametrize("rule", ["block", "token"])
-def test_a_drafter_in_bfloat16_leaves_the_distribution_as_it_is(rule: str) -> None:
-    """Its p_d is recorded in its own dtype, which rounds it; tokens are drawn from what is recorded."""
-    fit = fit_batch(CONTROL, copy.deepcopy(drafter("gated", copying=True)).to(torch.bfloat16), seed=31, verification=rule)
-    assert fit.p_value > ALARM
+def test_a_head_in_bfloat16_leaves_the_distribution_as_it_is(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """p_d is recorded in the dtype of the logits, which rounds it; tokens are drawn from what is recorded."""
+    draft, seen = drafter("gated", copying=True), set()
+    right = type(draft).base_logits
+    monkeypatch.setattr(type(draft), "base_logits", lambda self, h: right(self, h).to(torch.bfloat16))
+
+    def watched(p_t: torch.Tensor, block: DraftBlock, layout: RowLayout, u: torch.Tensor, **how: bool) -> Verdict:
+        seen.add((block.probs.dtype, block.mass is not None))
+        return right_accept(p_t, block, layout, u, **how)
+
+    monkeypatch.setattr(decoding, "accept_sampled", watched)
+    assert fit_batch(CONTROL, draft, seed=31, verification=rule).p_value > ALARM
+    assert seen == {(torch.bfloat16, True)}
 
 
 # ----------------------------------------------------------------------------------------------------- wrong decoders

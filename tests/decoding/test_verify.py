@@ -211,13 +211,16 @@ def test_over_the_block_every_text_is_as_likely_as_the_targets(seed: int, reduce
             tokens[row, k], drawn[row, k], probs[row, k] = x, p.mixture[drafted[:k]][x], p.drafter[drafted[:k]]
             copied[row, k], weights[row, k], p_copy[row, k] = p.copies[drafted[:k]]
         flat += [p.target[drafted[:k]] for k in range(len(drafted) + 1)]
-    stored = torch.empty_like(probs)
+    # As it is recorded where a dtype rounds it: in other amounts, each with its own sum.
+    stored, mass = torch.empty_like(probs), torch.rand(count, longest, generator=generator) + 0.5
     stored[order] = probs
+    stored *= mass[..., None]
     record = Copied(copied, weights, p_copy) if copies else None
-    block = DraftBlock(tokens, probs=stored, draft_ids=ids, drawn=drawn, places=order, copied=record)
+    block = DraftBlock(tokens, probs=stored, draft_ids=ids, drawn=drawn, places=order, copied=record, mass=mass)
     layout, p_t = layout_of(lengths), torch.stack(flat)
     prefix = verification._prefix_weights(p_t[layout.padded_index[:, :longest], tokens], drawn)
-    chances = verification._prefix_chances(prefix, p_t, block, layout, torch.arange(1, longest + 1) < layout.added[:, None]).double()
+    within = torch.arange(1, longest + 1) < layout.added[:, None]
+    chances = (verification._prefix_chances(prefix, p_t, block, layout, within) if longest > 1 else prefix).double()
     after = [
         verification._after(p_t, block, layout, torch.full((count,), k).minimum(layout.added - 1), prefix).double()
         for k in range(longest + 1)

@@ -176,7 +176,6 @@ class TensorLayout(RowLayout):
         self.row_ids = None
         self.device = longest.device
         self._tensors = dict(index)
-        self._twins = {}
         self.total = index["positions"].shape[0] if "positions" in index else 0
         self.max_count = index["padded_index"].shape[1] if "padded_index" in index else 0
         self.max_end = longest.shape[0]
@@ -237,6 +236,7 @@ class DeviceLayout(TensorLayout):
         super().__init__(index, grid)
         self.max_end, self.latest = max_end, latest
         self._starts, self._verified = starts, verified
+        self._twins = {}
 
     @property
     def verified(self) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from hf_dspark.budgets.budget import Budget, FinishedRound, LiveRows, Proposal
 from hf_dspark.cache.layout import RowLayout
+from hf_dspark.decoding.batched_processors import Prefixes
 from hf_dspark.decoding.compiled import CompiledRounds
 from hf_dspark.decoding.draft import draft_block
 from hf_dspark.decoding.ngram_copy import Copies, copy_weights_of
@@ -23,7 +24,7 @@ from hf_dspark.decoding.plan import Heard, Plan
 from hf_dspark.decoding.prefill import prefill
 from hf_dspark.decoding.row_processors import DraftProcessors, RowProcessors
 from hf_dspark.decoding.row_stopping import RowStopping
-from hf_dspark.decoding.sampling import draw, uniform
+from hf_dspark.decoding.sampling import ELEMENTS_AT_ONCE, draw, uniform
 from hf_dspark.decoding.state import FinishedRow, State
 from hf_dspark.decoding.statistics import DecodingStats, Stopwatch
 from hf_dspark.decoding.verify import Conclusion, DraftBlock, Verdict, accept_greedy, accept_sampled, conclude
@@ -63,10 +64,6 @@ class Rules:
     recorder: Recorder = field(default_factory=Recorder)
     emit: Callable[[int, torch.Tensor], None] | None = None
     keep_context: bool = False
-
-
-# Target distributions that are judged together, 32 MiB of them.
-ELEMENTS_AT_ONCE = 1 << 23
 
 
 def check_finite(finite: bool) -> None:
@@ -231,12 +228,13 @@ class DecodingLoop:
         logits = logits.to(self.state.device)
         rows, scores, verdicts, best = layout.num_rows, logits, list[Verdict](), list[torch.Tensor]()
         whole = self.rules.recorder.scores is not None or not (self.options.sample or self.rules.processors)
-        some = rows if whole else max(ELEMENTS_AT_ONCE // (logits.shape[-1] * layout.max_count), 1)
+        some = rows if whole else max(2 * ELEMENTS_AT_ONCE // (logits.shape[-1] * layout.max_count), 1)
         u = uniform((rows, block.block_size + 1), logits.device, self.options.generator) if self.options.sample else None
         for first in range(0, rows, some):
             end = min(first + some, rows)
             places, part = (slice(None), layout) if end - first == rows else layout.part(first, end)
-            scores, own = self.process(logits[places], part), block.part(first, end).truncate(part.max_count - 1)
+            scores = self.process(logits[places], self.rules.processors.of_pass(self.state, part))
+            own = block.part(first, end).truncate(part.max_count - 1)
             if u is None:
                 verdicts.append(accept_greedy(scores.argmax(-1), own, part))
             else:
@@ -295,12 +293,9 @@ class DecodingLoop:
 
     # ------------------------------------------------------------------------------------------------------------ its smaller steps
 
-    def process(self, logits: torch.Tensor, of: RowLayout | tuple[Sequence[int], Sequence[int]]) -> torch.Tensor:
-        """The user's processors on the target's logits `(N, V)` of a pass, or of the rows at these places so many tokens past the
-        committed ones; without any, the logits themselves.
-        """
+    def process(self, logits: torch.Tensor, prefixes: Prefixes) -> torch.Tensor:
+        """The user's processors on the target's logits `(N, V)` behind these texts; without any, the logits themselves."""
         if processors := self.rules.processors:
-            prefixes = processors.of_pass(self.state, of) if isinstance(of, RowLayout) else processors.prefixes(self.state, *of)
             values = processors.values(self.state.requests, self.state.device)
             return processors(logits.to(self.state.device, torch.float32), prefixes, values)
         return logits.to(self.state.device, torch.float32 if self.options.sample else None)
@@ -313,7 +308,7 @@ class DecodingLoop:
         """
         scores, tokens = list[torch.Tensor](), list[torch.Tensor]()
         for j in range(len(logits)):
-            scores.append(self.process(logits[j : j + 1], ([0], [j])))
+            scores.append(self.process(logits[j : j + 1], self.rules.processors.prefixes(self.state, [0], [j])))
             tokens.append(self.choose(scores[j]))
             last = self.concluded(tokens[j].new_empty(1, 0), Verdict(torch.zeros_like(tokens[j]), tokens[j]), None, past=j).host[0, 2]
             stands = j < block.block_size and torch.equal(tokens[j], block.tokens[:, j])
@@ -402,7 +397,8 @@ class DecodingLoop:
         prompts = list(texts) if masks is None else [text[mask] for text, mask in zip(texts, masks, strict=True)]
         with self.watch.measure("prefill"):
             logits = prefill(self.target, self.drafter, state, prompts, first, known, self.options.prefill_tokens)
-        scores = self.process(logits, (range(first, state.num_rows), [0] * (state.num_rows - first)))
+        joined = range(first, state.num_rows)
+        scores = self.process(logits, self.rules.processors.prefixes(state, joined, [0] * len(joined)))
         tokens = self.choose(scores)
         pieces = [(scores[i : i + 1], logits[i : i + 1]) for i in range(len(tokens))]
         conclusion = self.concluded(tokens.new_empty(len(tokens), 0), Verdict(torch.zeros_like(tokens), tokens), scores.amax(-1), first)

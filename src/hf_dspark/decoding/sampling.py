@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-# Weights that are cumulated together, 32 MiB of sums.
-_ELEMENTS = 1 << 22
+# Probabilities that are looked at together: 16 MiB of them, 32 of their sums.
+ELEMENTS_AT_ONCE = 1 << 22
 
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
@@ -35,7 +35,7 @@ def draw(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         `torch.LongTensor` of shape `(N,)`.
     """
     rows: Any = weights.shape[0]
-    if not isinstance(rows, torch.SymInt) and (some := max(_ELEMENTS // weights.shape[1], 1)) < rows:
+    if not isinstance(rows, torch.SymInt) and (some := max(ELEMENTS_AT_ONCE // weights.shape[1], 1)) < rows:
         return torch.cat([draw(part, own) for part, own in zip(weights.split(some), u.split(some), strict=True)])
     total = weights.cumsum(-1, dtype=torch.float64)
     # A parallel sum need not grow at each step: an index without weight does not count, whatever is cumulated there.

@@ -15,13 +15,11 @@ import torch
 from hf_dspark.cache.layout import RowLayout
 from hf_dspark.decoding.ngram_copy import Copied
 from hf_dspark.decoding.row_stopping import ends
-from hf_dspark.decoding.sampling import draw
+from hf_dspark.decoding.sampling import ELEMENTS_AT_ONCE, draw
 
 # How drafted tokens are judged where tokens are drawn; see `accept_sampled`. Greedily both say the same.
 VERIFICATIONS = ("block", "token")
 DEFAULT_VERIFICATION = "block"
-# Probabilities that are looked at together, 16 MiB of them: several positions of few rows, one of many.
-_ELEMENTS = 1 << 22
 
 
 def check_verification(verification: str) -> None:
@@ -259,8 +257,6 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
     o_k, how likely one of the longer ones is, is how far w_k p_t and the distribution of x_{k+1} overlap; nothing at a row's end.
     """
     length = block.block_size
-    if length == 1:
-        return weights
     w, at = weights[:, :-1], layout.padded_index[:, 1:length]
     if block.probs is None:
         overlap = w * p_t[at, block.tokens[:, 1:]]
@@ -270,7 +266,7 @@ def _prefix_chances(weights: torch.Tensor, p_t: torch.Tensor, block: DraftBlock,
         sums = []
         # So many positions at once that little memory is needed for them, and few kernels; all where the number of rows is a symbol.
         rows: Any = w.shape[0]
-        some = length if isinstance(rows, torch.SymInt) else max(_ELEMENTS // (block.probs.shape[2] * rows), 1)
+        some = length if isinstance(rows, torch.SymInt) else max(ELEMENTS_AT_ONCE // (block.probs.shape[2] * rows), 1)
         for k in range(0, length - 1, some):
             end = min(k + some, length - 1)
             here = slice(k, end)
