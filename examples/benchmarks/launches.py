@@ -17,11 +17,16 @@ from examples.benchmarks.command import chosen, options, run_command, write_reco
 from examples.benchmarks.rounds import counted_rounds, inputs_of
 
 import hf_dspark
+from hf_dspark.budgets.budget import Budget
+from hf_dspark.budgets.cost_model import prior_costs
+from hf_dspark.budgets.load_aware import LaggedLoadAwareBudget
 from hf_dspark.evaluation.metrics import machine_record
 from hf_dspark.models.loading import load_drafter, load_target
 
 
-def launches(target: Any, drafter: Any, inputs: dict[str, torch.Tensor], args: Any, budget: str, *, sample: bool) -> dict[str, Any]:
+def launches(
+    target: Any, drafter: Any, inputs: dict[str, torch.Tensor], args: Any, budget: str | Budget, *, sample: bool
+) -> dict[str, Any]:
     """Medians over the rounds of a call."""
     how = {"do_sample": sample, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     with counted_rounds() as rounds:
@@ -36,7 +41,7 @@ def launches(target: Any, drafter: Any, inputs: dict[str, torch.Tensor], args: A
             eos_token_id=[target.config.vocab_size],
         )
     stages = {stage: statistics.median(getattr(one, stage) for one in rounds) for stage in ("draft", "verify", "rest", "waits")}
-    return {"rows": len(inputs["input_ids"]), "sample": sample, "budget": budget, "rounds": len(rounds), **stages}
+    return {"rows": len(inputs["input_ids"]), "sample": sample, "budget": str(budget), "rounds": len(rounds), **stages}
 
 
 def main() -> int:
@@ -48,10 +53,11 @@ def main() -> int:
         target, tokenizer = load_target(args.target, dtype=args.dtype)
         drafter = load_drafter(args.drafter, dtype=args.dtype)
         args.device = target.device
+        lagged = LaggedLoadAwareBudget(prior_costs(drafter.config.block_size, 0.1, "cpu"), learn_costs=False)  # decides without a clock
         found = [
             launches(target, drafter, inputs_of(args, tokenizer, int(rows)), args, budget, sample=sample)
             for rows in args.rows.split(",")
-            for sample, budget in ((False, "full"), (False, "load-aware-lag2"), (True, "full"))
+            for sample, budget in ((False, "full"), (False, lagged), (True, "full"))
         ]
         settings = chosen(args, "target", "drafter", "dtype", "seed", "max_new_tokens")
         write_record(args.json, {"settings": settings, "calls": found, "machine": machine_record(target.device)})
